@@ -153,7 +153,7 @@ def load_image(path: str | Path,                  # a picture file
                ) -> Image.Image:                  # RGB, upright
     "A picture as RGB. Errors: ImageError (a UserError) that names the file."
     path = Path(path)
-    if not path.is_file(): raise ImageError(f'{path}: there is no such image file', 'missing')
+    if not os.path.isfile(path): raise ImageError(f'{path}: there is no such image file', 'missing')
     if within is not None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(within)):
         raise ImageError(f'{path}: a link that leaves {within}; copy the file there instead', 'outside')
     try:
@@ -350,7 +350,8 @@ class PedesReport:
     def __str__(self):
         "The report in a few lines."
         lines = [f'{self.name}: {"ok" if self.ok else "PROBLEMS"}' + ('' if self.images_checked else ' (pictures not opened)')]
-        lines += [self.counts.to_string(na_rep='', float_format='{:,.0f}'.format)] + [f'- {note}' for note in self.notes]
+        table = self.counts.map(lambda n: '' if pd.isna(n) else f'{n:,.0f}').rename_axis(None)
+        lines += [table.to_string(), *(f'- {note}' for note in self.notes)]
         for key, words in (PROBLEMS | REMARKS).items():
             items = self.found.get(key, [])
             if items: lines.append(f'{"!" if key in PROBLEMS else "-"} {words}: {len(items):,} ({", ".join(map(str, items[:3]))}{", …" * (len(items) > 3)})')
