@@ -409,7 +409,7 @@ def _check_images(ds, workers, hashes, progress):
 
 # %% ../nbs/10_pedes.ipynb #100062
 def check_pedes(self: PedesDataset,
-                images: bool = True,           # open every picture (about 3 ms each); False: the table alone
+                images: bool = True,           # open every picture (about 2 ms each); False: the table alone
                 workers: int | None = None,    # threads; None: as Python chooses
                 hashes: bool = False,          # also look for byte-identical pictures of different identities
                 progress: bool | None = None,  # a progress bar; None: on a terminal only

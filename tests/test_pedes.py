@@ -324,11 +324,12 @@ def test_broken_pictures(tmp_path):
     (tmp_path / 'text.jpg').write_text('<html>404</html>')
     (tmp_path / 'empty.jpg').write_bytes(b'')
     (tmp_path / 'program.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n')
+    picture(tmp_path / 'other.pcx')                 # Pillow reads it, but only photographs' formats are tried (EPS would start a program)
     picture(tmp_path / 'dot.png', size=(1, 1))
     for name, side in (('big', 8_000), ('bigger', 11_000), ('bomb', 60_000)): bomb(tmp_path / f'{name}.png', side, side)
     (tmp_path / 'folder.jpg').mkdir()
     os.mkfifo(tmp_path / 'pipe.jpg')
-    kinds = dict.fromkeys(('cut.jpg', 'cut.png', 'text.jpg', 'empty.jpg', 'program.jpg'), 'unreadable')
+    kinds = dict.fromkeys(('cut.jpg', 'cut.png', 'text.jpg', 'empty.jpg', 'program.jpg', 'other.pcx'), 'unreadable')
     kinds |= {'dot.png': 'tiny', 'big.png': 'huge', 'bigger.png': 'huge', 'bomb.png': 'huge'}
     kinds |= dict.fromkeys(('folder.jpg', 'pipe.jpg', 'x' * 300 + '.png', 'nul\x00.png'), 'missing')
     for file, kind in kinds.items():
@@ -383,8 +384,9 @@ def line(image, identity='A tall man.', clothing='A red coat.', **kw):
 
 def test_descriptions(tmp_path):
     write(tmp_path, 'rstp')
-    path = described(tmp_path, [line('0000.jpg'), line('0001.jpg', status='failed'),
-                                line('0002.jpg', None, None, status='failed'), '', line('0003.jpg', 'Old.'), line('0003.jpg', 'New.'), line('0004.jpg', '  ')])
+    path = described(tmp_path, [
+        line('0000.jpg'), line('0001.jpg', status='failed'), line('0002.jpg', None, None, status='failed'), '',
+        line('0003.jpg', 'Old.'), line('0003.jpg', 'New.'), line('0004.jpg', '  ')])
     ds = load_pedes('rstp', tmp_path)
     assert ds.records.id_text.tolist()[:6] == ['A tall man.', None, None, 'New.', None, None]
     assert ds.records.clo_text.tolist()[:6] == ['A red coat.', None, None, 'A red coat.', 'A red coat.', None]
