@@ -46,7 +46,7 @@ OFFICIAL = {
 }
 
 # %% ../nbs/10_pedes.ipynb #100012
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f\ud800-\udfff]')  # control characters, and halves of UTF-16 pairs that no file name can hold
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, and halves of UTF-16 pairs that no file name can hold
 
 def safe_file(file: str,   # a path as an annotation file gives it
               where: str,  # file and row, for the message
@@ -189,7 +189,7 @@ class PedesDataset:
         table = self.records[['image_id', 'pid', *(c for c in columns if c in self.records)]].rename(columns=columns)
         table.insert(0, 'row', np.arange(len(table)))
         lists = [c for c in columns.values() if c in table]
-        return table[table.text.str.len() > 0].explode(lists, ignore_index=True)
+        return table[table.text.str.len() > 0].explode(lists, ignore_index=True).infer_objects()
 
     def image(self, row: int  # position in `records`
              ) -> Image.Image:  # RGB

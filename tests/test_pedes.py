@@ -140,6 +140,7 @@ def test_synth(tmp_path, layout):
     assert ('held out' in ' '.join(ds.notes)) == (layout == 'icfg')
     report = ds.check()
     assert report.ok and 'official images' not in report.counts
+    assert ds.captions['style'].dtype == np.int64
 
     factors[0]['styles'] = [0] * 7
     (folder / 'factors.jsonl').write_text('\n'.join(map(json.dumps, factors)))
@@ -324,7 +325,7 @@ def test_broken_pictures(tmp_path):
     (tmp_path / 'text.jpg').write_text('<html>404</html>')
     (tmp_path / 'empty.jpg').write_bytes(b'')
     (tmp_path / 'program.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n')
-    picture(tmp_path / 'other.pcx')                 # Pillow reads it, but only photographs' formats are tried (EPS would start a program)
+    picture(tmp_path / 'other.pcx')           # Pillow knows it, but only the usual formats are tried (EPS starts a program)
     picture(tmp_path / 'dot.png', size=(1, 1))
     for name, side in (('big', 8_000), ('bigger', 11_000), ('bomb', 60_000)): bomb(tmp_path / f'{name}.png', side, side)
     (tmp_path / 'folder.jpg').mkdir()
