@@ -272,7 +272,7 @@ def _kernels(backend: str, x: Tensor) -> tuple[Callable, Callable | None] | None
 def _causal_conv(x: Tensor, conv: nn.Conv1d, fused: Callable | None) -> Tensor:   # [b, L, D] -> [b, L, D]
     "SiLU of a depthwise causal convolution."
     if fused is not None:
-        return fused(x.transpose(1, 2), conv.weight.squeeze(1), conv.bias, activation='silu').transpose(1, 2)
+        return fused(x.transpose(1, 2).contiguous(), conv.weight.squeeze(1), conv.bias, activation='silu').transpose(1, 2)
     row = x.unsqueeze(1).permute(0, 3, 1, 2)                                       # [b, D, 1, L]
     y = F.conv2d(row, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.padding[0]), groups=conv.groups)
     return F.silu(y[:, :, 0, :x.shape[1]].transpose(1, 2))
