@@ -39,11 +39,13 @@ def atomic_path(path: str | Path  # where the finished file shall be
                ) -> Iterator[Path]:  # a temporary name in the same folder, to write to
     "Write to a temporary name, then rename: a reader sees the whole file or none, whatever happens in between."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f'cannot make the folder {path.parent}: {e.strerror}; choose another one') from e
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         yield tmp
         os.replace(tmp, path)
+    except OSError as e: raise UserError(f'cannot write {path}: {e.strerror or e}; free some space or choose another folder') from e
     finally:
         tmp.unlink(missing_ok=True)
 

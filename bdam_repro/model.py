@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Rows', 'TextFeatures', 'ImageFeatures', 'Pool', 'Towers', 'check_sides', 'dual', 'fuse', 'match_score', 'rescore',
-           'InvalidPairs', 'invalid_pair_scores', 'candidates', 'Outputs', 'Model', 'build_model', 'save_pretrained',
-           'from_pretrained']
+           'InvalidPairs', 'invalid_pair_scores', 'candidates', 'Outputs', 'Model', 'build_model', 'write_tensors',
+           'save_pretrained', 'read_tensors', 'from_pretrained']
 
 # %% ../nbs/34_model.ipynb #340004
 import json
@@ -228,23 +228,37 @@ def build_model(config: Config,
     return Model(c, vision, text)
 
 # %% ../nbs/34_model.ipynb #340026
-def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors` file
-    "Weights, options and the encoders' architecture in one file, written whole or not at all."
-    meta = {'config': model.config.model_dump_json(), 'vision': json.dumps(model.vision.config), 'text': json.dumps(model.text.config)}
-    with atomic_path(path) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp, meta)
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> Path:
+    "A safetensors file, written whole or not at all, the same bytes for the same content. Raises `UserError` where the disk refuses."
+    meta = {'bdam_repro': json.dumps(meta)}         # one key: safetensors writes several in random order
+    try:
+        with atomic_path(path) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, meta)
+    except SafetensorError as e: raise UserError(f'cannot write {Path(path).name} in {Path(path).parent}: {e}; free some space or choose another folder') from None
     return Path(path)
 
+def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors` file
+    "Weights, options and the encoders' architecture in one file."
+    meta = {'config': model.config.model_dump(), 'vision': model.vision.config, 'text': model.text.config}
+    return write_tensors(path, model.state_dict(), meta)
+
+# %% ../nbs/34_model.ipynb #340027
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:   # tensors, and what stood in the header
+    "The inverse of `write_tensors`. Raises `UserError` for a file that is missing, cut, or not of this package."
+    path = Path(path)
+    if not path.is_file(): raise UserError(f'no file {path}: train a model first, or give the path of a best.safetensors')
+    try:
+        with safe_open(path, 'pt') as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except SafetensorError as e: raise UserError(f'{path} is not a whole safetensors file ({e}): copy or train it again') from None
+    if 'bdam_repro' not in meta: raise UserError(f'{path} holds tensors, but its header is not of this package')
+    return tensors, json.loads(meta['bdam_repro'])
+
+# %% ../nbs/34_model.ipynb #340028
 def from_pretrained(path: str | Path) -> Model:  # in evaluation mode, on the CPU
     "The model of `save_pretrained`. Raises `UserError` for a file that is none."
-    path = Path(path)
-    if not path.is_file(): raise UserError(f'no model at {path}: train one, or give the path of a best.safetensors')
-    try:
-        with safe_open(path, 'pt') as f:
-            meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise UserError(f'{path} is not a whole safetensors file ({e}): copy or train it again') from None
-    if not {'config', 'vision', 'text'} <= meta.keys(): raise UserError(f'{path} holds weights, but not of this package: its header names no config')
-    config = Config.model_validate_json(meta['config'])
-    model = Model(config, VisionEncoder.from_config(json.loads(meta['vision'])), TextEncoder.from_config(json.loads(meta['text'])))
+    state, meta = read_tensors(path)
+    if not {'config', 'vision', 'text'} <= meta.keys(): raise UserError(f'{path} holds no model: give the path of a best.safetensors')
+    config = Config(**meta['config'])
+    model = Model(config, VisionEncoder.from_config(meta['vision']), TextEncoder.from_config(meta['text']))
     try: model.load_state_dict(state)
     except RuntimeError as e: raise UserError(f'{path} does not fit this version of the model: {str(e).splitlines()[-1].strip()}') from None
     return model.eval()
