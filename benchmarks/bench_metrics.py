@@ -45,7 +45,8 @@ def by_argsort(q, g, q_pids, g_pids):
 
 def resident(field):
     "Memory of this process in MB: now (VmRSS) or at its peak (VmHWM)."
-    return next(int(line.split()[1])/1024 for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(field))
+    status = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1])/1024 for line in status if line.startswith(field))
 
 
 def serve(side, dim, threads):
