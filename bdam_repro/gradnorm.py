@@ -78,9 +78,12 @@ class TaskWeights:
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:  # scalars by name; a task may be missing from a step
         "Σ w_k L_k. Raises `UserError` for no losses, or one that was never announced."
-        if not losses or (set(losses) - set(self.names)):
-            raise UserError(f'losses {sorted(losses)} for the tasks {self.names}: give one or more of these, and no others')
+        self._known(losses)
         return sum(self.weights[k] * loss for k, loss in losses.items())
+
+    def _known(self, losses: dict[str, Tensor]) -> None:
+        if not losses or set(losses) - set(self.names):
+            raise UserError(f'losses {sorted(losses)} for the tasks {self.names}: give one or more of these, and no others')
 
     def step(self, losses: dict[str, Tensor], params: Sequence[Tensor], **kwargs) -> bool:
         "Fixed weights do not move."
@@ -149,6 +152,7 @@ class GradNorm(TaskWeights):
 
     def step(self, losses: dict[str, Tensor], params: Sequence[Tensor], reduce: Callable | None = None, scale: float = 1.) -> bool:
         "On every `every`-th call, measure and move the weights (arguments as in `measure`). True where they moved."
+        self._known(losses)
         self.calls += 1
         if (self.calls - 1) % self.every: return False
         g, L, here = measure(self.names, losses, params, reduce, scale)
