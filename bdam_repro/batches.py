@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import string
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ TOKENIZER_FILES = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_ma
 MODEL_FILES = ['config.json', 'preprocessor_config.json', 'model.safetensors', 'model.safetensors.index.json', 'model-*.safetensors']
 
 # %% ../nbs/12_batches.ipynb #120009
-def hub_folder(spec: str | Path,  # a hub name (`bert-base-uncased`) or a local folder in the hub's format
+def hub_folder(spec: str | Path,  # a hub name (`bert-base-uncased`, with `@revision` to pin it) or a local folder in the hub's format
                files: Sequence[str] = MODEL_FILES,  # patterns of the files to fetch
                ) -> Path:  # the folder that holds them
     "The local folder behind a hub name or a path. Raises `UserError` when there is none and the hub is out of reach."
@@ -53,7 +54,8 @@ def hub_folder(spec: str | Path,  # a hub name (`bert-base-uncased`) or a local 
     name = HUB_NAMES.get(str(spec), str(spec))
     if path.is_absolute() or str(spec).startswith(('.', '~')) or name.count('/') > 1:
         raise UserError(f"no folder {path}: give a checkpoint's folder, or a name on the hub such as 'bert-base-uncased'")
-    try: return Path(snapshot_download(name, allow_patterns=list(files)))
+    name, _, revision = name.partition('@')
+    try: return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except (RepositoryNotFoundError, HFValidationError) as e:
         raise UserError(f"'{spec}' is neither a folder here nor a public repository on the hub: check the name") from e
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
@@ -87,7 +89,8 @@ def wordpiece_vocab(texts: Sequence[str],  # the training captions
     tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    letters = sorted({c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()})[:500]
+    found = {c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()}
+    letters = sorted(found | set(string.ascii_lowercase + string.digits + string.punctuation))[:500]  # a new word can always be spelled
     fixed = [*SPECIAL_TOKENS, *letters, *(f'##{c}' for c in letters)]
     trainer = trainers.WordPieceTrainer(vocab_size=max(vocab_size, len(fixed)), special_tokens=fixed, min_frequency=2, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
@@ -127,7 +130,7 @@ def trim(ids: torch.Tensor,  # [B,L]
     L = int(mask.sum(1).max())
     return ids[:, :L], mask[:, :L]
 
-# %% ../nbs/12_batches.ipynb #120024
+# %% ../nbs/12_batches.ipynb #120027
 def decode_image(path: str | Path,  # an image file
                  size: tuple[int, int],  # (height, width) in pixels
                  within: Path | None = None,  # the folder that it must lie in, links followed
@@ -136,7 +139,7 @@ def decode_image(path: str | Path,  # an image file
     image = load_image(path, within).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/12_batches.ipynb #120026
+# %% ../nbs/12_batches.ipynb #120029
 class ImageStore:
     "The images of some rows of a dataset at one size: from memory when they fit the budget, else from their files."
     def __init__(self, dataset: PedesDataset,
@@ -165,7 +168,7 @@ class ImageStore:
         if self.cached: return self.data[[self.slot[int(r)] for r in rows]]
         return self._decode([self.paths[int(r)] for r in rows])
 
-# %% ../nbs/12_batches.ipynb #120028
+# %% ../nbs/12_batches.ipynb #120032
 def erasing_boxes(u: np.ndarray,  # [B,4] uniform numbers: how much, which shape, where down, where across
                   H: int, W: int,
                   area: tuple[float, float],  # least and greatest share of the image
@@ -176,7 +179,7 @@ def erasing_boxes(u: np.ndarray,  # [B,4] uniform numbers: how much, which shape
     w = np.sqrt(share*H*W/ratio).clip(1, W).astype(int)
     return np.stack([u[:, 2]*(H - h + 1), u[:, 3]*(W - w + 1), h, w], 1).astype(int)
 
-# %% ../nbs/12_batches.ipynb #120029
+# %% ../nbs/12_batches.ipynb #120033
 def augment(images: torch.Tensor,  # uint8 [B,3,H,W], on the CPU
             generator: torch.Generator,
             flip: float = .5,  # probability of a mirror image
@@ -197,7 +200,7 @@ def augment(images: torch.Tensor,  # uint8 [B,3,H,W], on the CPU
         if u[i, 3] < erase: out[i, :, y:y + h, x:x + w] = 127
     return torch.from_numpy(out)
 
-# %% ../nbs/12_batches.ipynb #120031
+# %% ../nbs/12_batches.ipynb #120039
 class PKSampler:
     "Identity-balanced batches: positions into `pids`, P identities × K images each. A function of (seed, epoch) alone."
     def __init__(self, pids: Sequence[int],  # [N] identity of each image
@@ -231,7 +234,7 @@ class PKSampler:
             batch = [row for pid in pids[i:i + self.p] for row in self.deal(pid)]
             yield batch[self.rank*n:(self.rank + 1)*n]
 
-# %% ../nbs/12_batches.ipynb #120036
+# %% ../nbs/12_batches.ipynb #120044
 @dataclass
 class Batch:
     "One training batch. Texts are cut to the longest of the batch; a text that the run does not use is None."
@@ -251,19 +254,19 @@ class Batch:
     def pin_memory(self) -> 'Batch': return self._each(torch.Tensor.pin_memory)
     def __len__(self) -> int: return len(self.rows)
 
-# %% ../nbs/12_batches.ipynb #120038
+# %% ../nbs/12_batches.ipynb #120046
 def split_rows(dataset: PedesDataset, split: str) -> np.ndarray:  # positions in `dataset.records`
     "The rows of one split. Raises `UserError` when it is empty."
     rows = np.flatnonzero(dataset.records['split'].to_numpy() == split)
     if not len(rows): raise UserError(f"{dataset.name} has no images in its split '{split}' ({dataset.root})")
     return rows
 
-# %% ../nbs/12_batches.ipynb #120039
+# %% ../nbs/12_batches.ipynb #120047
 def mix(*numbers: int) -> int:  # a 64-bit seed
     "One seed from several numbers, the same on every machine."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/12_batches.ipynb #120040
+# %% ../nbs/12_batches.ipynb #120048
 class _TrainData(Dataset):
     "Item `step` is a whole batch (or the `UserError` that prevented it, so that it crosses processes as one line)."
     def __init__(self, dataset, tokenizer, rows, images, sampler, max_length, seed, id_text, augmentation):
@@ -307,7 +310,7 @@ class _TrainData(Dataset):
         named = {f'{name}_{kind}': t for name, pair in texts.items() for kind, t in zip(('ids', 'mask'), pair)}
         return Batch(rows=torch.from_numpy(self.rows[i]), pids=torch.from_numpy(self.pids[i]), images=images, **named)
 
-# %% ../nbs/12_batches.ipynb #120041
+# %% ../nbs/12_batches.ipynb #120049
 class Loader:
     "An epoch of training batches each time it is iterated; `wait_share` says what part of the time its user waited."
     def __init__(self, data: _TrainData, workers: int):
@@ -323,20 +326,31 @@ class Loader:
         "The share of the time between the first request and the last that was spent inside the loader."
         return self.wait/self.total if self.total else 0.
 
+    def _batches(self) -> Iterator[Batch | UserError]:
+        "Made ahead: by processes, or by one thread while the model computes. A batch depends on its step alone, so neither changes it."
+        if self.workers:
+            yield from DataLoader(self.data, batch_size=None, num_workers=self.workers, prefetch_factor=4)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.data.__getitem__, 0)
+            for step in range(1, len(self) + 1):
+                batch = ahead.result()
+                if step < len(self): ahead = pool.submit(self.data.__getitem__, step)
+                yield batch
+
     def __iter__(self) -> Iterator[Batch]:
         self.data.plan(self.epoch)
-        pin = torch.cuda.is_available()
-        batches = iter(DataLoader(self.data, batch_size=None, num_workers=self.workers, pin_memory=pin, prefetch_factor=4 if self.workers else None))
-        start, self.wait = time.perf_counter(), 0.
+        start, self.wait, batches = time.perf_counter(), 0., self._batches()
         for _ in range(len(self)):
             asked = time.perf_counter()
             batch = next(batches)
-            self.wait += time.perf_counter() - asked
             if isinstance(batch, UserError): raise batch
+            if torch.cuda.is_available(): batch = batch.pin_memory()
+            self.wait += time.perf_counter() - asked
             yield batch
             self.total = time.perf_counter() - start
 
-# %% ../nbs/12_batches.ipynb #120042
+# %% ../nbs/12_batches.ipynb #120050
 def train_batches(dataset: PedesDataset,
                   tokenizer: PreTrainedTokenizerBase,
                   *,
@@ -362,7 +376,7 @@ def train_batches(dataset: PedesDataset,
     images = ImageStore(dataset, size, rows, cache, budget)
     return Loader(_TrainData(dataset, tokenizer, rows, images, sampler, max_length, seed, id_text, augmentation), workers)
 
-# %% ../nbs/12_batches.ipynb #120044
+# %% ../nbs/12_batches.ipynb #120059
 def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256, split: str = 'test',
                   images: ImageStore | None = None,  # a store kept from the last time, so that a validation set is decoded once
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]
