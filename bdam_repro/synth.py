@@ -62,11 +62,12 @@ def pick(rng: np.random.Generator,  # source of chance
         if x < 0: return value
     return value
 
+# %% ../nbs/11_synth.ipynb #110008
 def between(rng: np.random.Generator, lo: float, hi: float) -> float:
     "Uniform, with three decimals (so that the JSON holds exactly what was drawn)."
     return round(lo + (hi - lo) * rng.random(), 3)
 
-# %% ../nbs/11_synth.ipynb #110010
+# %% ../nbs/11_synth.ipynb #110011
 GENDERS = ('man', 'woman')
 AGES = {'child': 8, 'young': 42, 'middle-aged': 32, 'elderly': 18}
 BUILDS = {'slim': 32, 'average': 42, 'heavy': 26}
@@ -79,7 +80,7 @@ HAIR_STYLES = {'man': {'bald': 12, 'short': 56, 'curly': 14, 'bob': 8, 'ponytail
                'woman': {'short': 10, 'curly': 12, 'bob': 22, 'long': 28, 'ponytail': 18, 'bun': 10}}
 IDENTITY_FACTORS = ('gender', 'age', 'build', 'height', 'skin', 'hair_style', 'hair_color', 'beard', 'glasses')
 
-# %% ../nbs/11_synth.ipynb #110011
+# %% ../nbs/11_synth.ipynb #110012
 def identity_factors(rng: np.random.Generator  # source of chance
                     ) -> dict:  # what stays with the person
     "Draw a person: the factors that a text can name, then proportions that it cannot."
@@ -95,7 +96,7 @@ def identity_factors(rng: np.random.Generator  # source of chance
               girth=between(rng, .94, 1.06), stature=between(rng, .985, 1.015), arm_ratio=between(rng, .94, 1.06))
     return f
 
-# %% ../nbs/11_synth.ipynb #110013
+# %% ../nbs/11_synth.ipynb #110014
 COLORS = {'black': (28, 28, 32), 'white': (238, 238, 236), 'gray': (128, 130, 132), 'red': (196, 34, 40), 'blue': (40, 84, 190),
           'dark blue': (26, 36, 82), 'light blue': (140, 186, 226), 'green': (44, 130, 66), 'yellow': (234, 204, 56),
           'orange': (236, 128, 36),
@@ -108,7 +109,7 @@ SHOE_COLORS = {'black': 32, 'white': 28, 'brown': 14, 'gray': 8, 'red': 7, 'blue
 BAG_COLORS = {'black': 30, 'brown': 13, 'red': 11, 'blue': 11, 'gray': 9, 'green': 7, 'beige': 6, 'pink': 5, 'yellow': 5,
               'purple': 3}
 
-# %% ../nbs/11_synth.ipynb #110014
+# %% ../nbs/11_synth.ipynb #110015
 UPPER = {'t-shirt': 22, 'shirt': 17, 'sweater': 14, 'hoodie': 13, 'jacket': 16, 'coat': 11, 'tank top': 5}
 PATTERNS = {'plain': 48, 'striped': 13, 'vertically striped': 8, 'checked': 11, 'dotted': 7, 'logo': 8, 'two-tone': 8}
 LOWER = {'man': {'trousers': 40, 'jeans': 36, 'shorts': 24},
@@ -121,7 +122,7 @@ CLOTHING_FACTORS = ('upper_type', 'upper_color', 'upper_pattern', 'upper_color2'
                     'lower_pattern',
                     'shoes_type', 'shoes_color', 'bag_type', 'bag_color', 'hat_type', 'hat_color', 'scarf_color')
 
-# %% ../nbs/11_synth.ipynb #110015
+# %% ../nbs/11_synth.ipynb #110016
 def other(rng: np.random.Generator, table: dict, *taken: str) -> str:
     "A value that is none of `taken`."
     return pick(rng, {k: w for k, w in table.items() if k not in taken})
@@ -130,7 +131,7 @@ def tint(rng: np.random.Generator, span: int = 22) -> list[int]:
     "A small shift of a dye in R, G, B: two red coats are rarely the same red."
     return [int(rng.random() * span) - span // 2 for _ in range(3)]
 
-# %% ../nbs/11_synth.ipynb #110016
+# %% ../nbs/11_synth.ipynb #110017
 def outfit_factors(rng: np.random.Generator,  # source of chance
                    gender: str  # 'man' | 'woman'
                   ) -> dict:  # what the person wears
@@ -156,7 +157,7 @@ def outfit_factors(rng: np.random.Generator,  # source of chance
               upper_tint=tint(rng), lower_tint=tint(rng), upper_scale=pick(rng, (4, 5, 6)))
     return f
 
-# %% ../nbs/11_synth.ipynb #110018
+# %% ../nbs/11_synth.ipynb #110019
 CAMERAS = ('street', 'park', 'station', 'shop', 'road', 'plaza')
 GAINS = {'street': (256, 250, 240), 'park': (244, 262, 236), 'station': (268, 252, 216), 'shop': (262, 254, 250),
          'road': (238, 250, 268), 'plaza': (206, 214, 238)}
@@ -164,6 +165,7 @@ VIEWS = {'front': 34, 'back': 30, 'left': 18, 'right': 18}  # 'left': walks to t
 OCCLUSIONS = {'none': 80, 'pole': 6, 'bike': 5, 'passer-by': 5, 'box': 4}
 NUISANCE_FACTORS = ('camera', 'view', 'step', 'light', 'blur', 'noise', 'occlusion', 'shift_x', 'shift_y', 'zoom', 'scene_seed')
 
+# %% ../nbs/11_synth.ipynb #110020
 def nuisance_factors(rng: np.random.Generator) -> dict:
     "Draw what belongs to the picture and to nobody in it."
     return dict(camera=pick(rng, CAMERAS), view=pick(rng, VIEWS), step=between(rng, -1, 1), light=between(rng, .72, 1.18),
@@ -171,7 +173,7 @@ def nuisance_factors(rng: np.random.Generator) -> dict:
                 shift_x=between(rng, -3.5, 3.5), shift_y=between(rng, -2.5, 2.5), zoom=between(rng, .94, 1.06),
                 scene_seed=int(rng.integers(1 << 31)))
 
-# %% ../nbs/11_synth.ipynb #110019
+# %% ../nbs/11_synth.ipynb #110021
 def image_factors(seed: int, pid: int,  # the dataset's seed; the person
                   k: int,               # which of the person's pictures, from 0
                   clothes_change: bool = False  # another outfit in each picture
@@ -182,23 +184,26 @@ def image_factors(seed: int, pid: int,  # the dataset's seed; the person
     return who | outfit_factors(stream(seed, OUTFIT, pid, outfit),
                                 who['gender']) | nuisance_factors(stream(seed, IMAGE, pid, k)) | {'outfit': outfit}
 
-# %% ../nbs/11_synth.ipynb #110021
+# %% ../nbs/11_synth.ipynb #110023
 SIZE = (128, 64)  # height, width of a picture in pixels
 FINE = 2          # the canvas is this much finer than the picture
 
+# %% ../nbs/11_synth.ipynb #110024
 def shade(rgb: tuple, k: float) -> tuple:
     "A color times `k`, kept in 0..255."
     return tuple(min(255, max(0, int(c * k))) for c in rgb)
 
+# %% ../nbs/11_synth.ipynb #110025
 def mix(a: tuple, b: tuple, w: float) -> tuple:
     "`a` with a share `w` of `b`."
     return tuple(int(x + (y - x) * w) for x, y in zip(a, b))
 
+# %% ../nbs/11_synth.ipynb #110026
 def dye(name: str, shift: list[int]) -> tuple:
     "A named color with an outfit's own tint."
     return tuple(min(250, max(8, c + d)) for c, d in zip(COLORS[name], shift))
 
-# %% ../nbs/11_synth.ipynb #110022
+# %% ../nbs/11_synth.ipynb #110027
 class Pen:
     "Draws on `img` in units; `unit` is how many pixels of the canvas one unit has."
     def __init__(self, img: Image.Image, unit: float): self.img, self.draw, self.u = img, ImageDraw.Draw(img), unit
@@ -223,7 +228,7 @@ class Pen:
             self.poly([(x0 + px * a, y0 + py * a), (x1 + px * b, y1 + py * b), (x1 - px * b, y1 - py * b),
                        (x0 - px * a, y0 - py * a)], fill)
 
-# %% ../nbs/11_synth.ipynb #110024
+# %% ../nbs/11_synth.ipynb #110029
 @functools.lru_cache(256)
 def pattern_mask(pattern: str, width: int, height: int, unit: float, scale: int) -> Image.Image:
     "Where the second color of a pattern shows, on a canvas of this size; `scale` is the pattern's period in units."
@@ -243,7 +248,7 @@ def pattern_mask(pattern: str, width: int, height: int, unit: float, scale: int)
             for x in range(0, W, scale): pen.oval(x + (j % 2) * scale / 2, y, 1.1, 1.1, 255)
     return img
 
-# %% ../nbs/11_synth.ipynb #110025
+# %% ../nbs/11_synth.ipynb #110030
 @functools.lru_cache(64)
 def round_mask(width: int, height: int, lit: float) -> Image.Image:
     "Darkness of a round body: none where the light comes from, most on the far side (`lit` in pixels from the left)."
@@ -251,7 +256,7 @@ def round_mask(width: int, height: int, lit: float) -> Image.Image:
     dark = np.clip((x - lit) * 330 // width, 0, 110) + np.clip((lit - x - width // 5) * 200 // width, 0, 60)
     return Image.fromarray(np.broadcast_to(dark.astype(np.uint8), (height, width)).copy())
 
-# %% ../nbs/11_synth.ipynb #110026
+# %% ../nbs/11_synth.ipynb #110031
 class Cloth:
     "A garment: draw its shape with `.pen`, then `.sew` it on the picture."
     def __init__(self, pen: Pen): self.to, self.pen = pen, Pen(Image.new('L', pen.img.size), pen.u)
@@ -269,7 +274,7 @@ class Cloth:
             img.paste(color2, frame, ImageChops.multiply(mask, pattern_mask(pattern, W, H, self.to.u, scale).crop(frame)))
         img.paste((0, 0, 0), frame, ImageChops.multiply(mask, round_mask(W, H, round(lit) * self.to.u).crop(frame)))
 
-# %% ../nbs/11_synth.ipynb #110028
+# %% ../nbs/11_synth.ipynb #110033
 @dataclass
 class Body:
     "Joints and widths in units; limbs are (shoulder, elbow, hand) and (hip, knee, ankle)."
@@ -280,7 +285,7 @@ class Body:
     @property
     def near(self) -> int: "The limb on the side where a bag is carried."; return int((self.f['bag_side'] == 'left') != self.back)
 
-# %% ../nbs/11_synth.ipynb #110029
+# %% ../nbs/11_synth.ipynb #110034
 def skeleton(f: dict) -> Body:
     "Where the joints are."
     zoom, child = f['zoom'], f['age'] == 'child'
@@ -302,7 +307,7 @@ def skeleton(f: dict) -> Body:
     _pose(b, H)
     return b
 
-# %% ../nbs/11_synth.ipynb #110030
+# %% ../nbs/11_synth.ipynb #110035
 def _pose(b: Body, H: float):
     "Arms and legs for the moment `step` of the walk."
     f, s = b.f, b.f['step']
@@ -324,13 +329,14 @@ def _pose(b: Body, H: float):
             b.arms.append([(b.cx + sign * w, b.y_neck + 4), (b.cx + sign * (w + out), b.y_neck + 4 + A),
                            (b.cx + sign * (w + out * .9 + sign * s), b.y_neck + 4 + A * 1.95 - lift)])
 
-# %% ../nbs/11_synth.ipynb #110032
+# %% ../nbs/11_synth.ipynb #110037
 def cut(points: list, t: float) -> list:
     "A three-joint limb shortened to the share `t` of its length (its halves count alike)."
     (x0, y0), (x1, y1), (x2, y2) = points
     if t <= .5: return [(x0, y0), (x0 + (x1 - x0) * t * 2, y0 + (y1 - y0) * t * 2)]
     return [(x0, y0), (x1, y1), (x1 + (x2 - x1) * (t * 2 - 1), y1 + (y2 - y1) * (t * 2 - 1))]
 
+# %% ../nbs/11_synth.ipynb #110038
 def draw_shoe(pen: Pen, b: Body, leg: list):
     "A shoe at the end of a leg: its kind shows in shaft, sole and straps."
     f, (x, y) = b.f, leg[-1]
@@ -344,7 +350,7 @@ def draw_shoe(pen: Pen, b: Body, leg: list):
     pen.box(x0, y + 2, x1, y + 3.2, sole)
     if kind == 'sandals': pen.box(x0 + 1.2, y - .4, x1 - 1.2, y + .8, color)
 
-# %% ../nbs/11_synth.ipynb #110033
+# %% ../nbs/11_synth.ipynb #110039
 def draw_legs(pen: Pen, b: Body):
     "Skin, shoes, and the lower garment over them."
     f, skin = b.f, SKINS[b.f['skin']]
@@ -367,10 +373,12 @@ def draw_legs(pen: Pen, b: Body):
     elif not b.side and kind != 'none':
         pen.line([(b.cx, b.y_hip + 3), (b.cx, b.y_hip + (b.foot - b.y_hip) * .4)], shade(color, .5), .7)
 
+# %% ../nbs/11_synth.ipynb #110040
 def _sew_lower(cloth: Cloth, b: Body, color: tuple):
     pattern = {'striped': 'vertically striped'}.get(b.f['lower_pattern'], b.f['lower_pattern'])
     cloth.sew(color, mix(color, (255, 255, 255) if sum(color) < 420 else (20, 20, 30), .62), pattern, 4, lit=b.cx - 5)
 
+# %% ../nbs/11_synth.ipynb #110041
 def draw_skirt(pen: Pen, b: Body, top: float, hem: float, sew):
     "A cone from the waist to the hem, with folds."
     cloth, w = Cloth(pen), b.waist * .95
@@ -381,15 +389,17 @@ def draw_skirt(pen: Pen, b: Body, top: float, hem: float, sew):
     for k in (-.55, -.1, .4):
         pen.line([(b.cx + w * k, top + (hem - top) * .35), (b.cx + flare * k * 1.15, hem - .5)], (0, 0, 0), .3)
 
-# %% ../nbs/11_synth.ipynb #110035
+# %% ../nbs/11_synth.ipynb #110043
 SLEEVES = {'t-shirt': .48, 'tank top': 0, 'dress': .4}  # share of the arm that is covered; 1 for the others
 
+# %% ../nbs/11_synth.ipynb #110044
 def hem_of(b: Body) -> float:
     "Where the upper garment ends."
     leg = b.foot - b.y_hip
     return {'coat': b.y_hip + leg * .36, 'dress': b.y_hip + leg * .4, 'hoodie': b.y_hip + 3,
             'jacket': b.y_hip + 2.5}.get(b.f['upper_type'], b.y_hip + 1) + b.f['hem'] * .6
 
+# %% ../nbs/11_synth.ipynb #110045
 def trunk(b: Body, hem: float) -> list:
     "The outline of shoulders, waist and hem."
     s, w, h = b.shoulder, b.waist + (1.6 if b.f['upper_type'] in ('coat', 'hoodie', 'jacket') else .4), b.hip + .8
@@ -404,7 +414,7 @@ def trunk(b: Body, hem: float) -> list:
             (b.cx - w + b.side * .5, b.y_waist),
             (b.cx - left + .3, y + 12), (b.cx - left, y + 5), (b.cx - s * .88, y + 2)]
 
-# %% ../nbs/11_synth.ipynb #110036
+# %% ../nbs/11_synth.ipynb #110046
 def draw_arm(pen: Pen, b: Body, i: int, dark: float = 1.):
     "Skin first, then the sleeve."
     f, arm, w = b.f, b.arms[i], b.limb
@@ -416,6 +426,7 @@ def draw_arm(pen: Pen, b: Body, i: int, dark: float = 1.):
     sleeve.pen.limb(cut(arm, share), [x * w * bulk for x in (6., 5.1, 4.3)], 255)
     sew_upper(sleeve, b, dark, lit=arm[0][0] - 3)
 
+# %% ../nbs/11_synth.ipynb #110047
 def sew_upper(cloth: Cloth, b: Body, dark: float = 1., lit: float | None = None):
     "Dye and pattern of the upper garment."
     f = b.f
@@ -424,7 +435,7 @@ def sew_upper(cloth: Cloth, b: Body, dark: float = 1., lit: float | None = None)
     cloth.sew(color, color2, f['upper_pattern'], f['upper_scale'], lit=b.cx - 5 if lit is None else lit,
               below=b.y_neck + (b.y_hip - b.y_neck) * .48)
 
-# %% ../nbs/11_synth.ipynb #110037
+# %% ../nbs/11_synth.ipynb #110048
 def draw_trunk(pen: Pen, b: Body):
     "Neck, trunk, and what tells one garment from another."
     f, kind, hem = b.f, b.f['upper_type'], hem_of(b)
@@ -443,7 +454,7 @@ def draw_trunk(pen: Pen, b: Body):
     if kind == 'dress': pen.line([(b.cx - b.waist, b.y_waist), (b.cx + b.waist, b.y_waist)], dark, 1.)
     _neckline(pen, b, hem, dark, skin)
 
-# %% ../nbs/11_synth.ipynb #110038
+# %% ../nbs/11_synth.ipynb #110049
 def _neckline(pen: Pen, b: Body, hem: float, dark: tuple, skin: tuple):
     "Collar, hood, buttons, lapels, logo: mostly on the front."
     f, kind, y = b.f, b.f['upper_type'], b.y_neck
@@ -478,7 +489,7 @@ def _neckline(pen: Pen, b: Body, hem: float, dark: tuple, skin: tuple):
         pen.line([(b.cx - 4, y), (b.cx + 4, y)], shade(scarf, .7), .5)
         if not b.back: pen.box(face + 1, y, face + 4.4, y + 13, shade(scarf, .9), 1)
 
-# %% ../nbs/11_synth.ipynb #110040
+# %% ../nbs/11_synth.ipynb #110051
 def draw_hair_behind(pen: Pen, b: Body):
     "Hair that hangs behind the trunk when the face is turned to us."
     (x, y), rx, ry, f = b.head, b.head_rx, b.head_ry, b.f
@@ -489,6 +500,7 @@ def draw_hair_behind(pen: Pen, b: Body):
     if f['hair_style'] == 'bob': pen.box(x0, y - ry * .4, x1, y + ry * 1.1, hair, 2.5)
     if f['hair_style'] == 'ponytail' and not b.side: pen.oval(x + rx * 1.1, y + ry * .5, 1.8, ry * .9, hair)
 
+# %% ../nbs/11_synth.ipynb #110052
 def draw_head(pen: Pen, b: Body):
     "Skull, face, hair and hat for the view."
     (x, y), rx, ry, f = b.head, b.head_rx, b.head_ry, b.f
@@ -503,7 +515,7 @@ def draw_head(pen: Pen, b: Body):
     _hair(pen, b, hair, style)
     if f['hat_type'] != 'none': _hat(pen, b)
 
-# %% ../nbs/11_synth.ipynb #110041
+# %% ../nbs/11_synth.ipynb #110053
 def _face(pen: Pen, b: Body):
     "Eyes, mouth, beard, glasses; wrinkles of age."
     (x, y), rx, ry, f, d = b.head, b.head_rx, b.head_ry, b.f, b.side
@@ -527,7 +539,7 @@ def _face(pen: Pen, b: Body):
                                                                                          y + ry * .2, (196, 206, 212), .5)
         pen.line([(eyes[0], y), (eyes[-1] if not d else x - d * rx * .6, y)], (18, 18, 22), .6)
 
-# %% ../nbs/11_synth.ipynb #110042
+# %% ../nbs/11_synth.ipynb #110054
 def _hair(pen: Pen, b: Body, hair: tuple, style: str):
     "The hair over the skull."
     (x, y), rx, ry, d, light = b.head, b.head_rx, b.head_ry, b.side, mix(hair, (255, 255, 255), .18)
@@ -566,7 +578,7 @@ def _hair(pen: Pen, b: Body, hair: tuple, style: str):
     if style == 'bun': pen.oval(x - d * rx * .9, y - ry * (1.18 if not b.back else 1.), 3., 2.7, shade(hair, .7))
     if not b.back: pen.line([(x - rx * .4 - d, y - ry * .85), (x + rx * .3 - d, y - ry * .9)], light, .7)
 
-# %% ../nbs/11_synth.ipynb #110043
+# %% ../nbs/11_synth.ipynb #110055
 def _hat(pen: Pen, b: Body):
     "Cap (visor in front), beanie (cuff, bobble), brimmed hat."
     (x, y), rx, ry, d, kind = b.head, b.head_rx, b.head_ry, b.side, b.f['hat_type']
@@ -584,7 +596,7 @@ def _hat(pen: Pen, b: Body):
         if d: pen.oval(x + d * rx * 1.5, y - ry * .22, rx * .95, 1.2, dark)
         else: pen.oval(x, y - ry * .22, rx * 1.15, 1.7, dark)
 
-# %% ../nbs/11_synth.ipynb #110045
+# %% ../nbs/11_synth.ipynb #110057
 def draw_bag_behind(pen: Pen, b: Body):
     "What of a bag lies behind the trunk: drawn before it."
     f, color = b.f, COLORS.get(b.f['bag_color'])
@@ -596,12 +608,13 @@ def draw_bag_behind(pen: Pen, b: Body):
     if f['bag_type'] == 'backpack' and f['view'] == 'front':
         pen.box(b.cx - b.shoulder - .6, b.y_neck + 3, b.cx + b.shoulder + .6, b.y_neck + 18, shade(color, .7), 2)
 
-# %% ../nbs/11_synth.ipynb #110046
+# %% ../nbs/11_synth.ipynb #110058
 def far_bag(f: dict) -> bool:
     "A side view hides what hangs on the far side."
     return f['bag_type'] in ('handbag', 'plastic bag', 'shoulder bag') and f['view'] in ('left',
                                                                                          'right') and f['bag_side'] != f['view']
 
+# %% ../nbs/11_synth.ipynb #110059
 def draw_bag(pen: Pen, b: Body):
     "Bags before the trunk or beside it."
     f, kind, s, y = b.f, b.f['bag_type'], b.f['bag_size'], b.y_neck
@@ -632,7 +645,7 @@ def draw_bag(pen: Pen, b: Body):
         pen.box(x - 6 * s, top, x + 6 * s, b.foot + 1, color, 2)
         for k in (-.4, .1, .6): pen.line([(x + 6 * s * k, top + 2), (x + 6 * s * k, b.foot - 1)], dark, .5)
 
-# %% ../nbs/11_synth.ipynb #110047
+# %% ../nbs/11_synth.ipynb #110060
 def _backpack(pen: Pen, b: Body, color: tuple, dark: tuple):
     y, s, w = b.y_neck, b.f['bag_size'], b.shoulder * .82
     if b.back:
@@ -649,12 +662,13 @@ def _backpack(pen: Pen, b: Body, color: tuple, dark: tuple):
             pen.line([(b.cx + sign * b.shoulder * .6, y + .8), (b.cx + sign * b.shoulder * .62, y + 10),
                       (b.cx + sign * b.shoulder * .95, y + 17)], color, 2.3)
 
-# %% ../nbs/11_synth.ipynb #110049
+# %% ../nbs/11_synth.ipynb #110062
 WALLS = {'street': (158, 112, 92), 'park': (96, 132, 84), 'station': (206, 200, 184), 'shop': (120, 126, 136),
          'road': (150, 160, 168), 'plaza': (112, 116, 128)}
 GROUNDS = {'street': (156, 152, 148), 'park': (150, 142, 112), 'station': (172, 164, 150), 'shop': (140, 136, 134),
            'road': (104, 106, 110), 'plaza': (128, 130, 138)}
 
+# %% ../nbs/11_synth.ipynb #110063
 def draw_scene(pen: Pen, f: dict, rng: np.random.Generator):
     "Wall, ground, and the camera's own furniture, moved and dyed a little for each picture."
     cam, move = f['camera'], int(rng.random() * 24)
@@ -666,6 +680,7 @@ def draw_scene(pen: Pen, f: dict, rng: np.random.Generator):
     if rng.random() < .3:
         draw_passer(pen, -4 + 72 * rng.random(), y0 + 12 + 14 * rng.random(), pick(rng, tuple(COLORS.values())), .55)
 
+# %% ../nbs/11_synth.ipynb #110064
 def draw_passer(pen: Pen, x: float, foot: float, color: tuple, s: float):
     "Somebody else, far off: a silhouette with a coat."
     pen.box(x - 9 * s, foot - 84 * s, x + 9 * s, foot - 42 * s, shade(color, .8), 5 * s)
@@ -674,7 +689,7 @@ def draw_passer(pen: Pen, x: float, foot: float, color: tuple, s: float):
     pen.oval(x, foot - 92 * s, 6 * s, 7.5 * s, (150, 112, 90))
     pen.arc(x, foot - 94 * s, 6.4 * s, 7 * s, 180, 360, (40, 34, 32))
 
-# %% ../nbs/11_synth.ipynb #110050
+# %% ../nbs/11_synth.ipynb #110065
 def scene_street(pen, move, y0, wall, ground, rng):
     "Bricks and a curb."
     for j, y in enumerate(range(y0 % 7 - 7, y0, 7)):
@@ -685,6 +700,7 @@ def scene_street(pen, move, y0, wall, ground, rng):
         pen.box(move + 13, y0 - 51, move + 31, y0 - 38, (128, 150, 168), 0)
     pen.box(0, y0, 70, y0 + 3, shade(ground, .7))
 
+# %% ../nbs/11_synth.ipynb #110066
 def scene_park(pen, move, y0, wall, ground, rng):
     "Lawn, trunks, leaves."
     pen.box(0, 0, 70, y0 - 34, (176, 198, 214))
@@ -694,6 +710,7 @@ def scene_park(pen, move, y0, wall, ground, rng):
                  shade(wall, .7 + rng.random() * .5))
     for x in (move - 4, move + 38): pen.box(x, y0 - 30, x + 3 + rng.random() * 3, y0 + 2, (84, 62, 46))
 
+# %% ../nbs/11_synth.ipynb #110067
 def scene_station(pen, move, y0, wall, ground, rng):
     "Tiles, a band, floor joints."
     for y in range(y0 % 10 - 10, y0, 10): pen.line([(0, y), (70, y)], shade(wall, .88), .5)
@@ -701,7 +718,7 @@ def scene_station(pen, move, y0, wall, ground, rng):
     pen.box(0, y0 - 40, 70, y0 - 34, pick(rng, ((40, 92, 150), (184, 60, 50), (60, 120, 80))))
     for k in range(-3, 9): pen.line([(32 + (k * 14 - 32 + move) * .6, y0), (k * 16 - 24 + move, 128)], shade(ground, .84), .6)
 
-# %% ../nbs/11_synth.ipynb #110051
+# %% ../nbs/11_synth.ipynb #110068
 def scene_shop(pen, move, y0, wall, ground, rng):
     "Windows with things in them."
     for x in range(move - 34, 70, 30):
@@ -712,6 +729,7 @@ def scene_shop(pen, move, y0, wall, ground, rng):
                     pick(rng, tuple(COLORS.values())), 1)
     pen.box(0, y0 - 70, 70, y0 - 60, pick(rng, tuple(COLORS.values())))
 
+# %% ../nbs/11_synth.ipynb #110069
 def scene_road(pen, move, y0, wall, ground, rng):
     "A car and lane marks."
     pen.box(0, 0, 70, y0 - 44, (190, 204, 216))
@@ -724,6 +742,7 @@ def scene_road(pen, move, y0, wall, ground, rng):
     for wheel in (9, 38): pen.oval(x + wheel, y0 + 4, 5, 5, (26, 26, 28))
     for x in range(move - 30, 70, 22): pen.poly([(x, 108), (x + 10, 108), (x + 8, 112), (x - 3, 112)], (206, 206, 200))
 
+# %% ../nbs/11_synth.ipynb #110070
 def scene_plaza(pen, move, y0, wall, ground, rng):
     "Dusk: columns, lamps, slabs."
     for x in range(move - 20, 70, 22):
@@ -732,10 +751,11 @@ def scene_plaza(pen, move, y0, wall, ground, rng):
     for k in range(3): pen.oval(move * 2.2 + k * 26 - 20, 12 + k * 3, 3, 3, (250, 232, 170))
     for y in range(y0, 128, 9): pen.line([(0, y), (70, y)], shade(ground, .86), .6)
 
+# %% ../nbs/11_synth.ipynb #110071
 SCENES = {'street': scene_street, 'park': scene_park, 'station': scene_station, 'shop': scene_shop, 'road': scene_road,
           'plaza': scene_plaza}
 
-# %% ../nbs/11_synth.ipynb #110052
+# %% ../nbs/11_synth.ipynb #110072
 def draw_occlusion(pen: Pen, f: dict, rng: np.random.Generator):
     "Something between the camera and the person, over a third of the picture at most."
     kind, right = f['occlusion'], rng.random() < .5
@@ -754,7 +774,7 @@ def draw_occlusion(pen: Pen, f: dict, rng: np.random.Generator):
                  pick(rng, ((180, 40, 40), (40, 80, 160), (50, 50, 54))), 1.6)
         pen.line([(42, 92), (40, 85), (46, 84)], (40, 40, 42), 1.4)
 
-# %% ../nbs/11_synth.ipynb #110054
+# %% ../nbs/11_synth.ipynb #110074
 def render(factors: dict,  # as from `image_factors`
            size: tuple[int, int] = SIZE,  # height, width in pixels
            **changes  # factors to put in their place, e.g. `view='back'`
@@ -769,6 +789,7 @@ def render(factors: dict,  # as from `image_factors`
     draw_occlusion(pen, f, rng)
     return expose(pen.img.reduce(FINE), f, rng)
 
+# %% ../nbs/11_synth.ipynb #110075
 def draw_person(pen: Pen, f: dict):
     "From the far layer to the near one."
     b = skeleton(f)
@@ -786,7 +807,7 @@ def draw_person(pen: Pen, f: dict):
     draw_head(pen, b)
     if not b.back and not far_bag(f): draw_bag(pen, b)
 
-# %% ../nbs/11_synth.ipynb #110055
+# %% ../nbs/11_synth.ipynb #110076
 def expose(img: Image.Image, f: dict, rng: np.random.Generator) -> Image.Image:
     "What lens and sensor do: blur, light, the camera's color response, noise."
     if f['blur']: img = img.filter(ImageFilter.BoxBlur(f['blur'] / 3))
@@ -794,7 +815,7 @@ def expose(img: Image.Image, f: dict, rng: np.random.Generator) -> Image.Image:
     noise = rng.integers(-f['noise'], f['noise'] + 1, (img.height, img.width, 1), dtype=np.int8)
     return Image.fromarray(np.clip(np.asarray(img, np.int16) + noise, 0, 255).astype(np.uint8))
 
-# %% ../nbs/11_synth.ipynb #110067
+# %% ../nbs/11_synth.ipynb #110088
 def visible(f: dict  # all factors of a picture
            ) -> dict:  # named factors that can be seen in it; absent things are left out
     "The attributes that an honest describer could name."
@@ -809,7 +830,7 @@ def visible(f: dict  # all factors of a picture
     if far_bag(f): hidden |= {'bag_type', 'bag_color'}
     return {k: f[k] for k in IDENTITY_FACTORS + CLOTHING_FACTORS if k not in hidden and f[k] != 'none'}
 
-# %% ../nbs/11_synth.ipynb #110070
+# %% ../nbs/11_synth.ipynb #110091
 CONFUSED = {'black': ('dark blue', 'gray'), 'white': ('beige', 'gray'), 'gray': ('black', 'white'), 'red': ('orange', 'pink'),
             'blue': ('dark blue', 'light blue'),
             'dark blue': ('black', 'blue'), 'light blue': ('blue', 'white'), 'green': ('gray', 'dark blue'),
@@ -828,7 +849,7 @@ DOMAINS = {'gender': GENDERS, 'age': tuple(AGES), 'build': tuple(BUILDS), 'heigh
            'shoes_type': tuple(SHOES),
            'bag_type': tuple(BAGS)[1:], 'hat_type': tuple(HATS)[1:]} | {k: _hues for k in CLOTHING_FACTORS if 'color' in k}
 
-# %% ../nbs/11_synth.ipynb #110071
+# %% ../nbs/11_synth.ipynb #110092
 def mistaken(attributes: dict,  # what is there
              rng: np.random.Generator, error_rate: float,  # chance; probability of a wrong value, for each attribute by itself
              plausible: bool = False  # err only where a value is easily confused with another
@@ -841,7 +862,7 @@ def mistaken(attributes: dict,  # what is there
         out[k] = pick(rng, choice) if wrong and choice else v
     return out
 
-# %% ../nbs/11_synth.ipynb #110073
+# %% ../nbs/11_synth.ipynb #110094
 SYNONYMS = {
     'man': ('man', 'male', 'guy', 'gentleman'), 'woman': ('woman', 'lady', 'female'), 'boy': ('boy', 'little boy', 'kid'),
     'girl': ('girl', 'little girl'), 'person': ('person', 'pedestrian'),
@@ -866,7 +887,7 @@ SYNONYMS = {
     'brimmed hat': ('brimmed hat', 'hat with a brim'), 'glasses': ('glasses', 'eyeglasses', 'spectacles'),
     'beard': ('beard', 'full beard')}
 
-# %% ../nbs/11_synth.ipynb #110074
+# %% ../nbs/11_synth.ipynb #110095
 HAIR = {'bald': ('a bald head', 'a shaved head'), 'short': ('short {} hair', 'close-cropped {} hair'),
         'curly': ('curly {} hair', 'short {} curls'), 'bob': ('chin-length {} hair', 'medium-length {} hair'),
         'long': ('long {} hair', 'long {} hair past the shoulders'), 'ponytail': ('{} hair in a ponytail', '{} hair tied back'),
@@ -879,7 +900,7 @@ BARE_PATTERN = {'striped': 'striped', 'vertically striped': 'pinstriped', 'check
                 'logo': 'printed', 'two-tone': 'two-tone'}
 PLURAL = ('trousers', 'jeans', 'shorts', 'leggings', 'sneakers', 'leather shoes', 'boots', 'sandals')
 
-# %% ../nbs/11_synth.ipynb #110075
+# %% ../nbs/11_synth.ipynb #110096
 def an(noun: str) -> str:
     "With its indefinite article."
     return ('an ' if noun[0] in 'aeiou' else 'a ') + noun
@@ -888,7 +909,7 @@ def listed(parts: list[str], last: str = ' and ', sep: str = ', ') -> str:
     "'a', 'a and b', 'a, b and c'."
     return parts[0] if len(parts) == 1 else sep.join(parts[:-1]) + last + parts[-1] if parts else ''
 
-# %% ../nbs/11_synth.ipynb #110078
+# %% ../nbs/11_synth.ipynb #110099
 @dataclass(frozen=True)
 class Style:
     "An annotator's habits."
@@ -912,7 +933,7 @@ MENTIONED = {'age': .7, 'build': .55, 'height': .45, 'skin': .06, 'hair': .8, 'g
              'scarf': .9, 'pattern': .93, 'color2': .75, 'view': .35}
 SLIP = .05  # how often an annotator writes in another's arrangement
 
-# %% ../nbs/11_synth.ipynb #110079
+# %% ../nbs/11_synth.ipynb #110100
 @dataclass
 class Say:
     "The phrases for one text, and the small grammar to put them together."
@@ -945,7 +966,7 @@ class Say:
         parts = self.has(*topics)
         return frame.format(listed(parts, last)) if parts else ''
 
-# %% ../nbs/11_synth.ipynb #110080
+# %% ../nbs/11_synth.ipynb #110101
 def person_phrase(say: Say) -> str:
     "The noun for the person, without an article: 'tall slim young man'."
     seen, s = say.seen, say.s
@@ -958,6 +979,7 @@ def person_phrase(say: Say) -> str:
     after = [f'{say.word(v)} {k}' for k, v in size if v == 'average' or s.post]
     return ' '.join(before + [age] * bool(age) + [noun]) + (f' of {listed(after)}' if after else '')
 
+# %% ../nbs/11_synth.ipynb #110102
 def body_phrases(say: Say) -> dict:
     "Hair, skin, glasses, beard."
     seen, p = say.seen, {}
@@ -971,22 +993,23 @@ def body_phrases(say: Say) -> dict:
     if seen.get('beard') and say.told('beard'): p['beard'] = say.a(say.word('beard'))
     return p
 
-# %% ../nbs/11_synth.ipynb #110081
+# %% ../nbs/11_synth.ipynb #110103
 def garment(say: Say, kind: str, color: str, pattern: str = 'plain', color2: str | None = None) -> str:
     "A noun phrase for something worn: color, pattern and article as the annotator puts them."
     noun, hue, s, many = say.word(kind), say.word(color), say.s, kind in PLURAL
     tail = ''
     if pattern != 'plain' and (say.topics != 'all' or say.told('pattern')):
-        if color2 and say.told('color2'):
-            tail = ' with ' + WITH_PATTERN[pattern][(say.style + (say.rng.random() < .2)) % 2].format(say.word(color2))
+        text = WITH_PATTERN[pattern][(say.style + (say.rng.random() < .2)) % 2].format(say.word(color2 or 'white'))
+        if color2 and say.told('color2'): tail = ' with ' + (an(text[2:]) if text.startswith('a ') else text)
         else: noun = f'{BARE_PATTERN[pattern]} {noun}'
-    if not s.articles: tail = tail.replace(' a ', ' ')
+    if not s.articles: tail = re.sub(' an? ', ' ', tail)
     if s.pair and many: return f'a pair of {hue} {noun}{tail}'
     if s.form == 'color': text = f"{noun} that {'are' if many else 'is'} {hue}{tail}"
     elif s.form == 'of': text = f'{noun} in {hue}{tail}' if say.rng.random() < .7 else f'{hue} {noun}{tail}'
     else: text = f'{hue} {noun}{tail}'
     return text if many else say.a(text)
 
+# %% ../nbs/11_synth.ipynb #110104
 def clothing_phrases(say: Say) -> dict:
     "Upper, lower, shoes, bag, hat, scarf."
     seen, p = say.seen, {}
@@ -1000,51 +1023,58 @@ def clothing_phrases(say: Say) -> dict:
     if 'scarf_color' in seen and say.told('scarf'): p['scarf'] = garment(say, 'scarf', seen['scarf_color'])
     return p
 
-# %% ../nbs/11_synth.ipynb #110083
+# %% ../nbs/11_synth.ipynb #110106
 def clauses(subject: str, he: str, *verbs: str) -> str:
     "'The man is wearing x. He has y.': sentences of one subject, the empty ones dropped."
     verbs = [v for v in verbs if v]
     if not verbs: return f'This is {subject[0].lower() + subject[1:]}'
     return '. '.join(f'{(subject, cap(he))[i > 0]} {v}' for i, v in enumerate(verbs))
 
+# %% ../nbs/11_synth.ipynb #110107
 def cap(text: str) -> str: return text[:1].upper() + text[1:]
 BODY = ('hair', 'skin', 'glasses', 'beard')
 GOING = {'front': 'walking toward the camera', 'back': 'walking away from the camera', 'left': 'walking to the left',
          'right': 'walking to the right'}
 
+# %% ../nbs/11_synth.ipynb #110108
 def narrator(y: Say, view: str) -> str:
     return clauses(f'The {y.who}', y.he, y.put(y.one('is wearing', 'wears') + ' {}', 'upper', 'lower', 'shoes'),
                    y.put('has {}', *BODY),
                    y.put(y.one('is carrying', 'carries') + ' {}', 'bag'), y.put('wears {}', 'hat', 'scarf'),
                    view and f'is {view}')
 
+# %% ../nbs/11_synth.ipynb #110109
 def bare_list(y: Say, view: str) -> str:
     return ', '.join([y.who, *y.has('hair', 'skin', 'glasses', 'beard', 'hat', 'upper', 'scarf', 'lower', 'shoes', 'bag'),
                       *[view] * bool(view)])
 
+# %% ../nbs/11_synth.ipynb #110110
 def chain(y: Say, view: str) -> str:
     return an(y.who) + y.put(' with {}', *BODY) + y.put(y.one(', dressed in', ', in') + ' {}', 'hat', 'scarf', 'upper', 'lower',
                                                         'shoes') + y.put(y.one(', carrying', ', with') + ' {}',
                                                                          'bag') + (f', {view}' if view else '')
 
+# %% ../nbs/11_synth.ipynb #110111
 def scene(y: Say, view: str) -> str:
     start = f"There is {an(y.who)} in the {y.one('picture', 'image')}" + (f', {view}' if view else '')
     rest = [y.put('has on {}', 'upper', 'lower', last=' together with '), y.put(y.one('stands', 'walks') + ' in {}', 'shoes'),
             y.put('can be seen with {}', *BODY), y.put('has {} too', 'hat', 'scarf', 'bag')]
     return '. '.join([start, *[f'{cap(y.he)} {r}' for r in rest if r]])
 
-# %% ../nbs/11_synth.ipynb #110084
+# %% ../nbs/11_synth.ipynb #110112
 def clothes_first(y: Say, view: str) -> str:
     start = cap(y.put(y.one('wearing', 'clad in') + ' {}, ', 'upper', 'lower', 'shoes', 'scarf', 'hat'))
     rest = y.put(y.one('shows', 'has') + ' {}', *BODY) or (view and f'is {view}') or 'is on the way'
     return start + f'this {y.who} {rest}' + y.put(' while holding {}', 'bag')
 
+# %% ../nbs/11_synth.ipynb #110113
 def possessive(y: Say, view: str) -> str:
     part = {'hat': 'head', 'scarf': 'neck', 'upper': 'upper body', 'lower': 'legs', 'shoes': 'feet', 'bag': 'side'}
     there = y.one('one notices', 'one sees')
     body = [y.put(f"{'at' if k == 'bag' else 'on'} {y.his} {part[k]} {there} {{}}", k) for k in part]
     return '; '.join([cap(an(y.who)) + y.put(' having {}', *BODY), *[b for b in body if b]])
 
+# %% ../nbs/11_synth.ipynb #110114
 def bottom_up(y: Say, view: str) -> str:
     worn = y.put('from bottom to top: {}, then ', 'shoes') + y.put('{}, ', 'lower', 'upper', 'scarf', 'hat',
                                                                    last=' below ') + y.put('plus {}, ', 'bag')
@@ -1052,6 +1082,7 @@ def bottom_up(y: Say, view: str) -> str:
                                                                                                   'glasses', 'skin', 'hair',
                                                                                                   last=' as well as ')
 
+# %% ../nbs/11_synth.ipynb #110115
 def we_see(y: Say, view: str) -> str:
     tail = [y.put('who is dressed in {}', 'upper', 'lower', last=' combined with '),
             y.put('who also wears {}', 'shoes', 'hat', 'scarf'), y.put('whose look includes {}', *BODY),
@@ -1059,19 +1090,21 @@ def we_see(y: Say, view: str) -> str:
     tail = [x for x in [*tail, view and f'who is {view}'] if x]
     return y.one('Here we can see ', 'We see ') + f'{an(y.who)} ' + ' and '.join(tail)
 
-# %% ../nbs/11_synth.ipynb #110085
+# %% ../nbs/11_synth.ipynb #110116
 def run_on(y: Say, view: str) -> str:
     parts = [y.put('has {}', *BODY, last=' and '), y.put('is in {}', 'upper', 'scarf', last=' and '),
              y.put('got {} on', 'lower', 'shoes', last=' and '), y.put('puts on {}', 'hat'), y.put('brings {}', 'bag')]
     parts = [x.replace(',', ' and') for x in [*parts, view and f'is {view}'] if x]
     return f'so this {y.who} ' + f' and then {y.he} '.join(parts)
 
+# %% ../nbs/11_synth.ipynb #110117
 def filled_form(y: Say, view: str) -> str:
     labels = [('Body', BODY), ('Top', ('upper', 'scarf')), ('Bottom', ('lower',)), ('Feet', ('shoes',)),
               ('Extras', ('hat', 'bag'))]
     return '. '.join([f'Subject: {y.who}', *[f'{k}: {listed(y.has(*t), " + ")}' for k, t in labels if y.has(*t)],
                       *([f'Direction: {view}'] if view else [])])
 
+# %% ../nbs/11_synth.ipynb #110118
 def hedging(y: Say, view: str) -> str:
     parts = [y.put(y.one('seems to be wearing', 'might wear') + ' {}', 'upper'),
              y.put(y.one('probably', 'likely') + ' has {}', 'lower', 'shoes', last=' and maybe '),
@@ -1080,6 +1113,7 @@ def hedging(y: Say, view: str) -> str:
     guesses = ', '.join(f'{y.he} {x}' for x in parts if x)
     return y.one('It looks like', 'This may be') + f' {an(y.who)}' + (f', and {guesses}' if guesses else '')
 
+# %% ../nbs/11_synth.ipynb #110119
 def view_first(y: Say, view: str) -> str:
     start = f'Moving {view.removeprefix("walking ")}, ' if view else 'In this shot, '
     parts = [y.put('{} above', 'upper', 'scarf'), y.put('{} below', 'lower'), y.put('{} underfoot', 'shoes'),
@@ -1090,7 +1124,7 @@ def view_first(y: Say, view: str) -> str:
 ARRANGE = (narrator, bare_list, chain, scene, clothes_first, possessive, bottom_up, we_see, run_on, filled_form, hedging,
            view_first)
 
-# %% ../nbs/11_synth.ipynb #110087
+# %% ../nbs/11_synth.ipynb #110121
 def caption(factors: dict,  # all factors of a picture
             style: int,     # which annotator, 0..11
             rng: np.random.Generator,  # source of chance
@@ -1101,19 +1135,21 @@ def caption(factors: dict,  # all factors of a picture
     arrange = pick(rng, ARRANGE) if rng.random() < SLIP else ARRANGE[style]  # nobody is quite consistent
     return finish(arrange(say, GOING[factors['view']] if say.told('view') else ''), say.s)
 
+# %% ../nbs/11_synth.ipynb #110122
 def finish(text: str, style: Style) -> str:
     "The first letter and the last sign."
     return (cap(text) if style.capital else text[:1].lower() + text[1:]) + style.stop
 
-# %% ../nbs/11_synth.ipynb #110088
+# %% ../nbs/11_synth.ipynb #110123
 def describe_factors(factors: dict, rng: np.random.Generator, error_rate: float = .05, style: int | None = None) -> dict:
     "What the stand-in for the MLLM answers for a picture: `identity`, `clothing`, `attributes` (as it believes them), `style`."
     seen = mistaken(visible(factors), rng, error_rate)
-    manner = pick(rng, (0, 2, 7)) if style is None else style  # by default plain whole sentences in one of three wordings
+    manner = pick(rng, (0, 3, 7)) if style is None else style  # by default plain whole sentences in one of three wordings
     texts = {topic: finish(ARRANGE[manner](Say(seen, manner, rng, topic), ''), STYLES[manner]) for topic in ('identity',
                                                                                                              'clothing')}
     return texts | {'attributes': seen, 'style': style}
 
+# %% ../nbs/11_synth.ipynb #110124
 def identity_description(factors: dict,  # all factors of a picture
                          rng: np.random.Generator, error_rate: float = .05,  # chance; share of wrong attributes
                          style: int | None = None  # the annotator whose manner is copied; None: plain sentences
@@ -1121,14 +1157,16 @@ def identity_description(factors: dict,  # all factors of a picture
     "The identity text of Sec. 3.3."
     return describe_factors(factors, rng, error_rate, style)['identity']
 
+# %% ../nbs/11_synth.ipynb #110125
 def clothing_description(factors: dict, rng: np.random.Generator, error_rate: float = .05, style: int | None = None) -> str:
     "The clothing text of Sec. 3.3: never speaks of the body."
     return describe_factors(factors, rng, error_rate, style)['clothing']
 
-# %% ../nbs/11_synth.ipynb #110099
+# %% ../nbs/11_synth.ipynb #110136
 LAYOUTS = {'cuhk': 'reid_raw.json', 'icfg': 'ICFG-PEDES.json', 'rstp': 'data_captions.json'}  # layout -> its annotation file
 CAPTIONS = {'cuhk': 2, 'icfg': 1, 'rstp': 2}  # captions an image has there
 
+# %% ../nbs/11_synth.ipynb #110137
 def file_name(layout: str, split: str, pid: int, k: int, camera: str) -> str:
     "The path of a picture below `imgs/`."
     cam = CAMERAS.index(camera)
@@ -1136,13 +1174,14 @@ def file_name(layout: str, split: str, pid: int, k: int, camera: str) -> str:
     if layout == 'icfg': return f'{split}/{pid:04d}/{pid:04d}_{k:03d}_{cam + 1:02d}_0303morning_{pid % 9999:04d}_{k}.jpg'
     return f'{pid:04d}_c{cam + 1}_{k:04d}.jpg'
 
+# %% ../nbs/11_synth.ipynb #110138
 def annotation(layout: str, row: dict) -> dict:
     "One entry of the official annotation file."
     entry = dict(id=row['pid'], split=row['split'], captions=row['captions'])
     if layout == 'rstp': return dict(id=row['pid'], img_path=row['image'], captions=row['captions'], split=row['split'])
     return entry | dict(file_path=row['image'], processed_tokens=[re.findall(r'[a-z0-9]+', c.lower()) for c in row['captions']])
 
-# %% ../nbs/11_synth.ipynb #110100
+# %% ../nbs/11_synth.ipynb #110139
 @dataclass(frozen=True)
 class Spec:
     "Everything that decides the bytes of a dataset; `synth.json` holds it."
@@ -1166,7 +1205,7 @@ class Spec:
         if i >= self.n_ids - self.test_ids: return 'test'
         return 'val' if i >= self.n_ids - self.test_ids - self.val_ids and self.layout != 'icfg' else 'train'
 
-# %% ../nbs/11_synth.ipynb #110101
+# %% ../nbs/11_synth.ipynb #110140
 def check_spec(s: Spec):
     "Refuse what cannot be made, in one line."
     def no(what): raise UserError(f'make_synth: {what}')
@@ -1184,7 +1223,7 @@ def check_spec(s: Spec):
     if s.val_ids + s.test_ids >= s.n_ids:
         no(f'val_ids + test_ids = {s.val_ids + s.test_ids} leaves nobody of n_ids = {s.n_ids} to train on; raise n_ids')
 
-# %% ../nbs/11_synth.ipynb #110102
+# %% ../nbs/11_synth.ipynb #110141
 def rows_of(s: Spec, i: int  # the person's number, from 0
            ) -> Iterator[dict]:
     "Factors, captions and description of each picture of a person."
@@ -1198,6 +1237,7 @@ def rows_of(s: Spec, i: int  # the person's number, from 0
                    styles=styles,
                    captions=[caption(f, style, rng, s.mistakes) for style in styles])
 
+# %% ../nbs/11_synth.ipynb #110142
 def description_row(image: str, factors: dict, row: int, seed: int, error_rate: float, style: int | None = None) -> dict:
     "One line of `descriptions.jsonl`; `row` is the picture's number in the dataset."
     d = describe_factors(factors, stream(seed, DESCRIPTION, row), error_rate, style)
@@ -1206,7 +1246,7 @@ def description_row(image: str, factors: dict, row: int, seed: int, error_rate: 
                 prompt_hash=f'synth-{VERSION}-{error_rate}', seed=seed, tries=1, tokens=0, cost=0., latency=0., status='ok',
                 reason=None)
 
-# %% ../nbs/11_synth.ipynb #110104
+# %% ../nbs/11_synth.ipynb #110144
 def draw_share(folder: Path, s: Spec, worker: int, workers: int, progress: bool = False):
     "Draw the persons `worker`, `worker + workers`, ... and write their rows to a part file."
     mine = range(worker, s.n_ids, workers)
@@ -1222,6 +1262,7 @@ def draw_share(folder: Path, s: Spec, worker: int, workers: int, progress: bool 
                                                      s.error_rate)
                 out.write(json.dumps(row) + '\n')
 
+# %% ../nbs/11_synth.ipynb #110145
 def draw_all(folder: Path, s: Spec, workers: int, progress: bool):
     "All shares, in this process and `workers - 1` others."
     code = ('import json, sys; from bdam_repro import synth; a = json.loads(sys.argv[1]); '
@@ -1233,12 +1274,14 @@ def draw_all(folder: Path, s: Spec, workers: int, progress: bool):
         draw_share(folder, s, 0, workers, progress)
         for p in others:
             err = p.communicate()[1]
-            if p.returncode: raise RuntimeError(f'a drawing process failed: {err.strip().splitlines()[-1]}')
+            if p.returncode:
+                why = err.strip().splitlines() or [f'exit code {p.returncode}']
+                raise RuntimeError(f'a drawing process failed: {why[-1]}')
     finally:
         for p in others:
             if p.poll() is None: p.kill(); p.wait()
 
-# %% ../nbs/11_synth.ipynb #110105
+# %% ../nbs/11_synth.ipynb #110146
 def write_tables(folder: Path, s: Spec, workers: int):
     "Put the part files together, in the order of persons and pictures, as the official file and ours."
     parts = [folder/f'part{w}.jsonl' for w in range(workers)]
@@ -1252,7 +1295,7 @@ def write_tables(folder: Path, s: Spec, workers: int):
             des.write(json.dumps(r['description']) + '\n')
     (folder/'synth.json').write_text(json.dumps(asdict(s), indent=1))
 
-# %% ../nbs/11_synth.ipynb #110106
+# %% ../nbs/11_synth.ipynb #110147
 def make_synth(root: str | Path,  # where datasets live; the dataset becomes a folder in it
                layout: str = 'cuhk',  # 'cuhk' | 'icfg' | 'rstp'
                n_ids: int = 1000, images_per_id: int = 4,  # how many persons, and pictures of each
@@ -1271,7 +1314,7 @@ def make_synth(root: str | Path,  # where datasets live; the dataset becomes a f
     "Draw a dataset, whole or not at all; one that stands with the same parameters is used again. Raises `UserError`."
     s = Spec(layout, n_ids, images_per_id, seed, clothes_change, _share(val_ids, n_ids, 10), _share(test_ids, n_ids, 5),
              *_two(size),
-             captions_per_image or CAPTIONS.get(layout, 2), n_styles, mistakes, error_rate)
+             CAPTIONS.get(layout, 2) if captions_per_image is None else captions_per_image, n_styles, mistakes, error_rate)
     check_spec(s)
     if Path(folder).name != folder or folder in ('', '..'):
         raise UserError(f'make_synth: folder is a plain name inside root, not {folder!r}')
@@ -1281,15 +1324,17 @@ def make_synth(root: str | Path,  # where datasets live; the dataset becomes a f
     if target.exists(): return _same(target, asdict(s))
     return _build(target, s, min(n_ids, workers or os.cpu_count() or 1), progress)
 
+# %% ../nbs/11_synth.ipynb #110148
 def _share(given: int | None, n_ids: int, of: int) -> int:
     return given if given is not None else n_ids // of if isinstance(n_ids, int) else 0
 
+# %% ../nbs/11_synth.ipynb #110149
 def _two(size) -> tuple:
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise UserError(f'make_synth: size is (height, width), not {size!r}')
     return tuple(size)
 
-# %% ../nbs/11_synth.ipynb #110107
+# %% ../nbs/11_synth.ipynb #110150
 def _build(target: Path, s: Spec, workers: int, progress: bool) -> Path:
     "Draw into a hidden folder beside the target and rename it: whatever happens, no half dataset has the name."
     tmp = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
@@ -1304,18 +1349,20 @@ def _build(target: Path, s: Spec, workers: int, progress: bool) -> Path:
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return target
 
-# %% ../nbs/11_synth.ipynb #110108
+# %% ../nbs/11_synth.ipynb #110151
 def _same(target: Path, asked: dict) -> Path:
     "An existing dataset, if it is the one asked for."
     mend = 'choose another `folder`, or delete this one'
     if not (target/'synth.json').exists():
         raise UserError(f'make_synth: {target} exists and is not a SynthPEDES (no synth.json); {mend}')
-    try: old = json.loads((target/'synth.json').read_text())
-    except ValueError: raise UserError(f'make_synth: {target}/synth.json cannot be read as JSON; {mend}') from None
+    try: old = dict(json.loads((target/'synth.json').read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f'make_synth: {target}/synth.json cannot be read as a JSON object; {mend}') from None
     differ = [f'{k}={old.get(k)!r} (asked: {v!r})' for k, v in asked.items() if old.get(k) != v]
     if differ: raise UserError(f"make_synth: {target} was made with {', '.join(differ)}; {mend}")
     return target
 
+# %% ../nbs/11_synth.ipynb #110152
 def ensure_synth(root: str | Path,  # where datasets live
                  folder: str = 'SynthPEDES',  # the dataset's folder in it
                  workers: int | None = None, progress: bool = True,  # as in `make_synth`
@@ -1330,7 +1377,7 @@ def ensure_synth(root: str | Path,  # where datasets live
         raise UserError(f"ensure_synth: unknown parameter {sorted(unknown)[0]!r}; known: {', '.join(Spec.__dataclass_fields__)}")
     return _same(target, asked | {'version': VERSION})
 
-# %% ../nbs/11_synth.ipynb #110110
+# %% ../nbs/11_synth.ipynb #110154
 def describe_synth(folder: str | Path,  # a SynthPEDES folder
                    error_rate: float = .05,  # probability of a wrong value, for each visible attribute
                    seed: int = 0,  # decides the errors and the wording
@@ -1351,6 +1398,7 @@ def describe_synth(folder: str | Path,  # a SynthPEDES folder
             f.write(json.dumps(description_row(r['image'], r, i, seed, error_rate, k)) + '\n')
     return Path(out or folder/'descriptions.jsonl')
 
+# %% ../nbs/11_synth.ipynb #110155
 def _style_of(style, image: str, rng: np.random.Generator) -> int | None:
     "The style for one picture."
     if style is None: return None
