@@ -1247,13 +1247,12 @@ def description_row(image: str, factors: dict, row: int, seed: int, error_rate: 
                 reason=None)
 
 # %% ../nbs/11_synth.ipynb #110144
-def draw_share(folder: Path, s: Spec, worker: int, workers: int, progress: bool = False):
+def draw_share(folder: Path, s: Spec, worker: int, workers: int, caller: int | None = None, progress: bool = False):
     "Draw the persons `worker`, `worker + workers`, ... and write their rows to a part file."
     mine = range(worker, s.n_ids, workers)
-    parent = os.getppid()
     with open(folder/f'part{worker}.jsonl', 'w') as out:
         for i in tqdm(mine, desc='drawing people', unit_scale=workers, disable=not progress):
-            if worker and os.getppid() != parent: return  # the caller is gone
+            if caller and os.getppid() != caller: return  # the caller was killed
             for k, row in enumerate(rows_of(s, i)):
                 path = folder/'imgs'/row['image']
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -1268,10 +1267,10 @@ def draw_all(folder: Path, s: Spec, workers: int, progress: bool):
     code = ('import json, sys; from bdam_repro import synth; a = json.loads(sys.argv[1]); '
             'synth.draw_share(synth.Path(a[0]), synth.Spec(**a[1]), *a[2:])')
     env = os.environ | {'PYTHONPATH': os.pathsep.join(p for p in [str(Path.cwd()), *sys.path] if p)}
-    others = [subprocess.Popen([sys.executable, '-c', code, json.dumps([str(folder), asdict(s), w, workers])], env=env,
-                               stderr=subprocess.PIPE, text=True) for w in range(1, workers)]
+    args = [json.dumps([str(folder), asdict(s), w, workers, os.getpid()]) for w in range(1, workers)]
+    others = [subprocess.Popen([sys.executable, '-c', code, a], env=env, stderr=subprocess.PIPE, text=True) for a in args]
     try:
-        draw_share(folder, s, 0, workers, progress)
+        draw_share(folder, s, 0, workers, progress=progress)
         for p in others:
             err = p.communicate()[1]
             if p.returncode:

@@ -139,11 +139,11 @@ def test_description_schema(small):
 # --- factors ----------------------------------------------------------------------------------------------------------------
 
 def test_clothes_change_keeps_the_person(tmp_path):
-    standard, change = (jsonl(make(tmp_path/n, n_ids=6, images_per_id=4, clothes_change=c)/'factors.jsonl') for n,
-                        c in (('s', False), ('c', True)))
-    def outfits(rows, pid): return {tuple(str(r[k]) for k in CLOTHING_FACTORS) for r in rows if r['pid'] == pid}
-    def persons(rows, pid): return {tuple(str(r[k]) for k in (*IDENTITY_FACTORS, 'head_size',
-                                                              'stature')) for r in rows if r['pid'] == pid}
+    standard, change = (jsonl(make(tmp_path/str(c), n_ids=6, images_per_id=4, clothes_change=c)/'factors.jsonl')
+                        for c in (False, True))
+    def kinds(rows, pid, keys): return {tuple(str(r[k]) for k in keys) for r in rows if r['pid'] == pid}
+    def outfits(rows, pid): return kinds(rows, pid, CLOTHING_FACTORS)
+    def persons(rows, pid): return kinds(rows, pid, (*IDENTITY_FACTORS, 'head_size', 'stature'))
     for pid in range(1, 7):
         assert len(outfits(standard, pid)) == 1 and len(outfits(change, pid)) == 4
         assert persons(standard, pid) == persons(change, pid) and len(persons(change, pid)) == 1
@@ -335,7 +335,8 @@ def test_kill_in_the_middle(tmp_path):
     os.kill(p.pid, signal.SIGKILL)
     p.wait()
     assert list(tmp_path.rglob('*.jpg')) and not (tmp_path/'SynthPEDES').exists()
-    time.sleep(1)  # the other worker notices that its caller is gone
+    drawn = -1
+    while drawn != (drawn := len(list(tmp_path.rglob('*.jpg')))): time.sleep(1)  # the other worker sees its caller gone
     left = next(tmp_path.iterdir())
     os.utime(left, (0, 0))  # a while later
     folder = make(tmp_path)
