@@ -2,9 +2,10 @@
 
     python benchmarks/bench_mamba.py [--batch 64] [--lengths 66 197 261] [--threads 1] [--rounds 2]
 
-Each measurement runs in a fresh process (its peak memory is then its own) and the two take turns, so that a machine busy with other
-work slows both. Prints the best time of each, the peak memory beyond model and input, and the ratios. Where mambapy
-would not fit into the free memory, both take the largest batch that does, and the table says so.
+Each measurement runs in a fresh process (its peak memory is then its own) and the two take turns, so that a machine
+busy with other work slows both. Prints the best time of each, the peak memory beyond model and input, and the ratios.
+Where mambapy would not fit into the free memory, both take the largest halved batch that does (the column `batch` tells),
+and a second line has ours at the full batch.
 """
 import argparse
 import resource
@@ -85,7 +86,8 @@ def main() -> None:
             print(compare(a.batch, length, a.threads, a.rounds), flush=True)
         if a.ours_only or a.batch * length * MAMBAPY_BYTES > .7 * available():
             t, m, _ = run('ours', a.batch, length, a.threads, 2)
-            print(f'{length:5d} {a.batch:6d} {t:9.2f} {m:8.0f}' + ('' if a.ours_only else '   (ours alone: mambapy does not fit)'), flush=True)
+            note = '' if a.ours_only else '   (ours alone: mambapy does not fit)'
+            print(f'{length:5d} {a.batch:6d} {t:9.2f} {m:8.0f}{note}', flush=True)
 
 
 if __name__ == '__main__':
