@@ -325,3 +325,19 @@ def test_literal_gradient_of_s_agrees_with_finite_differences():
 def test_mistakes_are_one_clear_line(f):
     with pytest.raises(UserError) as e: f()
     assert '\n' not in str(e.value) and len(str(e.value)) > 20
+
+
+def test_signs_near_the_target():
+    g = torch.tensor([1.0, 1.004, 0.998, 0.998], dtype=torch.float64)
+    w = ratio = torch.ones(4, dtype=torch.float64)
+    assert gnm.gradnorm_gradient(w, g, ratio).sign().tolist() == [0, 1, -1, -1]  # their mean is 1
+
+
+def test_the_regularizer_holds_a_task_with_a_tiny_gradient():
+    W = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    weight = {}
+    for log_reg in (0.0, 1e-3):
+        gn = GradNorm(['tiny', 'usual'], every=1, log_reg=log_reg, optimizer='adam')
+        for _ in range(100): gn.step({'tiny': 1e-5 * W.sum(), 'usual': W.sum()}, [W])
+        weight[log_reg] = gn.weights['tiny'] / gn.weights['usual']
+    assert weight[0.0] > 1.2 * weight[1e-3]

@@ -337,3 +337,23 @@ def test_mistakes_are_one_clear_line(f):
     with pytest.raises(UserError) as e:
         f()
     assert '\n' not in str(e.value) and len(str(e.value)) > 20
+
+
+def test_triplet_oracle_and_direction():
+    rng = np.random.default_rng(0)
+    a, p, n = rng.normal(size=(3, 20, 4))
+    want = np.mean([max(((i - j) ** 2).sum() - ((i - k) ** 2).sum() + 0.3, 0) for i, j, k in zip(a, p, n)])
+    assert ls.triplet(*as_torch(a, p, n), 0.3).item() == pytest.approx(want, rel=1e-12)
+
+
+def test_tal_takes_the_weights_of_its_positives_as_constants():
+    v, t, pids = R.double(), R.double().flip(0).requires_grad_(), torch.tensor([0, 0, 0, 1, 1, 2])
+    grad = torch.autograd.grad(ls.tal(v, t, pids, margin=5.0, tau=0.5), t)[0]
+    u, same = ls.l2_normalize(v), pids[:, None] == pids[None]
+    w = t.detach().clone().requires_grad_()
+    c = u @ ls.l2_normalize(w).T
+    want = 0.0
+    for d in (c, c.T):
+        alpha = torch.softmax((d.detach() / 0.5).masked_fill(~same, -math.inf), 1)
+        want = want + (5 - (alpha * d).sum(1) + 0.5 * (d / 0.5).masked_fill(same, -math.inf).logsumexp(1)).mean()
+    assert torch.allclose(grad, torch.autograd.grad(want, w)[0], rtol=1e-9, atol=1e-12)
