@@ -341,3 +341,10 @@ def test_the_regularizer_holds_a_task_with_a_tiny_gradient():
         for _ in range(100): gn.step({'tiny': 1e-5 * W.sum(), 'usual': W.sum()}, [W])
         weight[log_reg] = gn.weights['tiny'] / gn.weights['usual']
     assert weight[0.0] > 1.2 * weight[1e-3]
+
+
+def test_losses_are_averaged_over_updates():
+    W = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    gn = GradNorm(['a'], every=1, ema=0.9)
+    for value in (2.0, 4.0, 4.0): gn.step({'a': value * W.sum()}, [W])
+    assert gn.state_dict()['first'].item() == 2 and gn.state_dict()['mean'].item() == pytest.approx(2.38)
