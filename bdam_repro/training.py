@@ -16,6 +16,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -253,10 +254,8 @@ class Trainer:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         "Forward, in the run's precision. The literal Eq. 5-6 needs a second derivative, which only the plain attention kernel has."
-        plain = [torch.nn.attention.SDPBackend.MATH] if self.c.balance == 'literal' else None
-        with self.amp():
-            if plain is None: return batch_losses(forward(self.model, batch, self.c), batch, self.c)
-            with torch.nn.attention.sdpa_kernel(plain): return batch_losses(forward(self.model, batch, self.c), batch, self.c)
+        twice = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if self.c.balance == 'literal' else nullcontext()
+        with self.amp(), twice: return batch_losses(forward(self.model, batch, self.c), batch, self.c)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         "Losses, task weights, backward, step. Raises `UserError` when a loss is no number any more."
@@ -283,7 +282,7 @@ class Trainer:
             if self.c.shuffle_captions: batch = shuffled(batch, self.c.seed + self.step)
             for k, v in self.train_step(batch).items(): sums[k] += v
             images += len(batch)
-            bar.update(); bar.set_postfix_str(f'{images/(time.perf_counter() - start):.0f} images/s, loss ' + ', '.join(f'{k} {v/(self.step - epoch*len(self.loader)):.2f}' for k, v in sums.items()))
+            bar.set_postfix_str(f'{images/(time.perf_counter() - start):.0f} images/s, loss ' + ', '.join(f'{k} {v/(self.step - epoch*len(self.loader)):.2f}' for k, v in sums.items()), refresh=False); bar.update()
         seconds = time.perf_counter() - start
         return ({'epoch': epoch + 1, 'lr': self.opt.param_groups[0]['lr'], 'images_per_s': images/seconds, 'wait_share': self.loader.wait_share}
                 | {f'loss_{k}': v/len(self.loader) for k, v in sums.items()} | {f'w_{k}': w for k, w in self.weights.weights.items()})
