@@ -160,7 +160,7 @@ def outfit_factors(rng: np.random.Generator,  # source of chance
 # %% ../nbs/11_synth.ipynb #110019
 CAMERAS = ('street', 'park', 'station', 'shop', 'road', 'plaza')
 GAINS = {'street': (256, 250, 240), 'park': (244, 262, 236), 'station': (268, 252, 216), 'shop': (262, 254, 250),
-         'road': (238, 250, 268), 'plaza': (206, 214, 238)}
+         'road': (238, 250, 268), 'plaza': (206, 214, 238)}  # R, G, B in 1/256
 VIEWS = {'front': 34, 'back': 30, 'left': 18, 'right': 18}  # 'left': walks to the picture's left, showing the person's left side
 OCCLUSIONS = {'none': 80, 'pole': 6, 'bike': 5, 'passer-by': 5, 'box': 4}
 NUISANCE_FACTORS = ('camera', 'view', 'step', 'light', 'blur', 'noise', 'occlusion', 'shift_x', 'shift_y', 'zoom', 'scene_seed')
