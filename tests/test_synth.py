@@ -76,7 +76,7 @@ def test_a_person_does_not_depend_on_the_size_of_the_dataset(small, tmp_path):
     assert tree(big)[name] == tree(small)[name]
 
 def test_known_values():
-    "Guards the promise across machines and versions: factors and captions of one picture, as they were when this version was fixed."
+    "Guards the promise across machines and versions: factors and captions of one picture, as this version has them."
     f = image_factors(0, 9, 0)
     text = json.dumps([f, [caption(f, s, stream(0, 3, 9)) for s in range(12)]], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
