@@ -59,14 +59,14 @@ def opt(default: Any,    # value in the `paper` preset, unless a preset says oth
 
 class Options(BaseModel):
     "Frozen, strict about types, and an unknown name is an error."
-    model_config = ConfigDict(extra='forbid', frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True, allow_inf_nan=False, protected_namespaces=())
 
 # %% ../nbs/00_config.ipynb #000014
 class RunOptions(Options):
     dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt('synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
     preset: Literal['smoke', 'tiny', 'paper'] = opt('paper', 'sizes and schedule: seconds, minutes on two cores, one GPU')
     variant: str = opt('full', 'the whole model, an ablation or a baseline, see `VARIANTS`')
-    seed: int = opt(0, 'seed of initialization, batches and augmentation', '0, 1, 2 (4.2)', ge=0)
+    seed: int = opt(0, 'seed of initialization, batches and augmentation', '0, 1, 2 (4.2)', ge=0, lt=2**31)
     tag: str = opt('', 'ending of the run folder, for a run with options of its own', pattern=r'^[\w.=-]*$')
     data_root: str = opt('data', 'folder of the datasets, relative to the repository')
     folder: str = opt('', "the dataset's folder in `data_root`; empty: its official name")
@@ -94,7 +94,7 @@ class SynthOptions(Options):
     synth_val_ids: int = opt(100, 'SynthPEDES: identities to select the checkpoint on', ge=1)
     synth_test_ids: int = opt(250, 'SynthPEDES: identities of the test gallery', ge=1)
     synth_images: int = opt(4, 'SynthPEDES: images of each identity', ge=1)
-    synth_seed: int = opt(0, 'SynthPEDES: seed of the dataset, the same for all runs', ge=0)
+    synth_seed: int = opt(0, 'SynthPEDES: seed of the dataset, the same for all runs', ge=0, lt=2**31)
     synth_layout: Literal['cuhk', 'icfg', 'rstp'] = opt('cuhk', 'SynthPEDES: whose files and folders')
     synth_error: float = opt(0.05, 'SynthPEDES: share of wrong attributes in the descriptions', ge=0, le=1)
     clothes_change: bool = opt(False, 'SynthPEDES: another outfit in each image')
@@ -106,6 +106,7 @@ class EncoderOptions(Options):
     text: str | dict[str, str | int] = opt('bert-base-uncased', 'hub name, local folder, or a size for a random start',
                                            'bert-base-uncased (4.2)')
     vocab_size: int = opt(3000, 'words of the tokenizer that a random start trains on the captions', ge=200)
+    text_pool: Literal['cls', 'mean'] = opt('cls', "the text's vector: its [CLS] (CLIP: closing) token, or the mean over its tokens", 'not printed')
     dim: int = opt(768, 'D: width of the identity, clothing and text features', '768 (4.2)', ge=8)
     dropout: float = opt(0.1, 'everywhere', '0.1 (4.2)', ge=0, lt=1)
     grad_checkpoint: bool = opt(False, 'less memory for more time in the encoders')
@@ -188,7 +189,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     'tiny': dict(
         image_height=128, image_width=64, max_length=64, pad=6, ids_per_batch=32, images_per_id=2,
         vision={'type': 'vit', 'hidden': 128, 'layers': 4, 'heads': 4, 'patch': 16},
-        text={'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4}, dim=128, bdam_depth=4, bdam_heads=4,
+        text={'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4}, text_pool='mean', dim=128, bdam_depth=4, bdam_heads=4,
         fusion_dim=64, epochs=12, lr=1e-3, weight_decay=0.02, decoupled=True, warmup=1, workers=0),
     'smoke': dict(
         image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2, folder='SynthPEDES-smoke',
@@ -244,7 +245,7 @@ def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
     "Preset, then variant, then `options`. Raises `UserError` for a name or value that is not known."
     preset = preset or ('tiny' if dataset == 'synth' else 'paper')
     for kind, name, known in (('preset', preset, PRESETS), ('variant', variant, VARIANTS)):
-        if name not in known: raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")
+        if not isinstance(name, str) or name not in known: raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")
     values = dict(dataset=dataset, preset=preset, variant=variant) | PRESETS[preset] | VARIANTS[variant]
     if dataset != 'synth': values.pop('folder', None)
     if variant == 'bdam_shallow': values['bdam_depth'] = PRESETS[preset].get('bdam_depth', 6) // 2
@@ -260,9 +261,10 @@ def check_config(config: Config) -> Config:  # the same one
     c = config
     need(c.dim % c.bdam_heads == 0, f'dim={c.dim} must be a multiple of bdam_heads={c.bdam_heads}')
     need(c.fusion_dim % c.fusion_heads == 0, f'fusion_dim={c.fusion_dim} must be a multiple of fusion_heads={c.fusion_heads}')
-    need(c.ids_per_batch * c.images_per_id > 1, 'a batch of one image has no negatives: raise ids_per_batch or images_per_id')
+    need(c.ids_per_batch > 1, 'a batch of one identity has no negatives: raise ids_per_batch')
     need(c.warmup < c.epochs, f'warmup={c.warmup} must be shorter than epochs={c.epochs}')
     need(c.c_align + c.c_fusion * c.fusion > 0, 'nothing relates image and text: c_align is 0 and there is no fusion loss')
+    need(not c.fusion or c.c_fusion > 0, 'a fusion that no loss trains (c_fusion=0) scores at random: set fusion=False')
     need(c.clothes_change is False or c.dataset == 'synth', f'clothes_change exists for dataset synth only, not {c.dataset}')
     return config
 

@@ -89,7 +89,7 @@ class MambaFusion(nn.Module):
         self.gate = ModalityGate(dim) if gate else None
         self.layers = mixer_layers(kind, layers, dim, dropout, d_state, d_conv, heads)
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, out_dim or dim)
-        self.match = nn.Linear(out_dim or dim, 1) if match else None
+        self.match = nn.Linear(out_dim or dim, 1, bias=False) if match else None   # a softmax over candidates would not see a bias
 
     def weigh(self, f_img: Tensor, f_txt: Tensor) -> Tensor:   # [B, D] each -> w [B, 2]
         "The modality weights; one half each where the gate is off."

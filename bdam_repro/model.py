@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .bdam import BDAM, Decoupled
 from .config import Config, UserError, atomic_path
 from .encoders import TextEncoder, VisionEncoder
-from .fusion import Fused, MambaFusion
+from .fusion import Fused, MambaFusion, masked_mean
 
 # %% ../nbs/34_model.ipynb #340007
 class Rows:
@@ -84,7 +84,8 @@ class Towers(nn.Module):
                    ) -> TextFeatures:
         "A query, from words alone."
         words = self.text(ids, mask)
-        return TextFeatures(self.proj_t(self.text.pool(words, mask)), words, mask)
+        one = self.text.pool(words, mask) if self.config.text_pool == 'cls' else masked_mean(words, mask[..., None])
+        return TextFeatures(self.proj_t(one), words, mask)
 
     def encode_image(self, images: Tensor  # [B, 3, H, W] uint8, or float in 0..1
                     ) -> ImageFeatures:
@@ -218,14 +219,17 @@ class Model(Towers):
 
 # %% ../nbs/34_model.ipynb #340025
 def build_model(config: Config,
-                vocab_size: int | None = None  # of the tokenizer; None: `config.vocab_size`, where the text encoder starts at random
+                vocab_size: int | None = None,  # of the tokenizer; None: `config.vocab_size`, where the text encoder starts at random
+                descriptions: bool = True    # off: no clothing text to train the clothing projection, so there is none
                ) -> Model:
     "The model of a configuration, from checkpoints or a random start. Raises `UserError` when a checkpoint cannot be had."
     c = config
     if vocab_size is None and isinstance(c.text, dict): vocab_size = c.vocab_size
     vision = VisionEncoder(c.vision, (c.image_height, c.image_width), dropout=c.dropout, checkpoint=c.grad_checkpoint)
     text = TextEncoder(c.text, vocab_size, c.max_length, dropout=c.dropout, checkpoint=c.grad_checkpoint)
-    return Model(c, vision, text)
+    model = Model(c, vision, text)
+    if not descriptions: model.proj_clo = None
+    return model
 
 # %% ../nbs/34_model.ipynb #340026
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> Path:
@@ -249,16 +253,21 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:   # tensor
     try:
         with safe_open(path, 'pt') as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except SafetensorError as e: raise UserError(f'{path} is not a whole safetensors file ({e}): copy or train it again') from None
-    if 'bdam_repro' not in meta: raise UserError(f'{path} holds tensors, but its header is not of this package')
-    return tensors, json.loads(meta['bdam_repro'])
+    try: header = json.loads(meta.get('bdam_repro', 'null'))
+    except ValueError: header = None
+    if not isinstance(header, dict): raise UserError(f'{path} holds tensors, but its header is not of this package')
+    return tensors, header
 
 # %% ../nbs/34_model.ipynb #340028
 def from_pretrained(path: str | Path) -> Model:  # in evaluation mode, on the CPU
     "The model of `save_pretrained`. Raises `UserError` for a file that is none."
     state, meta = read_tensors(path)
     if not {'config', 'vision', 'text'} <= meta.keys(): raise UserError(f'{path} holds no model: give the path of a best.safetensors')
-    config = Config(**meta['config'])
-    model = Model(config, VisionEncoder.from_config(meta['vision']), TextEncoder.from_config(meta['text']))
-    try: model.load_state_dict(state)
-    except RuntimeError as e: raise UserError(f'{path} does not fit this version of the model: {str(e).splitlines()[-1].strip()}') from None
+    try:
+        config = Config(**meta['config'])
+        model = Model(config, VisionEncoder.from_config(meta['vision']), TextEncoder.from_config(meta['text']))
+        if not any(k.startswith('proj_clo.') for k in state): model.proj_clo = None     # trained without descriptions
+        model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f'{path} does not fit this version of the model: {str(e).strip().splitlines()[-1].strip()}') from None
     return model.eval()

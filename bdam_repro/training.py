@@ -7,12 +7,13 @@ __all__ = ['data_root', 'load_data', 'synth_folder', 'run_tokenizer', 'align_los
            'fusion_loss', 'batch_losses', 'forward', 'embed_texts', 'embed_images', 'evaluate', 'make_optimizer',
            'lr_at', 'pick_device', 'pick_dtype', 'LiteralWeights', 'make_weights', 'Trainer', 'optimizer_tensors',
            'load_optimizer', 'save_checkpoint', 'load_checkpoint', 'shuffled', 'code_version', 'device_name',
-           'provenance', 'write_json', 'finished', 'open_run', 'summary', 'headline', 'save_features', 'own_weights',
-           'prepare', 'train', 'one_epoch', 'epoch_line', 'finish', 'plot_history']
+           'provenance', 'write_json', 'finished', 'same_run', 'open_run', 'summary', 'headline', 'save_features',
+           'own_weights', 'prepare', 'train', 'one_epoch', 'epoch_line', 'finish', 'plot_history']
 
 # %% ../nbs/51_training.ipynb #510004
 import json
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -143,7 +144,7 @@ def embed_texts(model: Model, dataset: PedesDataset, tokenizer, split: str, batc
         q = model.encode_text(ids.to(device), mask.to(device))
         if c.fusion_input == 'tokens': q.words, q.mask = (F.pad(x, (*[0]*(2*x.ndim - 4), 0, c.max_length - x.shape[1])) for x in (q.words, q.mask))
         else: q.words, q.mask = q.words[:, :0], q.mask[:, :0]
-        parts.append(TextFeatures(q.t.float(), q.words, q.mask)); owners.append(rows)
+        parts.append(TextFeatures(q.t.float(), q.words.float(), q.mask)); owners.append(rows)
     return TextFeatures(*(torch.cat([getattr(p, k) for p in parts]) for k in ('t', 'words', 'mask'))), torch.cat(owners).numpy()
 
 @torch.no_grad()
@@ -152,7 +153,8 @@ def embed_images(model: Model, dataset: PedesDataset, split: str, batch: int = 2
     c, device, parts, owners = model.config, next(model.parameters()).device, [], []
     for rows, images in image_batches(dataset, (c.image_height, c.image_width), batch, split):
         g = model.encode_image(images.to(device))
-        parts.append([g.f_id.float(), g.f_clo.float(), g.hat_clo.float(), g.g.float(), g.patches[:, :g.patches.shape[1]*(c.fusion_input == 'tokens')]])
+        parts.append([g.f_id.float(), g.f_clo.float(), g.hat_clo.float(), g.g.float(),
+                      g.patches[:, :g.patches.shape[1]*(c.fusion_input == 'tokens')].float()])
         owners.append(rows)
     return ImageFeatures(*(torch.cat(x) for x in zip(*parts))), torch.cat(owners).numpy()
 
@@ -262,7 +264,7 @@ class Trainer:
         for group, lr in zip(self.opt.param_groups, self.base_lr):
             group['lr'] = lr*lr_at(self.step, self.steps, round(self.c.warmup*len(self.loader)))
         terms = self.losses(batch.to(self.device))
-        self.weights.step(terms, self.model.shared_parameters())
+        self.weights.step(terms, self.model.shared_parameters(), scale=self.scaler.get_scale())
         total = self.weights.total(terms)
         if not total.isfinite():
             raise UserError(f'the loss is {total.item()} at step {self.step}: ' + ', '.join(f'{k} {v.item():.3g}' for k, v in terms.items()) + '; try a lower lr or amp=off')
@@ -308,7 +310,7 @@ def save_checkpoint(path: Path, trainer: Trainer, epoch: int, extra: dict) -> No
     if torch.cuda.is_available(): tensors['rng.cuda'] = torch.cuda.get_rng_state()
     gn = weights.state_dict() if isinstance(weights, GradNorm) else {}
     if isinstance(weights, LiteralWeights): tensors |= {'literal.s': weights.s, 'literal.first': weights.first}
-    if trainer.scaler.is_enabled(): extra = extra | {'scale': trainer.scaler.get_scale()}
+    extra = extra | {'scaler': trainer.scaler.state_dict()}
     plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in gn.items() if k != 'opt'}
     if gn: tensors |= {f'gradnorm.{k}': torch.as_tensor(v) for k, v in gn['opt']['state'].get(0, {}).items()}
     write_tensors(path, tensors, {'epoch': epoch, 'gradnorm': plain, 'extra': extra})
@@ -329,7 +331,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> tuple[int, dict]:   # the e
     if isinstance(weights, LiteralWeights):
         weights.s.data.copy_(t['literal.s']); weights.first = t['literal.first']
     extra = meta['extra']
-    if 'scale' in extra: trainer.scaler.update(extra.pop('scale'))
+    trainer.scaler.load_state_dict(extra.pop('scaler'))
     return meta['epoch'], extra
 
 # %% ../nbs/51_training.ipynb #510035
@@ -367,20 +369,23 @@ def write_json(path: Path, value: dict) -> None:
 
 def finished(folder: Path) -> dict | None:
     "The metrics of a complete run, else None."
-    try: return json.loads((folder/'metrics.json').read_text())
+    try: return dict(json.loads((folder/'metrics.json').read_text()))
     except FileNotFoundError: return None
-    except ValueError: raise UserError(f'{folder}/metrics.json is not JSON: delete it to run again') from None
+    except (ValueError, TypeError): raise UserError(f'{folder}/metrics.json is not JSON: delete it to run again') from None
+
+def same_run(folder: Path, h: str) -> bool:
+    "Whether what lies in the folder was begun with the options of this hash."
+    try: return json.loads((folder/'config.json').read_text())['config_hash'] == h
+    except (OSError, ValueError, KeyError, TypeError): return False
 
 def open_run(c: Config, runs=None, overwrite: bool = False) -> tuple[Path, dict | None]:   # folder, and the metrics if it is complete already
     "The run's folder, with its options written; a complete run of the same options is found, one of other options is not touched."
     folder, h = run_dir(c, runs), config_hash(c)
     done = finished(folder)
-    if done and done['config_hash'] == h and not overwrite: return folder, done
+    if done and done.get('config_hash') == h and not overwrite: return folder, done
     if done and not overwrite:
-        raise UserError(f'{folder} holds a finished run of other options ({done["config_hash"]}, now {h}): give this one a tag, or overwrite=True')
-    old = json.loads((folder/'config.json').read_text()) if (folder/'config.json').exists() else {}
-    if old.get('config_hash') != h or overwrite:
-        for f in ('metrics.json', 'last.ckpt', 'best.safetensors', 'history.csv'): (folder/f).unlink(missing_ok=True)
+        raise UserError(f'{folder} holds a finished run of other options ({done.get("config_hash")}, now {h}): give this one a tag, or overwrite=True')
+    if overwrite or not same_run(folder, h): shutil.rmtree(folder, ignore_errors=True)   # an unfinished run of other options
     write_json(folder/'config.json', {'config_hash': h} | c.model_dump())
     return folder, None
 
@@ -414,15 +419,20 @@ def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDatase
     "Data, tokenizer and trainer of a run, at its start."
     device = pick_device(c)
     dataset = load_data(c, progress)
-    if 'clo_text' not in dataset.records and c.bdam and progress:
+    described = 'clo_text' in dataset.records
+    if c.fusion and c.fusion_text != 'query' and not described:
+        raise UserError(f'fusion_text={c.fusion_text} needs descriptions, and {dataset.name} has none: see describe.ipynb, or take fusion_text=query')
+    if not described and c.bdam and progress:
         print(f'{dataset.name} has no descriptions: training on captions alone, without the clothing loss (see describe.ipynb)')
     tokenizer = run_tokenizer(c, dataset, folder/'tokenizer')
     torch.manual_seed(c.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    model = build_model(c, len(tokenizer))
+    model = build_model(c, len(tokenizer), described)
+    texts = 'both' if c.fusion_text == 'identity' and c.fusion else c.id_text           # which the loader has to bring
     loader = train_batches(dataset, tokenizer, size=(c.image_height, c.image_width), max_length=c.max_length, p=c.ids_per_batch, k=c.images_per_id,
-                           seed=c.seed, id_text=c.id_text, augmentation=dict(flip=c.flip, pad=c.pad, erase=c.erase), workers=c.workers,
+                           seed=c.seed, id_text=texts, augmentation=dict(flip=c.flip, pad=c.pad, erase=c.erase), workers=c.workers,
                            budget=int(c.cache_gb*2**30))
+    if loader.note and progress: print(loader.note)
     return dataset, tokenizer, Trainer(c, model, loader, device)
 
 # %% ../nbs/51_training.ipynb #510043
