@@ -347,6 +347,7 @@ BAD = {
     'no model': (dict(model=''), 'model is empty'),
     'no concurrency': (dict(concurrency=0), 'concurrency is 0'),
     'negative concurrency': (dict(concurrency=-3), 'concurrency is -3'),
+    'too many workers': (dict(concurrency=5000), 'from 1 to 1000'),
     'half a worker': (dict(concurrency=1.5), 'concurrency is 1.5'),
     'budget of nothing': (dict(budget=0, prices=(1, 1)), 'budget is 0'),
     'budget without prices': (dict(budget=3), 'budget needs prices'),
