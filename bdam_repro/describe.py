@@ -39,7 +39,7 @@ import pandas as pd
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/20_describe.ipynb #200006
 from .config import ROOT, UserError, atomic_path
@@ -1230,7 +1230,8 @@ def failures_by_cause(table: pd.DataFrame  # of `read_journal`
 def coverage_table(table: pd.DataFrame) -> pd.DataFrame:
     "Share of the described images whose text names each kind of attribute of its own side."
     good = table[table['status'] == 'ok']
-    rows = [(side, kind, sum(kind in spoken_of(t, side) for t in good[side]) / max(len(good), 1)) for side in ('identity', 'clothing') for kind in LEXICON[side]]
+    named = {side: Counter(kind for t in good[side] for kind in spoken_of(t, side)) for side in ('identity', 'clothing')}
+    rows = [(side, kind, named[side][kind] / max(len(good), 1)) for side in named for kind in LEXICON[side]]
     return pd.DataFrame(rows, columns=['text', 'attribute', 'share'])
 
 # %% ../nbs/20_describe.ipynb #200117

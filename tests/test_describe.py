@@ -21,7 +21,21 @@ from mllm_server import CONTENT, TRANSPORT, description
 from PIL import Image
 
 from bdam_repro.config import UserError
-from bdam_repro.describe import FIELDS, Journal, Policy, describe, describe_async, describe_split, draw_style, estimate, image_url, read_journal
+from bdam_repro.describe import (
+    FIELDS,
+    Journal,
+    Policy,
+    describe,
+    describe_async,
+    describe_batch,
+    describe_batch_async,
+    describe_split,
+    draw_style,
+    estimate,
+    image_url,
+    make_client,
+    read_journal,
+)
 
 FULL = bool(os.environ.get('DESCRIBE_FULL'))
 KEY = 'planted-key-4711-do-not-print'
@@ -323,6 +337,65 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     assert peaks[sizes[1]][1] - peaks[sizes[0]][1] < 25_000, peaks
 
 
+# ---- the provider's batch mode --------------------------------------------------------------------------------------------
+
+BATCH = dict(model='m', progress=False, poll=.05)
+
+def test_batches_end_in_the_same_file(tmp_path):
+    records = pictures(tmp_path/'imgs', 120)
+    with serving(tmp_path/'server', faults=.3, batch_polls=2) as server:
+        report = describe_batch(records, server.client(), tmp_path/'b.jsonl', images_dir=tmp_path/'imgs', max_requests=50,
+                                prices=(1.0, 4.0), **BATCH)
+        log = server.log()
+    table = read_journal(tmp_path/'b.jsonl')
+    check_ledger(log, table, digests(tmp_path/'imgs', records))
+    assert report.ok + report.failed == len(table) == 120 and report.ok > 100
+    batches = [e['n'] for e in log if e['kind'] == 'batch']
+    assert batches[:3] == [50, 50, 20] and len(batches) > 3          # split at the limit; rejects go to further rounds
+    assert not (tmp_path/'.b.jsonl.batches.json').exists() and report.cost == pytest.approx(table.cost.sum())
+
+
+def test_a_batch_file_is_split_by_size(tmp_path):
+    records = pictures(tmp_path/'imgs', 12)
+    with serving(tmp_path/'server') as server:
+        describe_batch(records, server.client(), tmp_path/'b.jsonl', images_dir=tmp_path/'imgs', max_bytes=20_000, **BATCH)
+        sizes = [e['n'] for e in server.log() if e['kind'] == 'batch']
+    assert sum(sizes) == 12 and len(sizes) > 2
+
+
+def _batch_in_child(url, folder, out, n):
+    records = pd.DataFrame({'file': [f'{i:05}.png' for i in range(n)]})
+    async def run():
+        async with openai.AsyncOpenAI(api_key=KEY, base_url=url, max_retries=0) as client:
+            await describe_batch_async(records, client, out, images_dir=folder, max_requests=8, **BATCH)
+    asyncio.run(run())
+
+
+def test_batches_survive_kills_without_being_paid_twice(tmp_path):
+    n, rng = 60, random.Random(1)
+    records = pictures(tmp_path/'imgs', n)
+    with serving(tmp_path/'server', batch_polls=12, faults=.2, kinds=['impure']) as server:
+        for _ in range(8):
+            child = SPAWN.Process(target=_batch_in_child, args=(server.url, tmp_path/'imgs', tmp_path/'b.jsonl', n))
+            child.start()
+            child.join(rng.uniform(.1, .6))
+            child.kill()
+            child.join()
+        report = describe_batch(records, server.client(), tmp_path/'b.jsonl', images_dir=tmp_path/'imgs', max_requests=8, **BATCH)
+        log = server.log()
+    table = read_journal(tmp_path/'b.jsonl')
+    assert len(table) == n and report.skipped + report.ok + report.failed == n
+    check_ledger(log, table, digests(tmp_path/'imgs', records))
+
+
+def test_a_provider_without_batches(tmp_path):
+    records = pictures(tmp_path/'imgs', 2)
+    with serving(tmp_path/'server', key='another') as server:
+        with pytest.raises(UserError, match='refuses batches') as e:
+            describe_batch(records, server.client(), tmp_path/'b.jsonl', images_dir=tmp_path/'imgs', **BATCH)
+    assert KEY not in str(e.value)
+
+
 # ---- secrets -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('settings', [dict(status=401, message=f'Incorrect API key provided: {KEY}'), dict(status=400, message=f'bad request, key {KEY}'),
@@ -404,7 +477,6 @@ def test_wrong_servers(tmp_path, monkeypatch):
 
 
 def test_without_a_key_or_an_address(monkeypatch):
-    from bdam_repro.describe import make_client
     monkeypatch.delenv('OPENAI_API_KEY', raising=False)
     with pytest.raises(UserError, match='OPENAI_API_KEY is not set'): make_client()
     monkeypatch.setenv('OPENAI_API_KEY', KEY)
