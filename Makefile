@@ -1,0 +1,54 @@
+# make train | test | lab | readme | help
+VENV   ?= .venv
+BIN    ?= $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH  ?= torch==2.13.0
+STAMP  ?= $(VENV)/.installed
+README ?= README.md
+ARGS   ?=
+
+export OMP_WAIT_POLICY ?= PASSIVE
+ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help venv train test lab readme clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make train    draw SynthPEDES, train the full model, test it     (ARGS="-p variant baseline -p seed 1")'
+	@echo 'make test     lint, all notebooks, all tests'
+	@echo 'make lab      the notebooks in JupyterLab'
+	@echo 'make readme   README.md from nbs/index.ipynb'
+	@echo 'make venv     the virtual environment alone                      (TORCH=... for another build of PyTorch)'
+	@echo 'make clean    delete build and cache folders; .venv, runs and data stay'
+
+# PyTorch first: the build that is there stays when the package asks for torch
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 venv'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+venv: $(STAMP)
+
+train: $(STAMP)
+	@mkdir -p runs
+	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -p dataset synth $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+readme: $(STAMP)
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_input_tags=remove_input --TagRemovePreprocessor.remove_cell_tags=remove_cell \
+	  --stdout nbs/index.ipynb | cat -s > $(README).tmp
+	@mv $(README).tmp $(README)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

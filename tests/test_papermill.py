@@ -1,0 +1,160 @@
+"papermill on our notebooks as people type it: on a terminal, with pipes on either side, with mistakes."
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from fcntl import ioctl
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from bdam_repro.engine import USER_ERRORS
+
+REPO = Path(__file__).resolve().parent.parent
+PAPERMILL = str(Path(sys.executable).parent/'papermill')
+TRAIN = ['nbs/train.ipynb', '-p', 'preset', 'smoke']
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory): return tmp_path_factory.mktemp('root')
+
+
+def environment(root):
+    return {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'BDAM_ROOT': str(root), 'OMP_NUM_THREADS': '1'}
+
+
+def piped(root, *args, stdin=None, cwd=REPO):
+    given = dict(stdin=subprocess.DEVNULL) if stdin is None else dict(input=stdin)      # `input` makes it a pipe
+    return subprocess.run([PAPERMILL, *map(str, args)], cwd=cwd, env=environment(root), **given, capture_output=True, text=True)
+
+
+def on_terminal(root, *args, columns=80, cwd=REPO):
+    "Exit code and everything a terminal of this width was sent."
+    master, slave = pty.openpty()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 40, columns, 0, 0))
+    p = subprocess.Popen([PAPERMILL, *map(str, args)], cwd=cwd, env=environment(root), stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    sent = b''
+    while True:
+        try: part = os.read(master, 65536)
+        except OSError: break             # Linux: nobody holds the other end any more
+        if not part: break
+        sent += part
+    os.close(master)
+    return p.wait(), sent.decode()
+
+
+def errors(stderr): return [line for line in stderr.splitlines() if line.startswith('Error')]
+
+
+def notebook(path, *sources):
+    "A notebook of these code cells."
+    kernel = dict(name='python3', display_name='python3', language='python')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell(s) for s in sources], metadata=dict(kernelspec=kernel)), path)
+
+
+@pytest.fixture(scope='module')
+def trained(root): return on_terminal(root, *TRAIN)
+
+
+def test_terminal_without_output_path(root, trained):
+    code, sent = trained
+    assert code == 0, sent
+    executed = root/'runs'/'train-preset=smoke.ipynb'
+    assert f'executed notebook: {executed}' in sent.replace('\r\n', '\n')
+    outputs = [o for c in json.loads(executed.read_text())['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
+    assert any('chance' in ''.join(o.get('text', '')) for o in outputs) and any('image/png' in o.get('data', {}) for o in outputs)
+    assert (root/'runs/synth/smoke/full/seed0/metrics.json').is_file()
+
+
+def test_terminal_shows_progress_that_fits(trained):
+    _, sent = trained
+    assert re.search(r'epoch +2/2 +dual R-1', sent) and 'chance' in sent
+    drawn = re.findall(r'\r\x1b\[K([^\r\n]*)(?=\r\x1b|$)', sent)       # lines that are drawn over
+    assert any('images/s' in d for d in drawn), 'no training bar'
+    assert max(map(len, drawn)) < 80, 'a bar that wraps leaves its remains behind'
+
+
+def test_finished_run_is_not_run_again_and_stdout_may_be_a_pipe(root, trained):
+    metrics = root/'runs/synth/smoke/full/seed0/metrics.json'
+    before = metrics.stat().st_mtime_ns
+    r = piped(root, *TRAIN)
+    assert r.returncode == 0, r.stderr
+    assert 'complete already' in r.stdout and 'chance' in r.stdout and '"cells"' not in r.stdout
+    assert '\r' not in r.stdout + r.stderr
+    assert metrics.stat().st_mtime_ns == before
+
+
+def test_missing_data_with_a_piped_stdin(root):
+    source = (REPO/'nbs/train.ipynb').read_bytes()
+    r = piped(root, 'nbs/train.ipynb', '-p', 'dataset', 'cuhk', stdin='')
+    assert r.returncode == 1
+    line, = errors(r.stderr)
+    assert r.stderr.rstrip().endswith(line) and 'Traceback' not in r.stderr + r.stdout
+    for word in ('CUHK-PEDES', str(root/'data'), 'reid_raw.json', '-p dataset synth'): assert word in line
+    assert (REPO/'nbs/train.ipynb').read_bytes() == source             # papermill alone writes its output there
+    assert (root/'runs/train-dataset=cuhk.ipynb').is_file() and not (root/'runs/cuhk').exists()
+
+
+@pytest.mark.parametrize('args, words', [
+    (['-p', 'epoch', '3'], ["'epoch'", "did you mean 'epochs'"]),
+    (['-p', 'dataset', 'cuhc'], ['dataset', 'cuhc', "'cuhk'"]),
+    (['-p', 'epochs', '2.5', '-p', 'variant', 'full'], ['epochs=2.5', 'integer'])])
+def test_unknown_parameter_or_value(root, args, words):
+    r = piped(root, 'nbs/train.ipynb', *args)
+    assert r.returncode == 1
+    line, = errors(r.stderr)
+    for word in words: assert word in line
+    assert 'Traceback' not in r.stderr + r.stdout
+
+
+def test_help_lists_the_typed_parameters(root):
+    r = piped(root, '--help-notebook', 'nbs/train.ipynb')
+    assert r.returncode == 0
+    for typed in ("dataset: str (default 'synth')", "variant: str (default 'full')", 'epochs: int (default None)', 'seed: int (default 0)',
+                  'overwrite: bool (default False)'): assert typed in r.stdout
+    assert 'no type' not in r.stdout.lower() and 'Unknown' not in r.stdout
+
+
+def test_our_notebook_from_another_folder_with_an_output_path(root, tmp_path):
+    r = piped(root, REPO/'nbs/train.ipynb', 'mine.ipynb', '-p', 'epoch', '3', cwd=tmp_path)
+    assert r.returncode == 1 and errors(r.stderr)
+    assert (tmp_path/'mine.ipynb').is_file()
+
+
+def test_prepare_only_is_papermills(root, tmp_path):
+    out = tmp_path/'prepared.ipynb'
+    r = piped(root, 'nbs/train.ipynb', out, '--prepare-only', '-p', 'seed', '7')
+    assert r.returncode == 0 and 'executed' not in r.stdout
+    assert any('seed = 7' in ''.join(c['source']) for c in json.loads(out.read_text())['cells'])
+
+
+def test_other_peoples_notebooks_are_papermills(root, tmp_path):
+    notebook(tmp_path/'nbs'/'theirs.ipynb', 'print(6*7)')
+    code, sent = on_terminal(root, 'nbs/theirs.ipynb', cwd=tmp_path)
+    assert code == 2 and "Missing argument 'OUTPUT_PATH'" in sent
+    r = piped(root, 'nbs/theirs.ipynb', cwd=tmp_path)
+    assert json.loads(r.stdout)['cells'][0]['outputs'][0]['text'] in ('42\n', ['42\n'])
+
+
+def test_other_errors_keep_their_traceback(root, tmp_path):
+    (tmp_path/'settings.ini').write_text('[DEFAULT]\nlib_name = bdam_repro\n')
+    notebook(tmp_path/'nbs'/'broken.ipynb', '1/0')
+    r = piped(root, 'nbs/broken.ipynb', cwd=tmp_path)
+    assert r.returncode == 1 and 'ZeroDivisionError' in r.stderr and 'Traceback' in r.stderr
+
+
+def test_every_user_error_is_known_by_name():
+    names, found = {'UserError'}, None
+    source = '\n'.join(p.read_text() for p in (REPO/'bdam_repro').glob('*.py'))
+    while found != names:
+        found = set(names)
+        names |= set(re.findall(rf'^class (\w+)\((?:\w+, *)*(?:{"|".join(names)})\b', source, re.M))
+    assert set(USER_ERRORS) == names
