@@ -118,8 +118,8 @@ def test_unknown_parameter_or_value(root, args, words):
 def test_help_lists_the_typed_parameters(root):
     r = piped(root, '--help-notebook', 'nbs/train.ipynb')
     assert r.returncode == 0
-    for typed in ("dataset: str (default 'synth')", "variant: str (default 'full')", 'epochs: int (default None)', 'seed: int (default 0)',
-                  'overwrite: bool (default False)'): assert typed in r.stdout
+    for typed in ("dataset: str (default 'synth')", "variant: str (default 'full')", 'epochs: int (default None)',
+                  'seed: int (default 0)', 'overwrite: bool (default False)'): assert typed in r.stdout
     assert 'no type' not in r.stdout.lower() and 'Unknown' not in r.stdout
 
 

@@ -43,9 +43,10 @@ def copy(tmp_path):
 
 def test_export_into_an_empty_folder_gives_the_package(copy):
     run(BIN/'nbdev_export', cwd=copy)
-    def modules(folder): return {p.name: p.read_text() for p in (folder/'bdam_repro').glob('*.py') if p.stem not in ('__init__', '_modidx')}
+    def modules(folder):
+        return {p.stem: p.read_text() for p in (folder/'bdam_repro').glob('*.py') if p.stem not in ('__init__', '_modidx')}
     here, fresh = modules(REPO), modules(copy)
-    assert set(here) == set(fresh) == {f'{m}.py' for m in MODULES}, 'a module without a notebook, or a notebook that was never exported'
+    assert set(here) == set(fresh) == set(MODULES), 'a module without a notebook, or a notebook that was never exported'
     assert [name for name in here if here[name] != fresh[name]] == [], 'run nbdev_export'
 
 
