@@ -2,22 +2,40 @@
 
     python mllm_server.py settings.json log.jsonl
 
-It prints its port, answers `/v1/chat/completions`, `/v1/files`, `/v1/batches`, and writes a line to the log for every request it has finished with:
+It prints its port, answers `/v1/chat/completions`, `/v1/files`, `/v1/batches`, and writes a line to the log for every
+request it has finished with:
 `{"t": arrival, "end": ..., "image": sha1 of the data URL, "kind": "good" or the fault, "n": how often this image was asked}`.
 What it says about an image depends on the image alone; which fault comes, on the image and on how often it was asked.
 """
+
 import asyncio
 import hashlib
 import json
 import random
 import sys
 import time
+from pathlib import Path
 
-DEFAULTS = dict(faults=0.0, kinds=None, latency=0.0, hang=30.0, retry_after='0.02', status=None, message='', key=None, formats=('json_schema', 'json_object', 'text'),
-                usage=True, vision=True, always=None, batch_polls=2, slow=0.3, die_after=None)
+DEFAULTS = dict(
+    faults=0.0,
+    kinds=None,
+    latency=0.0,
+    hang=30.0,
+    retry_after='0.02',
+    status=None,
+    message='',
+    key=None,
+    formats=('json_schema', 'json_object', 'text'),
+    usage=True,
+    vision=True,
+    always=None,
+    batch_polls=2,
+    slow=0.3,
+    die_after=None,
+)
 TRANSPORT = ('429', '429-after', '500', '502', 'cut', 'bad-envelope', 'hang')
 CONTENT = ('cut-json', 'invalid-json', 'schema', 'refusal', 'refusal-field', 'impure', 'duplicate', 'truncated', 'empty')
-SLOW = ('slow',)   # a good answer, byte by byte
+SLOW = ('slow',)  # a good answer, byte by byte
 
 PEOPLE = ('young', 'elderly', 'middle-aged')
 NOUNS = ('man', 'woman')
@@ -30,31 +48,46 @@ def description(digest: str) -> dict:
     "The one right answer for an image."
     r = random.Random(digest)
     age, noun, hair, a, b, (upper, lower) = (r.choice(x) for x in (PEOPLE, NOUNS, HAIR, COLORS, COLORS, GARMENTS))
-    return {'identity_attributes': dict(gender=noun, age_group=age, build=None, height=None, skin=None, hair=hair),
-            'clothing_attributes': dict(upper=upper, lower=lower, shoes=None, color=f'{a}, {b}', pattern=None, material=None, accessories=None),
-            'identity': f'There is an adult, {age} {noun} with {hair} hair.', 'clothing': f'The person wears a {a} {upper} and {b} {lower}.'}
+    return {
+        'identity_attributes': dict(gender=noun, age_group=age, build=None, height=None, skin=None, hair=hair),
+        'clothing_attributes': dict(
+            upper=upper, lower=lower, shoes=None, color=f'{a}, {b}', pattern=None, material=None, accessories=None
+        ),
+        'identity': f'There is an adult, {age} {noun} with {hair} hair.',
+        'clothing': f'The person wears a {a} {upper} and {b} {lower}.',
+    }
 
 
 def content(kind: str, d: dict, message: str) -> tuple[str | None, str, str | None]:
     "(content, finish_reason, refusal) of an answer of this kind."
     good = json.dumps(d)
-    if kind == 'cut-json': return good[:len(good) // 2], 'stop', None
-    if kind == 'truncated': return good[:-20], 'length', None
-    if kind == 'invalid-json': return good.replace(':', ' ='), 'stop', None
-    if kind == 'schema': return json.dumps({'identity': d['identity'], 'clothing': ['coat']}), 'stop', None
-    if kind == 'refusal': return "I'm sorry, but I can't help with identifying people.", 'stop', None
-    if kind == 'refusal-field': return None, 'stop', 'I cannot describe this person.'
-    if kind == 'impure': return json.dumps(d | {'identity': d['identity'][:-1] + ' in a red coat.'}), 'stop', None
-    if kind == 'duplicate': return good[:-1] + ', "identity": "A different person with other hair."}', 'stop', None
-    if kind == 'echo': return json.dumps(d | {'identity': f'There is a young man, {message}, with short hair.'}), 'stop', None
-    if kind == 'empty': return '', 'stop', None
+    if kind == 'cut-json':
+        return good[: len(good) // 2], 'stop', None
+    if kind == 'truncated':
+        return good[:-20], 'length', None
+    if kind == 'invalid-json':
+        return good.replace(':', ' ='), 'stop', None
+    if kind == 'schema':
+        return json.dumps({'identity': d['identity'], 'clothing': ['coat']}), 'stop', None
+    if kind == 'refusal':
+        return "I'm sorry, but I can't help with identifying people.", 'stop', None
+    if kind == 'refusal-field':
+        return None, 'stop', 'I cannot describe this person.'
+    if kind == 'impure':
+        return json.dumps(d | {'identity': d['identity'][:-1] + ' in a red coat.'}), 'stop', None
+    if kind == 'duplicate':
+        return good[:-1] + ', "identity": "A different person with other hair."}', 'stop', None
+    if kind == 'echo':
+        return json.dumps(d | {'identity': f'There is a young man, {message}, with short hair.'}), 'stop', None
+    if kind == 'empty':
+        return '', 'stop', None
     return good, 'stop', None
 
 
 class Server:
     def __init__(self, settings: dict, log_path: str):
         self.s = DEFAULTS | settings
-        self.log = open(log_path, 'a', buffering=1)
+        self.log = open(log_path, 'a', buffering=1)  # noqa: SIM115
         self.asked, self.files, self.batches = {}, {}, {}
         self.good = 0
 
@@ -67,11 +100,14 @@ class Server:
                 headers = {k.lower(): v.strip() for k, _, v in (line.partition(':') for line in head.split('\r\n')[1:])}
                 body = await self.read_body(reader, headers)
                 await self.route(method, path.split('?')[0], headers, body, writer)
-        except (asyncio.IncompleteReadError, ConnectionError): pass
-        finally: writer.close()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
 
     async def read_body(self, reader, headers):
-        if headers.get('transfer-encoding', '').lower() != 'chunked': return await reader.readexactly(int(headers.get('content-length', 0)))
+        if headers.get('transfer-encoding', '').lower() != 'chunked':
+            return await reader.readexactly(int(headers.get('content-length', 0)))
         parts = []
         while size := int((await reader.readline()).strip() or b'0', 16):
             parts.append(await reader.readexactly(size))
@@ -82,19 +118,29 @@ class Server:
     async def send(self, writer, status, body, headers=(), drip=False):
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         extra = ''.join(f'{k}: {v}\r\n' for k, v in headers)
-        writer.write(f'HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{extra}content-length: {len(raw)}\r\n\r\n'.encode())
-        pieces = [raw[i:i + len(raw) // 8 + 1] for i in range(0, len(raw), len(raw) // 8 + 1)] if drip else [raw]
+        writer.write(
+            f'HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{extra}content-length: {len(raw)}\r\n\r\n'.encode()
+        )
+        pieces = [raw[i : i + len(raw) // 8 + 1] for i in range(0, len(raw), len(raw) // 8 + 1)] if drip else [raw]
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
-            if drip: await asyncio.sleep(self.s['slow'] / 8)
+            if drip:
+                await asyncio.sleep(self.s['slow'] / 8)
 
     async def route(self, method, path, headers, body, writer):
         if self.s['key'] and headers.get('authorization') != f'Bearer {self.s["key"]}':
-            return await self.send(writer, 401, {'error': {'message': f'Incorrect API key provided: {headers.get("authorization")}', 'code': 'invalid_api_key'}})
-        if path == '/v1/chat/completions': return await self.chat(json.loads(body), writer)
-        if path.startswith('/v1/files'): return await self.file(method, path, headers, body, writer)
-        if path.startswith('/v1/batches'): return await self.batch(method, path, body, writer)
+            return await self.send(
+                writer,
+                401,
+                {'error': {'message': f'Incorrect API key provided: {headers.get("authorization")}', 'code': 'invalid_api_key'}},
+            )
+        if path == '/v1/chat/completions':
+            return await self.chat(json.loads(body), writer)
+        if path.startswith('/v1/files'):
+            return await self.file(method, path, headers, body, writer)
+        if path.startswith('/v1/batches'):
+            return await self.batch(method, path, body, writer)
         await self.send(writer, 404, {'error': {'message': f'unknown path {path}'}})
 
     # ---- chat completions -------------------------------------------------------------------------------------------
@@ -107,27 +153,47 @@ class Server:
         "(kind, n): the fault for this image at its n-th asking, or 'good'."
         n = self.asked[digest] = self.asked.get(digest, 0) + 1
         r = random.Random(f'{digest}{n}')
-        if self.s['always']: return self.s['always'], n
+        if self.s['always']:
+            return self.s['always'], n
         return (r.choice(self.s['kinds'] or TRANSPORT + CONTENT + SLOW) if r.random() < self.s['faults'] else 'good'), n
 
     def completion(self, kind, digest, request):
         text, finish, refusal = content(kind, description(digest), self.s['message'])
         usage = {'prompt_tokens': 600, 'completion_tokens': 100, 'total_tokens': 700}
-        return {'id': 'c', 'object': 'chat.completion', 'created': 0, 'model': request['model'], **({'usage': usage} if self.s['usage'] else {}),
-                'choices': [{'index': 0, 'finish_reason': finish, 'message': {'role': 'assistant', 'content': text, **({'refusal': refusal} if refusal else {})}}]}
+        return {
+            'id': 'c',
+            'object': 'chat.completion',
+            'created': 0,
+            'model': request['model'],
+            **({'usage': usage} if self.s['usage'] else {}),
+            'choices': [
+                {
+                    'index': 0,
+                    'finish_reason': finish,
+                    'message': {'role': 'assistant', 'content': text, **({'refusal': refusal} if refusal else {})},
+                }
+            ],
+        }
 
     def refused(self, request):
         "(status, message) for a request that this server does not take at all."
         form = request.get('response_format', {}).get('type', 'text')
-        if self.s['status']: return self.s['status'], self.s['message']
-        if not self.s['vision']: return 400, 'image_url is not supported: this model reads text only'
-        if form not in self.s['formats']: return 400, f'response_format {form} is not supported'
-        if not 0 <= request.get('temperature', 1) <= 2: return 400, 'temperature must be from 0 to 2'
+        if self.s['status']:
+            return self.s['status'], self.s['message']
+        if not self.s['vision']:
+            return 400, 'image_url is not supported: this model reads text only'
+        if form not in self.s['formats']:
+            return 400, f'response_format {form} is not supported'
+        if not 0 <= request.get('temperature', 1) <= 2:
+            return 400, 'temperature must be from 0 to 2'
         return None
 
     async def chat(self, request, writer):
         t, digest = time.time(), self.image_of(request)
-        def log(kind, n=0): self.log.write(json.dumps({'t': t, 'end': time.time(), 'image': digest, 'kind': kind, 'n': n}) + '\n')
+
+        def log(kind, n=0):
+            self.log.write(json.dumps({'t': t, 'end': time.time(), 'image': digest, 'kind': kind, 'n': n}) + '\n')
+
         if problem := self.refused(request):
             log(f'status-{problem[0]}')
             code = 'insufficient_quota' if 'quota' in problem[1] else None
@@ -136,13 +202,19 @@ class Server:
         if self.s['die_after'] is not None and self.good >= self.s['die_after']:
             log('dead', n)
             raise ConnectionError
-        if self.s['latency']: await asyncio.sleep(self.s['latency'])
+        if self.s['latency']:
+            await asyncio.sleep(self.s['latency'])
         await self.answer(kind, n, digest, request, writer, log)
 
     async def answer(self, kind, n, digest, request, writer, log):
         if kind in ('429', '429-after'):
             log(kind, n)
-            return await self.send(writer, 429, {'error': {'message': 'slow down'}}, [('Retry-After', self.s['retry_after'])] if kind == '429-after' else ())
+            return await self.send(
+                writer,
+                429,
+                {'error': {'message': 'slow down'}},
+                [('Retry-After', self.s['retry_after'])] if kind == '429-after' else (),
+            )
         if kind in ('500', '502'):
             log(kind, n)
             return await self.send(writer, int(kind), b'<html>oops</html>' if kind == '502' else {'error': {'message': 'oops'}})
@@ -153,15 +225,18 @@ class Server:
         raw = json.dumps(self.completion(kind, digest, request)).encode()
         if kind == 'cut':
             log(kind, n)
-            writer.write(f'HTTP/1.1 200 X\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n'.encode() + raw[:len(raw) // 2])
+            writer.write(
+                f'HTTP/1.1 200 X\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n'.encode()
+                + raw[: len(raw) // 2]
+            )
             await writer.drain()
             raise ConnectionError
         if kind == 'bad-envelope':
             log(kind, n)
-            return await self.send(writer, 200, raw[:len(raw) // 2])
+            return await self.send(writer, 200, raw[: len(raw) // 2])
         await self.send(writer, 200, raw, drip=kind == 'slow')
         self.good += kind in ('good', 'slow')
-        log('good' if kind == 'slow' else kind, n)   # after the last byte: the answer has been served
+        log('good' if kind == 'slow' else kind, n)  # after the last byte: the answer has been served
 
     # ---- files and batches ------------------------------------------------------------------------------------------
     async def file(self, method, path, headers, body, writer):
@@ -171,23 +246,49 @@ class Server:
             data = next(rest[:-2] for head, _, rest in parts if b'filename=' in head)
             name = f'file-{len(self.files)}'
             self.files[name] = data
-            return await self.send(writer, 200, {'id': name, 'object': 'file', 'bytes': len(data), 'created_at': 0, 'filename': 'x', 'purpose': 'batch', 'status': 'processed'})
+            return await self.send(
+                writer,
+                200,
+                {
+                    'id': name,
+                    'object': 'file',
+                    'bytes': len(data),
+                    'created_at': 0,
+                    'filename': 'x',
+                    'purpose': 'batch',
+                    'status': 'processed',
+                },
+            )
         name = path.split('/')[3]
-        if path.endswith('/content'): return await self.send(writer, 200, self.files[name])
+        if path.endswith('/content'):
+            return await self.send(writer, 200, self.files[name])
         await self.send(writer, 200, {'id': name, 'object': 'file', 'deleted': True})
 
     async def batch(self, method, path, body, writer):
         if method == 'POST':
             request = json.loads(body)
             name = f'batch-{len(self.batches)}'
-            self.batches[name] = {'id': name, 'object': 'batch', 'endpoint': '/v1/chat/completions', 'completion_window': '24h', 'created_at': 0, 'status': 'in_progress',
-                                  'input_file_id': request['input_file_id'], 'metadata': request.get('metadata'), 'polls': 0}
-            self.log.write(json.dumps({'t': time.time(), 'kind': 'batch', 'n': self.files[request['input_file_id']].count(b'\n')}) + '\n')
+            self.batches[name] = {
+                'id': name,
+                'object': 'batch',
+                'endpoint': '/v1/chat/completions',
+                'completion_window': '24h',
+                'created_at': 0,
+                'status': 'in_progress',
+                'input_file_id': request['input_file_id'],
+                'metadata': request.get('metadata'),
+                'polls': 0,
+            }
+            self.log.write(
+                json.dumps({'t': time.time(), 'kind': 'batch', 'n': self.files[request['input_file_id']].count(b'\n')}) + '\n'
+            )
             return await self.send(writer, 200, self.batches[name])
-        if path == '/v1/batches': return await self.send(writer, 200, {'object': 'list', 'data': list(self.batches.values())[::-1], 'has_more': False})
+        if path == '/v1/batches':
+            return await self.send(writer, 200, {'object': 'list', 'data': list(self.batches.values())[::-1], 'has_more': False})
         batch = self.batches[path.split('/')[3]]
         batch['polls'] += 1
-        if batch['polls'] >= self.s['batch_polls'] and batch['status'] == 'in_progress': self.finish(batch)
+        if batch['polls'] >= self.s['batch_polls'] and batch['status'] == 'in_progress':
+            self.finish(batch)
         await self.send(writer, 200, batch)
 
     def finish(self, batch):
@@ -198,9 +299,17 @@ class Server:
             digest = self.image_of(r['body'])
             kind, n = self.choose(digest)
             bad = kind in TRANSPORT
-            answer = {'status_code': 500, 'body': {'error': {'message': 'oops'}}} if bad else {'status_code': 200, 'body': self.completion(kind, digest, r['body'])}
-            (errors if bad else lines).append(json.dumps({'id': 'x', 'custom_id': r['custom_id'], 'response': answer, 'error': None}))
-            self.log.write(json.dumps({'t': time.time(), 'image': digest, 'kind': 'good' if kind == 'slow' else kind, 'n': n}) + '\n')
+            answer = (
+                {'status_code': 500, 'body': {'error': {'message': 'oops'}}}
+                if bad
+                else {'status_code': 200, 'body': self.completion(kind, digest, r['body'])}
+            )
+            (errors if bad else lines).append(
+                json.dumps({'id': 'x', 'custom_id': r['custom_id'], 'response': answer, 'error': None})
+            )
+            self.log.write(
+                json.dumps({'t': time.time(), 'image': digest, 'kind': 'good' if kind == 'slow' else kind, 'n': n}) + '\n'
+            )
         self.files[batch['id'] + '-out'] = '\n'.join(lines).encode()
         batch |= {'status': 'completed', 'output_file_id': batch['id'] + '-out'}
         if errors:
@@ -209,9 +318,12 @@ class Server:
 
 
 async def main():
-    server = Server(json.load(open(sys.argv[1])), sys.argv[2])
+    server = Server(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2])
     listening = await asyncio.start_server(server.serve, '127.0.0.1', 0, limit=2**26, backlog=1024)
     print(listening.sockets[0].getsockname()[1], flush=True)
-    async with listening: await listening.serve_forever()
+    async with listening:
+        await listening.serve_forever()
 
-if __name__ == '__main__': asyncio.run(main())
+
+if __name__ == '__main__':
+    asyncio.run(main())

@@ -1,4 +1,8 @@
-"""`describe` against a real server with faults, kills, limits and planted secrets. `DESCRIBE_FULL=1` runs the sizes of the bars (10,000 images, 8,000 for memory)."""
+"""`describe` against a real server with faults, kills, limits and planted secrets.
+
+`DESCRIBE_FULL=1` runs the sizes of the bars: 10,000 images with faults, 8,000 for memory.
+"""
+
 import asyncio
 import contextlib
 import json
@@ -45,12 +49,14 @@ SPAWN.set_forkserver_preload(['bdam_repro.describe'])
 
 
 class Running:
-    def __init__(self, port, log): self.url, self.log_path = f'http://127.0.0.1:{port}/v1', log
+    def __init__(self, port, log):
+        self.url, self.log_path = f'http://127.0.0.1:{port}/v1', log
 
-    def client(self, key=KEY): return openai.AsyncOpenAI(api_key=key, base_url=self.url, max_retries=0)
+    def client(self, key=KEY):
+        return openai.AsyncOpenAI(api_key=key, base_url=self.url, max_retries=0)
 
     def log(self):
-        time.sleep(.2)   # the server writes its line right after the last byte
+        time.sleep(0.2)  # the server writes its line right after the last byte
         return [json.loads(line) for line in self.log_path.read_text().splitlines()]
 
 
@@ -58,9 +64,14 @@ class Running:
 def serving(folder, **settings):
     "The server in a process of its own."
     folder.mkdir(exist_ok=True)
-    (folder/'settings.json').write_text(json.dumps(settings))
-    process = subprocess.Popen([sys.executable, HERE/'mllm_server.py', folder/'settings.json', folder/'log.jsonl'], stdout=subprocess.PIPE, text=True)
-    try: yield Running(int(process.stdout.readline()), folder/'log.jsonl')
+    (folder / 'settings.json').write_text(json.dumps(settings))
+    process = subprocess.Popen(
+        [sys.executable, HERE / 'mllm_server.py', folder / 'settings.json', folder / 'log.jsonl'],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Running(int(process.stdout.readline()), folder / 'log.jsonl')
     finally:
         process.kill()
         process.wait()
@@ -70,14 +81,18 @@ def serving(folder, **settings):
 def pictures(folder, n, size=2):
     "`n` small pictures, each with bytes of its own, as records."
     folder.mkdir(exist_ok=True)
-    for i in range(n): Image.frombytes('RGB', (size, size), random.Random(i).randbytes(3 * size * size)).save(folder/f'{i:05}.png', compress_level=1)
+    for i in range(n):
+        Image.frombytes('RGB', (size, size), random.Random(i).randbytes(3 * size * size)).save(
+            folder / f'{i:05}.png', compress_level=1
+        )
     return pd.DataFrame({'file': [f'{i:05}.png' for i in range(n)]})
 
 
-def digests(folder, records): return {f: sha1(image_url(folder/f).encode()).hexdigest() for f in records['file']}
+def digests(folder, records):
+    return {f: sha1(image_url(folder / f).encode()).hexdigest() for f in records['file']}
 
 
-QUICK = dict(model='m', backoff=.01, progress=False, timeout=20.0)
+QUICK = dict(model='m', backoff=0.01, progress=False, timeout=20.0)
 
 
 def check_ledger(log, table, of):
@@ -88,109 +103,147 @@ def check_ledger(log, table, of):
     written = set(table[table.status == 'ok'].image)
     assert {of[f] for f in written} == set(good), 'a good answer was thrown away, or a line has no answer'
     for row in table.itertuples():
-        assert (row.identity, row.clothing) == ((lambda d: (d['identity'], d['clothing']))(description(of[row.image])) if row.status == 'ok' else (row.identity, row.clothing))
-        if row.status == 'failed': assert isinstance(row.reason, str) and ':' in row.reason
+        assert (row.identity, row.clothing) == (
+            (lambda d: (d['identity'], d['clothing']))(description(of[row.image]))
+            if row.status == 'ok'
+            else (row.identity, row.clothing)
+        )
+        if row.status == 'failed':
+            assert isinstance(row.reason, str) and ':' in row.reason
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------------
 
+
 def test_one_in_five_answers_is_bad(tmp_path):
     n = 10_000 if FULL else 1200
-    records = pictures(tmp_path/'imgs', n)
-    of = digests(tmp_path/'imgs', records)
-    with serving(tmp_path/'server', faults=.2, hang=60) as server:
-        report = describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', **QUICK | {'timeout': 4.0}, grace=30)
+    records = pictures(tmp_path / 'imgs', n)
+    of = digests(tmp_path / 'imgs', records)
+    with serving(tmp_path / 'server', faults=0.2, hang=60) as server:
+        report = describe(
+            records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK | {'timeout': 4.0}, grace=30
+        )
         log = server.log()
-    table = read_journal(tmp_path/'d.jsonl')
+    table = read_journal(tmp_path / 'd.jsonl')
     assert set(table.image) == set(records['file']) and (report.ok + report.failed) == n
     check_ledger(log, table, of)
     seen = Counter(e['kind'] for e in log)
     assert all(seen[k] for k in TRANSPORT + CONTENT), seen
-    assert sum(report.rejected.values()) == sum(seen[k] for k in CONTENT)       # every bad answer is explained
+    assert sum(report.rejected.values()) == sum(seen[k] for k in CONTENT)  # every bad answer is explained
     assert report.causes == Counter(r.split(':')[0] for r in table[table.status == 'failed'].reason)
     assert report.requests == len(log)
     print(f'\n{n} images, {len(log)} requests, {report.ok} ok, {report.failed} failed, {report.seconds:.1f} s; {dict(seen)}')
 
 
-@pytest.mark.parametrize('kind,cause', [('cut-json', 'json'), ('invalid-json', 'json'), ('schema', 'schema'), ('refusal', 'refusal'), ('refusal-field', 'refusal'),
-                                        ('impure', 'purity'), ('duplicate', 'duplicate key'), ('truncated', 'truncated'), ('empty', 'json')])
+@pytest.mark.parametrize(
+    'kind,cause',
+    [
+        ('cut-json', 'json'),
+        ('invalid-json', 'json'),
+        ('schema', 'schema'),
+        ('refusal', 'refusal'),
+        ('refusal-field', 'refusal'),
+        ('impure', 'purity'),
+        ('duplicate', 'duplicate key'),
+        ('truncated', 'truncated'),
+        ('empty', 'json'),
+    ],
+)
 def test_an_answer_that_stays_bad_is_recorded_with_its_cause(tmp_path, kind, cause):
-    records = pictures(tmp_path/'imgs', 3)
-    with serving(tmp_path/'server', always=kind) as server:
-        report = describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', retries=2, **QUICK)
-        assert Counter(e['image'] for e in server.log()) == dict.fromkeys(digests(tmp_path/'imgs', records).values(), 3)
-    table = read_journal(tmp_path/'d.jsonl')
+    records = pictures(tmp_path / 'imgs', 3)
+    with serving(tmp_path / 'server', always=kind) as server:
+        report = describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', retries=2, **QUICK)
+        assert Counter(e['image'] for e in server.log()) == dict.fromkeys(digests(tmp_path / 'imgs', records).values(), 3)
+    table = read_journal(tmp_path / 'd.jsonl')
     assert dict(report.causes) == {cause: 3} and report.ok == 0
     assert table.identity.isna().all() and table.reason.str.startswith(cause).all() and (table.tries == 3).all()
 
 
 def test_a_rejected_answer_is_asked_again_with_the_reason(tmp_path):
-    records, conversations = pictures(tmp_path/'imgs', 1), []
-    with serving(tmp_path/'server', always='impure') as server:
+    records, conversations = pictures(tmp_path / 'imgs', 1), []
+    with serving(tmp_path / 'server', always='impure') as server:
         client = server.client()
         post = client.post
+
         async def listen(*args, **kw):
             conversations.append(kw['body']['messages'])
             return await post(*args, **kw)
+
         client.post = listen
-        describe(records, client, tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', retries=1, **QUICK)
+        describe(records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', retries=1, **QUICK)
     assert len(conversations) == 2 and conversations[1][:2] == conversations[0]
     assert conversations[1][2]['role'] == 'assistant' and 'purity: identity text says "coat"' in conversations[1][3]['content']
 
 
 def test_retry_after_is_kept(tmp_path):
-    records, sent, told = pictures(tmp_path/'imgs', 40), [], []
-    with serving(tmp_path/'server', faults=.3, kinds=['429-after'], retry_after='0.2') as server:
+    records, sent, told = pictures(tmp_path / 'imgs', 40), [], []
+    with serving(tmp_path / 'server', faults=0.3, kinds=['429-after'], retry_after='0.2') as server:
         client = server.client()
         post = client.post
+
         async def clocked(*args, **kw):
             sent.append(time.monotonic())
-            try: return await post(*args, **kw)
+            try:
+                return await post(*args, **kw)
             except openai.RateLimitError:
                 told.append(time.monotonic())
                 raise
+
         client.post = clocked
-        report = describe(records, client, tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', concurrency=4, **QUICK)
+        report = describe(records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', concurrency=4, **QUICK)
     assert report.ok == 40 and len(told) > 3
-    for t in told: assert not [x for x in sent if t < x < t + .2], 'a request was sent before Retry-After was over'
+    for t in told:
+        assert not [x for x in sent if t < x < t + 0.2], 'a request was sent before Retry-After was over'
 
 
 def test_failed_images_are_tried_again_only_when_asked(tmp_path):
-    records = pictures(tmp_path/'imgs', 6)
-    common = dict(images_dir=tmp_path/'imgs', retries=0, **QUICK)
-    with serving(tmp_path/'bad', always='refusal') as server: assert describe(records, server.client(), tmp_path/'d.jsonl', limit=4, **common).failed == 4
-    with serving(tmp_path/'good') as server:
-        assert describe(records, server.client(), tmp_path/'d.jsonl', **common).skipped == 4
-        report = describe(records, server.client(), tmp_path/'d.jsonl', retry_failed=True, **common)
+    records = pictures(tmp_path / 'imgs', 6)
+    common = dict(images_dir=tmp_path / 'imgs', retries=0, **QUICK)
+    with serving(tmp_path / 'bad', always='refusal') as server:
+        assert describe(records, server.client(), tmp_path / 'd.jsonl', limit=4, **common).failed == 4
+    with serving(tmp_path / 'good') as server:
+        assert describe(records, server.client(), tmp_path / 'd.jsonl', **common).skipped == 4
+        report = describe(records, server.client(), tmp_path / 'd.jsonl', retry_failed=True, **common)
         assert (report.ok, report.skipped) == (4, 2)
-    table = read_journal(tmp_path/'d.jsonl')
+    table = read_journal(tmp_path / 'd.jsonl')
     assert table.image.is_unique and (table.status == 'ok').all() and len(table) == 6
 
 
 @pytest.mark.parametrize('formats', [('json_object', 'text'), ('text',)])
 def test_a_server_without_structured_output_is_found_out_once(tmp_path, formats):
-    records = pictures(tmp_path/'imgs', 30)
-    with serving(tmp_path/'server', formats=formats) as server:
-        report = describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', **QUICK)
+    records = pictures(tmp_path / 'imgs', 30)
+    with serving(tmp_path / 'server', formats=formats) as server:
+        report = describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK)
         refused = [e for e in server.log() if e['kind'] == 'status-400']
     assert report.ok == 30 and len(refused) == 3 - len(formats) == len(report.notes)
 
 
 def test_a_server_that_counts_no_tokens(tmp_path):
-    records = pictures(tmp_path/'imgs', 5)
-    with serving(tmp_path/'server', usage=False) as server:
-        report = describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', prices=(1, 1), **QUICK)
+    records = pictures(tmp_path / 'imgs', 5)
+    with serving(tmp_path / 'server', usage=False) as server:
+        report = describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', prices=(1, 1), **QUICK)
     assert report.ok == 5 and report.prompt_tokens > 0 and report.cost > 0
 
 
 def test_lines_say_how_they_came_about(tmp_path):
-    records = pictures(tmp_path/'imgs', 12)
+    records = pictures(tmp_path / 'imgs', 12)
     styles = {3: ['One sees a man.'], 7: ['woman, long hair', 'man, short hair']}
-    with serving(tmp_path/'server') as server:
-        describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', styles=styles, prices=(2.0, 10.0), seed=5, **QUICK)
-    rows = [json.loads(line) for line in (tmp_path/'d.jsonl').read_text().splitlines()]
+    with serving(tmp_path / 'server') as server:
+        describe(
+            records,
+            server.client(),
+            tmp_path / 'd.jsonl',
+            images_dir=tmp_path / 'imgs',
+            styles=styles,
+            prices=(2.0, 10.0),
+            seed=5,
+            **QUICK,
+        )
+    rows = [json.loads(line) for line in (tmp_path / 'd.jsonl').read_text().splitlines()]
     assert all(tuple(r) == FIELDS for r in rows)
-    assert {r['image']: r['style'] for r in rows} == {f: draw_style(f, 2, 5) for f in records['file']} and {r['style'] for r in rows} == {0, 1}
+    assert {r['image']: r['style'] for r in rows} == {f: draw_style(f, 2, 5) for f in records['file']} and {
+        r['style'] for r in rows
+    } == {0, 1}
     assert len({(r['style'], r['prompt_hash']) for r in rows}) == 2 == len({r['prompt_hash'] for r in rows})
     for r in rows:
         assert r['cost'] == pytest.approx((600 * 2 + 100 * 10) / 1e6) and r['tokens'] == {'prompt': 600, 'completion': 100}
@@ -199,125 +252,162 @@ def test_lines_say_how_they_came_about(tmp_path):
 
 # ---- kills and stops --------------------------------------------------------------------------------------------------
 
+
 def _describe_in_child(url, folder, out, n, settings):
     records = pd.DataFrame({'file': [f'{i:05}.png' for i in range(n)]})
+
     async def run():
         async with openai.AsyncOpenAI(api_key=KEY, base_url=url, max_retries=0) as client:
             await describe_async(records, client, out, images_dir=folder, **QUICK | settings)
+
     asyncio.run(run())
 
 
 def test_kill_at_twenty_moments_then_resume(tmp_path):
     n, rng = 500, random.Random(0)
-    records = pictures(tmp_path/'imgs', n)
-    of = digests(tmp_path/'imgs', records)
-    faults = dict(faults=.2, kinds=['429', '500', '502', 'cut', 'bad-envelope', 'slow'], latency=.02, slow=.08)
-    settings, out, snapshots = dict(concurrency=6, styles=[['a man'], ['a woman walks']]), tmp_path/'killed.jsonl', []
-    with serving(tmp_path/'server', **faults) as server:
+    records = pictures(tmp_path / 'imgs', n)
+    of = digests(tmp_path / 'imgs', records)
+    faults = dict(faults=0.2, kinds=['429', '500', '502', 'cut', 'bad-envelope', 'slow'], latency=0.02, slow=0.08)
+    settings, out, snapshots = dict(concurrency=6, styles=[['a man'], ['a woman walks']]), tmp_path / 'killed.jsonl', []
+    with serving(tmp_path / 'server', **faults) as server:
         for k in range(20):
-            child = SPAWN.Process(target=_describe_in_child, args=(server.url, tmp_path/'imgs', out, n, settings))
+            child = SPAWN.Process(target=_describe_in_child, args=(server.url, tmp_path / 'imgs', out, n, settings))
             child.start()
-            child.join(rng.uniform(.1, .5))
+            child.join(rng.uniform(0.1, 0.5))
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             assert child.exitcode == -signal.SIGKILL, 'finished before it was killed: the test has too few images'
             snapshots.append((time.time(), set(read_journal(out).image)))
             if k % 3 == 0 and out.exists():
-                with open(out, 'a') as f: f.write('{"image": "00499.png", "identity": "Cut in ha')
+                with open(out, 'a') as f:
+                    f.write('{"image": "00499.png", "identity": "Cut in ha')
         killed_before = len(snapshots[-1][1])
-        report = describe(records, server.client(), out, images_dir=tmp_path/'imgs', **QUICK | settings)
+        report = describe(records, server.client(), out, images_dir=tmp_path / 'imgs', **QUICK | settings)
         log = server.log()
-    with serving(tmp_path/'calm', **faults) as server:
-        describe(records, server.client(), tmp_path/'calm.jsonl', images_dir=tmp_path/'imgs', **QUICK | settings)
+    with serving(tmp_path / 'calm', **faults) as server:
+        describe(records, server.client(), tmp_path / 'calm.jsonl', images_dir=tmp_path / 'imgs', **QUICK | settings)
     assert 0 < killed_before < n and report.skipped == killed_before
-    def content(path): return {tuple(sorted((k, str(v)) for k, v in json.loads(x).items() if k not in ('latency', 'tries'))) for x in path.read_text().splitlines()}
-    assert content(out) == content(tmp_path/'calm.jsonl') and len(out.read_text().splitlines()) == n
+
+    def content(path):
+        return {
+            tuple(sorted((k, str(v)) for k, v in json.loads(x).items() if k not in ('latency', 'tries')))
+            for x in path.read_text().splitlines()
+        }
+
+    assert content(out) == content(tmp_path / 'calm.jsonl') and len(out.read_text().splitlines()) == n
     asked = defaultdict(list)
-    for e in log: asked[e['image']].append(e['t'])
+    for e in log:
+        asked[e['image']].append(e['t'])
     for when, there in snapshots:
-        for f in there: assert max(asked[of[f]]) <= when, f'{f} was asked again though its line was there'
+        for f in there:
+            assert max(asked[of[f]]) <= when, f'{f} was asked again though its line was there'
 
 
 def test_interrupt_keeps_what_was_served(tmp_path):
-    records = pictures(tmp_path/'imgs', 300)
-    code = ("import sys, openai, pandas as pd; from bdam_repro.describe import describe; url, imgs, out = sys.argv[1:]\n"
-            "describe(pd.DataFrame({'file': [f'{i:05}.png' for i in range(300)]}), openai.AsyncOpenAI(api_key='k', base_url=url, max_retries=0), out, images_dir=imgs,"
-            " model='m', concurrency=10, progress=False)")
-    with serving(tmp_path/'server', latency=.3) as server:
-        child = subprocess.Popen([sys.executable, '-c', code, server.url, tmp_path/'imgs', tmp_path/'d.jsonl'], stderr=subprocess.PIPE, text=True)
-        while not (tmp_path/'d.jsonl').exists() or (tmp_path/'d.jsonl').read_bytes().count(b'\n') < 25: time.sleep(.01)
+    records = pictures(tmp_path / 'imgs', 300)
+    code = (
+        "import sys, openai, pandas as pd; from bdam_repro.describe import describe; url, imgs, out = sys.argv[1:]\n"
+        "describe(pd.DataFrame({'file': [f'{i:05}.png' for i in range(300)]}), "
+        "openai.AsyncOpenAI(api_key='k', base_url=url, max_retries=0), out, images_dir=imgs,"
+        " model='m', concurrency=10, progress=False)"
+    )
+    with serving(tmp_path / 'server', latency=0.3) as server:
+        child = subprocess.Popen(
+            [sys.executable, '-c', code, server.url, tmp_path / 'imgs', tmp_path / 'd.jsonl'], stderr=subprocess.PIPE, text=True
+        )
+        while not (tmp_path / 'd.jsonl').exists() or (tmp_path / 'd.jsonl').read_bytes().count(b'\n') < 25:
+            time.sleep(0.01)
         child.send_signal(signal.SIGINT)
         assert 'KeyboardInterrupt' in child.communicate(timeout=30)[1] and child.returncode != 0
         log = server.log()
-    table = read_journal(tmp_path/'d.jsonl')
-    assert 25 < len(table) < 300     # those under way were waited for
-    check_ledger(log, table, digests(tmp_path/'imgs', records))
+    table = read_journal(tmp_path / 'd.jsonl')
+    assert 25 < len(table) < 300  # those under way were waited for
+    check_ledger(log, table, digests(tmp_path / 'imgs', records))
 
 
 def test_a_server_that_dies_ends_the_run_and_keeps_the_work(tmp_path):
-    records = pictures(tmp_path/'imgs', 100)
-    settings = dict(images_dir=tmp_path/'imgs', concurrency=4, **QUICK)
-    with serving(tmp_path/'server', die_after=40) as server:
+    records = pictures(tmp_path / 'imgs', 100)
+    settings = dict(images_dir=tmp_path / 'imgs', concurrency=4, **QUICK)
+    with serving(tmp_path / 'server', die_after=40) as server:
         with pytest.raises(UserError, match=r'stopped after 4\d images: 16 failures in a row .* run again to go on'):
-            describe(records, server.client(), tmp_path/'d.jsonl', **settings)
+            describe(records, server.client(), tmp_path / 'd.jsonl', **settings)
         log = server.log()
-    table = read_journal(tmp_path/'d.jsonl')
+    table = read_journal(tmp_path / 'd.jsonl')
     assert (table.status == 'ok').all()
-    check_ledger(log, table, digests(tmp_path/'imgs', records))
-    with serving(tmp_path/'again') as server: assert describe(records, server.client(), tmp_path/'d.jsonl', **settings).ok == 100 - len(table)
+    check_ledger(log, table, digests(tmp_path / 'imgs', records))
+    with serving(tmp_path / 'again') as server:
+        assert describe(records, server.client(), tmp_path / 'd.jsonl', **settings).ok == 100 - len(table)
 
 
-@pytest.mark.parametrize('status,message,says', [(401, f'Incorrect API key provided: {KEY}', 'refuses the key'), (403, 'no', 'refuses the key'), (404, 'no such model', 'knows no such model'),
-                                                 (429, 'insufficient_quota: buy more', 'quota is exhausted')])
+@pytest.mark.parametrize(
+    'status,message,says',
+    [
+        (401, f'Incorrect API key provided: {KEY}', 'refuses the key'),
+        (403, 'no', 'refuses the key'),
+        (404, 'no such model', 'knows no such model'),
+        (429, 'insufficient_quota: buy more', 'quota is exhausted'),
+    ],
+)
 def test_hopeless_answers_end_the_run_at_once(tmp_path, status, message, says):
-    records = pictures(tmp_path/'imgs', 50)
-    with serving(tmp_path/'server', status=status, message=message) as server:
-        with pytest.raises(UserError, match=says) as e: describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', **QUICK)
+    records = pictures(tmp_path / 'imgs', 50)
+    with serving(tmp_path / 'server', status=status, message=message) as server:
+        with pytest.raises(UserError, match=says) as e:
+            describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK)
         assert len(server.log()) == 1
-    assert KEY not in str(e.value) and '\n' not in str(e.value) and len(read_journal(tmp_path/'d.jsonl')) == 0
+    assert KEY not in str(e.value) and '\n' not in str(e.value) and len(read_journal(tmp_path / 'd.jsonl')) == 0
 
 
 def test_the_budget_is_never_exceeded_and_nothing_paid_is_lost(tmp_path):
-    records = pictures(tmp_path/'imgs', 200)
-    settings = dict(images_dir=tmp_path/'imgs', prices=(1.0, 4.0), max_tokens=100, **QUICK)    # an answer costs 0.001
-    with serving(tmp_path/'server', latency=.02) as server:
-        report = describe(records, server.client(), tmp_path/'d.jsonl', budget=.05, **settings)
-        table = read_journal(tmp_path/'d.jsonl')
-        assert 'budget' in report.stopped and .03 <= table.cost.sum() <= .05 and report.cost == pytest.approx(table.cost.sum())
-        check_ledger(server.log(), table, digests(tmp_path/'imgs', records))
-        assert describe(records, server.client(), tmp_path/'d.jsonl', budget=.05, **settings).ok <= 1    # earlier runs count
-        assert describe(records, server.client(), tmp_path/'d.jsonl', budget=1.0, **settings).stopped is None
-    assert len(read_journal(tmp_path/'d.jsonl')) == 200
+    records = pictures(tmp_path / 'imgs', 200)
+    settings = dict(images_dir=tmp_path / 'imgs', prices=(1.0, 4.0), max_tokens=100, **QUICK)  # an answer costs 0.001
+    with serving(tmp_path / 'server', latency=0.02) as server:
+        report = describe(records, server.client(), tmp_path / 'd.jsonl', budget=0.05, **settings)
+        table = read_journal(tmp_path / 'd.jsonl')
+        assert 'budget' in report.stopped and 0.03 <= table.cost.sum() <= 0.05 and report.cost == pytest.approx(table.cost.sum())
+        check_ledger(server.log(), table, digests(tmp_path / 'imgs', records))
+        assert describe(records, server.client(), tmp_path / 'd.jsonl', budget=0.05, **settings).ok <= 1  # earlier runs count
+        assert describe(records, server.client(), tmp_path / 'd.jsonl', budget=1.0, **settings).stopped is None
+    assert len(read_journal(tmp_path / 'd.jsonl')) == 200
 
 
 # ---- limits, concurrency, memory ----------------------------------------------------------------------------------------
 
+
 def busiest(times, window):
     times = sorted(times)
-    return max(sum(1 for x in times[i:i + 2000] if x < t + window) for i, t in enumerate(times))
+    return max(sum(1 for x in times[i : i + 2000] if x < t + window) for i, t in enumerate(times))
 
 
 @pytest.mark.parametrize('limit', [dict(rpm=60), dict(tpm=60 * 700)])
 def test_the_rate_limit_holds_over_any_sliding_window(tmp_path, limit):
-    records = pictures(tmp_path/'imgs', 250)
-    with serving(tmp_path/'server', latency=.03, faults=.2, kinds=['429', '500', 'slow', 'impure']) as server:
-        report = describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', window=.6, max_tokens=100, **limit, **QUICK)
+    records = pictures(tmp_path / 'imgs', 250)
+    with serving(tmp_path / 'server', latency=0.03, faults=0.2, kinds=['429', '500', 'slow', 'impure']) as server:
+        report = describe(
+            records,
+            server.client(),
+            tmp_path / 'd.jsonl',
+            images_dir=tmp_path / 'imgs',
+            window=0.6,
+            max_tokens=100,
+            **limit,
+            **QUICK,
+        )
         times = [e['t'] for e in server.log()]
     assert report.ok + report.failed == 250 and len(times) > 250
-    assert busiest(times, .6) <= 60
-    assert busiest(times, .6) > 20      # and it is used
+    assert busiest(times, 0.6) <= 60
+    assert busiest(times, 0.6) > 20  # and it is used
 
 
 def test_requests_overlap_up_to_the_concurrency(tmp_path):
-    records = pictures(tmp_path/'imgs', 200)
-    with serving(tmp_path/'server', latency=.4) as server:
-        describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', concurrency=32, **QUICK)
+    records = pictures(tmp_path / 'imgs', 200)
+    with serving(tmp_path / 'server', latency=0.4) as server:
+        describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', concurrency=32, **QUICK)
         log = server.log()
     assert 24 <= max(sum(x['t'] <= e['t'] < x['end'] for x in log) for e in log) <= 32
 
 
 def _peak(url, folder, out, n, pipe):
-    _describe_in_child(url, folder, out, 100, {})       # everything imported, pools filled
+    _describe_in_child(url, folder, out, 100, {})  # everything imported, pools filled
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _describe_in_child(url, folder, Path(out).with_suffix('.more'), n, {})
     pipe.send((before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
@@ -325,11 +415,11 @@ def _peak(url, folder, out, n, pipe):
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     peaks, sizes = {}, (1000, 8000) if FULL else (200, 1000)
-    pictures(tmp_path/'imgs', sizes[1], size=130)                   # 50 kB each: 800 more would be 40 MB, 54 MB as base64
-    with serving(tmp_path/'server') as server:
+    pictures(tmp_path / 'imgs', sizes[1], size=130)  # 50 kB each: 800 more would be 40 MB, 54 MB as base64
+    with serving(tmp_path / 'server') as server:
         for n in sizes:
             here, there = SPAWN.Pipe()
-            child = SPAWN.Process(target=_peak, args=(server.url, tmp_path/'imgs', tmp_path/f'{n}.jsonl', n, there))
+            child = SPAWN.Process(target=_peak, args=(server.url, tmp_path / 'imgs', tmp_path / f'{n}.jsonl', n, there))
             child.start()
             peaks[n] = here.recv()
             child.join()
@@ -339,79 +429,133 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 
 # ---- the provider's batch mode --------------------------------------------------------------------------------------------
 
-BATCH = dict(model='m', progress=False, poll=.05)
+BATCH = dict(model='m', progress=False, poll=0.05)
+
 
 def test_batches_end_in_the_same_file(tmp_path):
-    records = pictures(tmp_path/'imgs', 120)
-    with serving(tmp_path/'server', faults=.3, batch_polls=2) as server:
-        report = describe_batch(records, server.client(), tmp_path/'b.jsonl', images_dir=tmp_path/'imgs', max_requests=50,
-                                prices=(1.0, 4.0), **BATCH)
+    records = pictures(tmp_path / 'imgs', 120)
+    with serving(tmp_path / 'server', faults=0.3, batch_polls=2) as server:
+        report = describe_batch(
+            records,
+            server.client(),
+            tmp_path / 'b.jsonl',
+            images_dir=tmp_path / 'imgs',
+            max_requests=50,
+            prices=(1.0, 4.0),
+            **BATCH,
+        )
         log = server.log()
-    table = read_journal(tmp_path/'b.jsonl')
-    check_ledger(log, table, digests(tmp_path/'imgs', records))
+    table = read_journal(tmp_path / 'b.jsonl')
+    check_ledger(log, table, digests(tmp_path / 'imgs', records))
     assert report.ok + report.failed == len(table) == 120 and report.ok > 100
     batches = [e['n'] for e in log if e['kind'] == 'batch']
-    assert batches[:3] == [50, 50, 20] and len(batches) > 3          # split at the limit; rejects go to further rounds
-    assert not (tmp_path/'.b.jsonl.batches.json').exists() and report.cost == pytest.approx(table.cost.sum())
+    assert batches[:3] == [50, 50, 20] and len(batches) > 3  # split at the limit; rejects go to further rounds
+    assert not (tmp_path / '.b.jsonl.batches.json').exists() and report.cost == pytest.approx(table.cost.sum())
 
 
 def test_a_batch_file_is_split_by_size(tmp_path):
-    records = pictures(tmp_path/'imgs', 12)
-    with serving(tmp_path/'server') as server:
-        describe_batch(records, server.client(), tmp_path/'b.jsonl', images_dir=tmp_path/'imgs', max_bytes=20_000, **BATCH)
+    records = pictures(tmp_path / 'imgs', 12)
+    with serving(tmp_path / 'server') as server:
+        describe_batch(records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', max_bytes=20_000, **BATCH)
         sizes = [e['n'] for e in server.log() if e['kind'] == 'batch']
     assert sum(sizes) == 12 and len(sizes) > 2
 
 
 def _batch_in_child(url, folder, out, n):
     records = pd.DataFrame({'file': [f'{i:05}.png' for i in range(n)]})
+
     async def run():
         async with openai.AsyncOpenAI(api_key=KEY, base_url=url, max_retries=0) as client:
             await describe_batch_async(records, client, out, images_dir=folder, max_requests=8, **BATCH)
+
     asyncio.run(run())
 
 
 def test_batches_survive_kills_without_being_paid_twice(tmp_path):
     n, rng = 60, random.Random(1)
-    records = pictures(tmp_path/'imgs', n)
-    with serving(tmp_path/'server', batch_polls=12, faults=.2, kinds=['impure']) as server:
+    records = pictures(tmp_path / 'imgs', n)
+    with serving(tmp_path / 'server', batch_polls=12, faults=0.2, kinds=['impure']) as server:
         for _ in range(8):
-            child = SPAWN.Process(target=_batch_in_child, args=(server.url, tmp_path/'imgs', tmp_path/'b.jsonl', n))
+            child = SPAWN.Process(target=_batch_in_child, args=(server.url, tmp_path / 'imgs', tmp_path / 'b.jsonl', n))
             child.start()
-            child.join(rng.uniform(.1, .6))
+            child.join(rng.uniform(0.1, 0.6))
             child.kill()
             child.join()
-        report = describe_batch(records, server.client(), tmp_path/'b.jsonl', images_dir=tmp_path/'imgs', max_requests=8, **BATCH)
+        report = describe_batch(
+            records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', max_requests=8, **BATCH
+        )
         log = server.log()
-    table = read_journal(tmp_path/'b.jsonl')
+    table = read_journal(tmp_path / 'b.jsonl')
     assert len(table) == n and report.skipped + report.ok + report.failed == n
-    check_ledger(log, table, digests(tmp_path/'imgs', records))
+    check_ledger(log, table, digests(tmp_path / 'imgs', records))
 
 
 def test_a_provider_without_batches(tmp_path):
-    records = pictures(tmp_path/'imgs', 2)
-    with serving(tmp_path/'server', key='another') as server:
-        with pytest.raises(UserError, match='refuses batches') as e:
-            describe_batch(records, server.client(), tmp_path/'b.jsonl', images_dir=tmp_path/'imgs', **BATCH)
+    records = pictures(tmp_path / 'imgs', 2)
+    with serving(tmp_path / 'server', key='another') as server, pytest.raises(UserError, match='refuses batches') as e:
+        describe_batch(records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', **BATCH)
     assert KEY not in str(e.value)
 
 
 # ---- secrets -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('settings', [dict(status=401, message=f'Incorrect API key provided: {KEY}'), dict(status=400, message=f'bad request, key {KEY}'),
-                                      dict(status=500, message=f'trace: Authorization: Bearer {KEY}'), dict(always='echo', message=KEY), dict()])
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(status=401, message=f'Incorrect API key provided: {KEY}'),
+        dict(status=400, message=f'bad request, key {KEY}'),
+        dict(status=500, message=f'trace: Authorization: Bearer {KEY}'),
+        dict(always='echo', message=KEY),
+        dict(),
+    ],
+)
 def test_a_planted_key_is_in_no_output(tmp_path, settings):
-    pictures(tmp_path/'imgs', 4)
-    code = ("import logging, sys, pandas as pd; logging.basicConfig(level=logging.DEBUG); from bdam_repro.describe import describe, make_client\n"
-            "describe(pd.DataFrame({'file': [f'{i:05}.png' for i in range(4)]}), make_client(), sys.argv[2] + '/d.jsonl', images_dir=sys.argv[1], model='m', concurrency=2,"
-            " retries=1, backoff=.01, breaker=5)")
-    with serving(tmp_path/'server', **settings) as server:
-        done = subprocess.run([sys.executable, '-X', 'dev', '-c', code, tmp_path/'imgs', tmp_path], capture_output=True, text=True,
-                              env=os.environ | {'OPENAI_API_KEY': KEY, 'OPENAI_BASE_URL': server.url, 'OPENAI_LOG': 'debug'})
+    pictures(tmp_path / 'imgs', 4)
+    code = (
+        "import logging, sys, pandas as pd; logging.basicConfig(level=logging.DEBUG)\n"
+        "from bdam_repro.describe import describe, make_client\n"
+        "describe(pd.DataFrame({'file': [f'{i:05}.png' for i in range(4)]}), make_client(), sys.argv[2] + '/d.jsonl',"
+        " images_dir=sys.argv[1], model='m', concurrency=2,"
+        " retries=1, backoff=.01, breaker=5)"
+    )
+    with serving(tmp_path / 'server', **settings) as server:
+        done = subprocess.run(
+            [sys.executable, '-X', 'dev', '-c', code, tmp_path / 'imgs', tmp_path],
+            capture_output=True,
+            text=True,
+            env=os.environ | {'OPENAI_API_KEY': KEY, 'OPENAI_BASE_URL': server.url, 'OPENAI_LOG': 'debug'},
+        )
     assert (done.returncode == 0) == (not settings.get('status')), done.stderr[-2000:]
-    written = (tmp_path/'d.jsonl').read_text()
+    written = (tmp_path / 'd.jsonl').read_text()
     assert KEY not in done.stdout + done.stderr + written
-    if settings.get('always'): assert 'failed' in written
+    if settings.get('always'):
+        assert 'failed' in written
+
+
+def papermill(tmp_path, url, *parameters):
+    "Run the notebook; what it printed, its exit code, the executed notebook's text."
+    env = os.environ | {'OPENAI_API_KEY': KEY, 'OPENAI_BASE_URL': url, 'IN_TEST': '1', 'BDAM_ROOT': str(tmp_path)}
+    notebook = HERE.parent / 'nbs' / 'describe.ipynb'
+    command = [Path(sys.executable).parent / 'papermill', notebook, tmp_path / 'out.ipynb', *parameters]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    return done.stdout + done.stderr, done.returncode, (tmp_path / 'out.ipynb').read_text()
+
+
+def test_the_notebook_asks_the_server_and_keeps_the_key_to_itself(tmp_path):
+    with serving(tmp_path / 'server', key=KEY) as server:
+        said, code, notebook = papermill(
+            tmp_path, server.url, '-p', 'model', 'm', '-p', 'limit', '6', '-p', 'price_in', '1', '-p', 'price_out', '2'
+        )
+    assert code == 0, said
+    assert 'ok=6' in notebook and KEY not in said + notebook and server.url not in said + notebook
+
+
+def test_the_notebook_ends_with_one_line_when_the_key_is_refused(tmp_path):
+    with serving(tmp_path / 'server', status=401, message=f'Incorrect API key provided: {KEY}') as server:
+        said, code, notebook = papermill(tmp_path, server.url, '-p', 'model', 'm')
+    assert code == 1 and 'the server refuses the key (401)' in said
+    assert KEY not in said + notebook and server.url not in said + notebook
 
 
 # ---- what a user can get wrong -------------------------------------------------------------------------------------------
@@ -435,91 +579,128 @@ BAD = {
     'a style that is a caption': (dict(styles=['a man']), r'styles\[0\]'),
 }
 
+
 @pytest.mark.parametrize('settings,says', BAD.values(), ids=BAD.keys())
 def test_wrong_settings_cost_one_line_and_no_request(tmp_path, settings, says):
-    records = pictures(tmp_path/'imgs', 2)
-    with serving(tmp_path/'server') as server:
-        with pytest.raises(UserError, match=says) as e: describe(records, server.client(), tmp_path/'d.jsonl', **{'images_dir': tmp_path/'imgs'} | QUICK | settings)
+    records = pictures(tmp_path / 'imgs', 2)
+    with serving(tmp_path / 'server') as server:
+        with pytest.raises(UserError, match=says) as e:
+            describe(records, server.client(), tmp_path / 'd.jsonl', **{'images_dir': tmp_path / 'imgs'} | QUICK | settings)
         assert server.log() == []
     assert '\n' not in str(e.value)
 
 
 def test_wrong_tables_files_and_folders(tmp_path):
-    records, client = pictures(tmp_path/'imgs', 3), openai.AsyncOpenAI(api_key='k', base_url='http://127.0.0.1:9/v1', max_retries=0)
-    def refused(says, records=records, out=tmp_path/'d.jsonl'):
-        with pytest.raises(UserError, match=says) as e: describe(records, client, out, images_dir=tmp_path/'imgs', **QUICK)
+    records, client = (
+        pictures(tmp_path / 'imgs', 3),
+        openai.AsyncOpenAI(api_key='k', base_url='http://127.0.0.1:9/v1', max_retries=0),
+    )
+
+    def refused(says, records=records, out=tmp_path / 'd.jsonl'):
+        with pytest.raises(UserError, match=says) as e:
+            describe(records, client, out, images_dir=tmp_path / 'imgs', **QUICK)
         assert '\n' not in str(e.value)
+
     refused('records is empty', records.head(0))
     refused('no column "file"', records.rename(columns={'file': 'f'}))
-    refused('no such folder', out=tmp_path/'missing'/'d.jsonl')
-    refused('cannot be written', out=tmp_path/'imgs')                     # a folder
-    (tmp_path/'other.jsonl').write_text(json.dumps({'image': 'elsewhere/1.jpg', 'status': 'ok'}) + '\n')
-    refused('belongs to another one', out=tmp_path/'other.jsonl')
-    (tmp_path/'split.jsonl').write_text(json.dumps({'image': '00000.png', 'status': 'ok', 'model': 'split'}) + '\n')
-    refused('holds lines of model split', out=tmp_path/'split.jsonl')
+    refused('no such folder', out=tmp_path / 'missing' / 'd.jsonl')
+    refused('cannot be written', out=tmp_path / 'imgs')  # a folder
+    (tmp_path / 'other.jsonl').write_text(json.dumps({'image': 'elsewhere/1.jpg', 'status': 'ok'}) + '\n')
+    refused('belongs to another one', out=tmp_path / 'other.jsonl')
+    (tmp_path / 'split.jsonl').write_text(json.dumps({'image': '00000.png', 'status': 'ok', 'model': 'split'}) + '\n')
+    refused('holds lines of model split', out=tmp_path / 'split.jsonl')
     line = json.dumps({'image': '00000.png', 'status': 'ok', 'model': 'm'})
-    (tmp_path/'broken.jsonl').write_text('not json\n' + line + '\n')
-    refused('line 1: not a description', out=tmp_path/'broken.jsonl')
-    (tmp_path/'twice.jsonl').write_text((line + '\n') * 2)
-    with pytest.raises(UserError, match='is in lines 1 and 2'): read_journal(tmp_path/'twice.jsonl')
-    with Journal(tmp_path/'locked.jsonl', records['file']): refused('another process is writing', out=tmp_path/'locked.jsonl')
+    (tmp_path / 'broken.jsonl').write_text('not json\n' + line + '\n')
+    refused('line 1: not a description', out=tmp_path / 'broken.jsonl')
+    (tmp_path / 'twice.jsonl').write_text((line + '\n') * 2)
+    with pytest.raises(UserError, match='is in lines 1 and 2'):
+        read_journal(tmp_path / 'twice.jsonl')
+    with Journal(tmp_path / 'locked.jsonl', records['file']):
+        refused('another process is writing', out=tmp_path / 'locked.jsonl')
 
 
 def test_wrong_servers(tmp_path, monkeypatch):
-    records = pictures(tmp_path/'imgs', 5)
+    records = pictures(tmp_path / 'imgs', 5)
+
     def refused(client, says):
-        with pytest.raises(UserError, match=says) as e: describe(records, client, tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', concurrency=2, **QUICK)
-        assert '\n' not in str(e.value) and len(read_journal(tmp_path/'d.jsonl')) == 0
+        with pytest.raises(UserError, match=says) as e:
+            describe(records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', concurrency=2, **QUICK)
+        assert '\n' not in str(e.value) and len(read_journal(tmp_path / 'd.jsonl')) == 0
+
     refused(openai.AsyncOpenAI(api_key='k', base_url='http://127.0.0.1:9/v1', max_retries=0), 'no connection to the server')
-    with serving(tmp_path/'a') as server: refused(openai.AsyncOpenAI(api_key='k', base_url=server.url + '/nonsense', max_retries=0), '404')
-    with serving(tmp_path/'b', vision=False) as server: refused(server.client(), 'does the model "m" read images')
-    with serving(tmp_path/'c', always='bad-envelope') as server: refused(server.client(), 'not a chat completion')
+    with serving(tmp_path / 'a') as server:
+        refused(openai.AsyncOpenAI(api_key='k', base_url=server.url + '/nonsense', max_retries=0), '404')
+    with serving(tmp_path / 'b', vision=False) as server:
+        refused(server.client(), 'does the model "m" read images')
+    with serving(tmp_path / 'c', always='bad-envelope') as server:
+        refused(server.client(), 'not a chat completion')
 
 
 def test_without_a_key_or_an_address(monkeypatch):
     monkeypatch.delenv('OPENAI_API_KEY', raising=False)
-    with pytest.raises(UserError, match='OPENAI_API_KEY is not set'): make_client()
+    with pytest.raises(UserError, match='OPENAI_API_KEY is not set'):
+        make_client()
     monkeypatch.setenv('OPENAI_API_KEY', KEY)
     monkeypatch.setenv('OPENAI_BASE_URL', 'localhost:8000')
-    with pytest.raises(UserError, match='not an address'): make_client()
+    with pytest.raises(UserError, match='not an address'):
+        make_client()
 
 
 def test_pictures_that_cannot_be_read_cost_nothing(tmp_path):
-    records = pictures(tmp_path/'imgs', 6)
-    (tmp_path/'imgs'/'00000.png').write_bytes(b'')
-    (tmp_path/'imgs'/'00002.png').write_bytes((tmp_path/'imgs'/'00002.png').read_bytes()[:45])
-    (tmp_path/'imgs'/'00004.png').unlink()
-    with serving(tmp_path/'server') as server:
-        report = describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', **QUICK)
+    records = pictures(tmp_path / 'imgs', 6)
+    (tmp_path / 'imgs' / '00000.png').write_bytes(b'')
+    (tmp_path / 'imgs' / '00002.png').write_bytes((tmp_path / 'imgs' / '00002.png').read_bytes()[:45])
+    (tmp_path / 'imgs' / '00004.png').unlink()
+    with serving(tmp_path / 'server') as server:
+        report = describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK)
         assert len(server.log()) == 3
     assert (report.ok, report.failed, dict(report.causes)) == (3, 3, {'image': 3})
 
 
 def test_a_dry_run_sends_nothing_and_learns_from_the_file(tmp_path, capsys):
-    records = pictures(tmp_path/'imgs', 50)
-    settings = dict(images_dir=tmp_path/'imgs', prices=(1.0, 4.0), **QUICK)
-    with serving(tmp_path/'server') as server:
-        first = describe(records, server.client(), tmp_path/'d.jsonl', dry_run=True, **settings)
-        assert server.log() == [] and not (tmp_path/'d.jsonl').exists() and first.images == 50
-        describe(records, server.client(), tmp_path/'d.jsonl', limit=10, **settings)
-        later = describe(records, server.client(), tmp_path/'d.jsonl', dry_run=True, **settings)
-    assert (later.images, later.prompt_tokens, later.completion_tokens) == (40, 24_000, 4_000) and later.cost == pytest.approx(.04)
+    records = pictures(tmp_path / 'imgs', 50)
+    settings = dict(images_dir=tmp_path / 'imgs', prices=(1.0, 4.0), **QUICK)
+    with serving(tmp_path / 'server') as server:
+        first = describe(records, server.client(), tmp_path / 'd.jsonl', dry_run=True, **settings)
+        assert server.log() == [] and not (tmp_path / 'd.jsonl').exists() and first.images == 50
+        describe(records, server.client(), tmp_path / 'd.jsonl', limit=10, **settings)
+        later = describe(records, server.client(), tmp_path / 'd.jsonl', dry_run=True, **settings)
+    assert (later.images, later.prompt_tokens, later.completion_tokens) == (40, 24_000, 4_000) and later.cost == pytest.approx(
+        0.04
+    )
     assert '40 images to describe' in capsys.readouterr().out
 
 
 def test_it_works_where_an_event_loop_runs(tmp_path):
-    records = pictures(tmp_path/'imgs', 8)
-    async def cell(): return describe(records, server.client(), tmp_path/'d.jsonl', images_dir=tmp_path/'imgs', **QUICK)
-    with serving(tmp_path/'server') as server: assert asyncio.run(cell()).ok == 8
+    records = pictures(tmp_path / 'imgs', 8)
+
+    async def cell():
+        return describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK)
+
+    with serving(tmp_path / 'server') as server:
+        assert asyncio.run(cell()).ok == 8
 
 
 def test_split_survives_whatever_people_write(tmp_path):
-    odd = ['', '.', 'man', '\U0001f600', 'A' * 5000, 'he ' * 400, 'wearing', '<b>man</b> in {red} coat', 'The man\'s shirt\nis red.', 'and and and', 'MAN IN RED SHIRT AND BLUE JEANS']
+    odd = [
+        '',
+        '.',
+        'man',
+        '\U0001f600',
+        'A' * 5000,
+        'he ' * 400,
+        'wearing',
+        '<b>man</b> in {red} coat',
+        'The man\'s shirt\nis red.',
+        'and and and',
+        'MAN IN RED SHIRT AND BLUE JEANS',
+    ]
     records = pd.DataFrame({'file': [f'{i}.jpg' for i in range(len(odd) + 1)], 'captions': [[c] for c in odd] + [[]]})
-    report = describe_split(records, tmp_path/'d.jsonl')
-    table = read_journal(tmp_path/'d.jsonl')
+    report = describe_split(records, tmp_path / 'd.jsonl')
+    table = read_journal(tmp_path / 'd.jsonl')
     assert report.ok + report.failed == len(records) == len(table) and report.ok >= 2
     assert table[table.status == 'failed'].reason.str.contains(':').all()
 
 
-def test_estimates_of_nothing(tmp_path): assert estimate([], tmp_path/'none.jsonl', policy=Policy()).hours == 0
+def test_estimates_of_nothing(tmp_path):
+    assert estimate([], tmp_path / 'none.jsonl', policy=Policy()).hours == 0

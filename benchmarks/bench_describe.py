@@ -1,0 +1,89 @@
+"""Throughput, rate limit and memory of `describe` against a local server.
+
+    python benchmarks/bench_describe.py throughput      # 1,000 images, a server of 100 ms; sequential measured on 50 and scaled
+    python benchmarks/bench_describe.py rate            # 600 requests a minute; busiest sliding minute by the server's clock
+    python benchmarks/bench_describe.py memory          # peak RSS after 1,000 and after 8,000 images
+
+The sequential loop is what a script does without this module: one request after another through the same client,
+answers parsed and checked, nothing written.
+"""
+
+import asyncio
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / 'tests')]
+
+from test_describe import QUICK, SPAWN, _peak, busiest, pictures, serving  # noqa: E402
+
+from bdam_repro.describe import Policy, describe, first_messages, image_url, judge  # noqa: E402
+
+
+async def sequential(client, files, imgs):
+    start = time.perf_counter()
+    for f in files:
+        body = {
+            'model': 'm',
+            'messages': first_messages(Policy(), (), image_url(imgs / f)),
+            'response_format': {'type': 'json_object'},
+        }
+        judge(await client.post('/chat/completions', body=body, cast_to=object), Policy())
+    return (time.perf_counter() - start) / len(files)
+
+
+def throughput(tmp, n=1000, rounds=3):
+    records = pictures(tmp / 'imgs', n, size=32)
+    for concurrency in (64, 100):
+        ratios = []
+        for k in range(rounds):  # alternated, so that a busy machine slows both
+            with serving(tmp / f'server{concurrency}-{k}', latency=0.1) as server:
+                one = asyncio.run(sequential(server.client(), records['file'][:50], tmp / 'imgs'))
+            with serving(tmp / f'server{concurrency}-{k}b', latency=0.1) as server:
+                start, cpu = time.perf_counter(), time.process_time()
+                report = describe(
+                    records,
+                    server.client(),
+                    tmp / f'{concurrency}-{k}.jsonl',
+                    images_dir=tmp / 'imgs',
+                    concurrency=concurrency,
+                    **QUICK,
+                )
+                took, cpu = time.perf_counter() - start, time.process_time() - cpu
+            assert report.ok == n
+            ratios.append(one * n / took)
+            print(
+                f'concurrency {concurrency}: {took:.2f} s for {n} images ({cpu:.2f} s of CPU); '
+                f'sequential {1000 * one:.1f} ms an image (50 measured): {ratios[-1]:.1f} x'
+            )
+        print(f'concurrency {concurrency}: median {sorted(ratios)[rounds // 2]:.1f} x')
+
+
+def rate(tmp, n=1300):
+    records = pictures(tmp / 'imgs', n)
+    with serving(tmp / 'server', latency=0.2, faults=0.05, kinds=['429', '500']) as server:
+        report = describe(records, server.client(), tmp / 'd.jsonl', images_dir=tmp / 'imgs', rpm=600, **QUICK)
+        times = [e['t'] for e in server.log()]
+    print(
+        f'{len(times)} requests in {report.seconds:.0f} s; busiest sliding minute at the server: {busiest(times, 60)} (limit 600)'
+    )
+
+
+def memory(tmp):
+    pictures(tmp / 'imgs', 8000, size=64)
+    with serving(tmp / 'server') as server:
+        for n in (1000, 8000):
+            here, there = SPAWN.Pipe()
+            child = SPAWN.Process(target=_peak, args=(server.url, tmp / 'imgs', tmp / f'{n}.jsonl', n, there))
+            child.start()
+            before, after = here.recv()
+            print(f'{n} images: peak RSS {before / 1024:.1f} MB warm, {after / 1024:.1f} MB at the end')
+            child.join()
+
+
+if __name__ == '__main__':
+    chosen = {'throughput': throughput, 'rate': rate, 'memory': memory}
+    for name in sys.argv[1:] or chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            chosen[name](Path(folder))
