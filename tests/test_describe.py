@@ -413,6 +413,7 @@ def _peak(url, folder, out, n, pipe):
     pipe.send((before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
+@pytest.mark.timeout(1200 if FULL else 300)
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     peaks, sizes = {}, (1000, 8000) if FULL else (200, 1000)
     pictures(tmp_path / 'imgs', sizes[1], size=130)  # 50 kB each: 800 more would be 40 MB, 54 MB as base64
@@ -421,6 +422,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
             here, there = SPAWN.Pipe()
             child = SPAWN.Process(target=_peak, args=(server.url, tmp_path / 'imgs', tmp_path / f'{n}.jsonl', n, there))
             child.start()
+            there.close()
             peaks[n] = here.recv()
             child.join()
     print(f'\npeak RSS in kB, warm and after n images: {peaks}')
