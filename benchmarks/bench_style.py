@@ -28,7 +28,8 @@ def measure(n, method, dim, as_written):
     _, d = cluster_styles(x, method, truth=truth)
     done = time.perf_counter()
     return dict(distinct=len(set(texts)), generalize=generalized - start, embed=embedded - generalized,
-                cluster=done - embedded, k=d.k, noise=d.noise_before, ari=d.ari, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+                cluster=done - embedded, k=d.k, noise=d.noise_before, ari=d.ari,
+                peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main():
