@@ -216,7 +216,8 @@ def test_seven_files_of_the_same_images(dataset):
     files = {m: style_descriptions(dataset, m, **told(m)) for m in reversed(METHODS)}
     for m, path in files.items():
         f = read_journal(path)
-        assert path.name == VARIANTS.get(f'style_{m}', {}).get('descriptions', 'descriptions.jsonl') and path.parent == dataset.root
+        assert path.name == VARIANTS.get(f'style_{m}', {}).get('descriptions', 'descriptions.jsonl')
+        assert path.parent == dataset.root
         assert f.image.tolist() == plain.image.tolist() and f.attributes.tolist() == plain.attributes.tolist()
         assert f.prompt_hash.str.endswith(m).all() and (f.status == 'ok').all()
         if m == 'none': assert f['style'].isna().all() and f.identity.tolist() == plain.identity.tolist()
@@ -297,13 +298,15 @@ def clip_folder(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=t, pad_token='[pad]', unk_token='[unk]').save_pretrained(folder)
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=24)
-    config = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=12, bos_token_id=2, eos_token_id=3, pad_token_id=0, **sizes)
+    config = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=12, bos_token_id=2, eos_token_id=3,
+                            pad_token_id=0, **sizes)
     CLIPTextModelWithProjection(config).save_pretrained(folder)
     return folder
 
 
 def test_clip_from_a_folder(clip_folder):
-    captions = ['a man in red', 'the man wears a coat and blue jeans', 'blue coat', 'jeans in red and red and red and red and red and red'] * 3
+    too_long = 'jeans in red and red and red and red and red and red'
+    captions = ['a man in red', 'the man wears a coat and blue jeans', 'blue coat', too_long] * 3
     x = embed_styles(captions, 'clip', model=str(clip_folder), dim=3)
     assert x.shape == (12, 3) and np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5) and (x[:4] == x[4:8]).all()
     assert cluster_styles(x, 'kmeans', k=4)[1].k == 4
