@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['HUB_NAMES', 'TOKENIZER_FILES', 'MODEL_FILES', 'SPECIAL_TOKENS', 'hub_folder', 'load_tokenizer', 'wordpiece_vocab',
-           'train_tokenizer', 'encode_texts', 'trim', 'decode_image', 'ImageStore', 'erasing_boxes', 'augment',
-           'PKSampler', 'Batch', 'split_rows', 'mix', 'Loader', 'train_batches', 'image_batches', 'text_batches']
+           'save_tokenizer', 'train_tokenizer', 'encode_texts', 'trim', 'decode_image', 'ImageStore', 'erasing_boxes',
+           'augment', 'PKSampler', 'Batch', 'split_rows', 'mix', 'Loader', 'train_batches', 'image_batches',
+           'text_batches']
 
 # %% ../nbs/12_batches.ipynb #120004
 import json
@@ -30,7 +31,7 @@ from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntry
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 # %% ../nbs/12_batches.ipynb #120006
@@ -97,6 +98,21 @@ def wordpiece_vocab(texts: Sequence[str],  # the training captions
     return dict(sorted(tokenizer.get_vocab().items(), key=lambda kv: kv[1]))
 
 # %% ../nbs/12_batches.ipynb #120016
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    "Save in the hub's format, whole or not at all. Raises `UserError` where the disk refuses."
+    folder = Path(folder)
+    tmp = folder.with_name(f'.{folder.name}.tmp')
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(tmp, ignore_errors=True)
+        tokenizer.save_pretrained(tmp)
+        folder.mkdir(exist_ok=True)
+        for f in sorted(tmp.iterdir(), reverse=True): os.replace(f, folder/f.name)  # tokenizer.json, without which nothing loads, comes last
+    except Exception as e:  # the writer behind it is not Python and raises plain exceptions
+        raise UserError(f'cannot write the tokenizer to {folder}: {e}; free some space or choose another folder') from e
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../nbs/12_batches.ipynb #120017
 def train_tokenizer(texts: Sequence[str],  # the *training* captions; others would leak words of the test set into the vocabulary
                     folder: str | Path,  # where to save it, in the hub's format
                     vocab_size: int = 3000,  # at most so many pieces
@@ -104,17 +120,10 @@ def train_tokenizer(texts: Sequence[str],  # the *training* captions; others wou
     "Train and save BERT's kind of tokenizer ([CLS] … [SEP], lower case). `load_tokenizer(folder)` gives it back."
     texts = [str(t) for t in texts]
     if not any(t.strip() for t in texts): raise UserError('no words to train a tokenizer on: all captions are empty')
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
-    try:
-        BertTokenizer(vocab=wordpiece_vocab(texts, vocab_size), do_lower_case=True).save_pretrained(tmp)
-        folder.mkdir(exist_ok=True)
-        for f in sorted(tmp.iterdir(), reverse=True): os.replace(f, folder/f.name)  # tokenizer.json, without which nothing loads, comes last
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    save_tokenizer(BertTokenizer(vocab=wordpiece_vocab(texts, vocab_size), do_lower_case=True), folder)
     return load_tokenizer(folder)
 
-# %% ../nbs/12_batches.ipynb #120021
+# %% ../nbs/12_batches.ipynb #120022
 def encode_texts(tokenizer: PreTrainedTokenizerBase,
                  texts: Sequence[str],
                  max_length: int,  # longer texts are cut, their closing token kept
@@ -130,7 +139,7 @@ def trim(ids: torch.Tensor,  # [B,L]
     L = int(mask.sum(1).max())
     return ids[:, :L], mask[:, :L]
 
-# %% ../nbs/12_batches.ipynb #120027
+# %% ../nbs/12_batches.ipynb #120028
 def decode_image(path: str | Path,  # an image file
                  size: tuple[int, int],  # (height, width) in pixels
                  within: Path | None = None,  # the folder that it must lie in, links followed
@@ -139,7 +148,7 @@ def decode_image(path: str | Path,  # an image file
     image = load_image(path, within).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/12_batches.ipynb #120029
+# %% ../nbs/12_batches.ipynb #120030
 class ImageStore:
     "The images of some rows of a dataset at one size: from memory when they fit the budget, else from their files."
     def __init__(self, dataset: PedesDataset,
@@ -168,7 +177,7 @@ class ImageStore:
         if self.cached: return self.data[[self.slot[int(r)] for r in rows]]
         return self._decode([self.paths[int(r)] for r in rows])
 
-# %% ../nbs/12_batches.ipynb #120032
+# %% ../nbs/12_batches.ipynb #120033
 def erasing_boxes(u: np.ndarray,  # [B,4] uniform numbers: how much, which shape, where down, where across
                   H: int, W: int,
                   area: tuple[float, float],  # least and greatest share of the image
@@ -179,7 +188,7 @@ def erasing_boxes(u: np.ndarray,  # [B,4] uniform numbers: how much, which shape
     w = np.sqrt(share*H*W/ratio).clip(1, W).astype(int)
     return np.stack([u[:, 2]*(H - h + 1), u[:, 3]*(W - w + 1), h, w], 1).astype(int)
 
-# %% ../nbs/12_batches.ipynb #120033
+# %% ../nbs/12_batches.ipynb #120034
 def augment(images: torch.Tensor,  # uint8 [B,3,H,W], on the CPU
             generator: torch.Generator,
             flip: float = .5,  # probability of a mirror image
@@ -200,7 +209,7 @@ def augment(images: torch.Tensor,  # uint8 [B,3,H,W], on the CPU
         if u[i, 3] < erase: out[i, :, y:y + h, x:x + w] = 127
     return torch.from_numpy(out)
 
-# %% ../nbs/12_batches.ipynb #120039
+# %% ../nbs/12_batches.ipynb #120040
 class PKSampler:
     "Identity-balanced batches: positions into `pids`, P identities × K images each. A function of (seed, epoch) alone."
     def __init__(self, pids: Sequence[int],  # [N] identity of each image
@@ -234,7 +243,7 @@ class PKSampler:
             batch = [row for pid in pids[i:i + self.p] for row in self.deal(pid)]
             yield batch[self.rank*n:(self.rank + 1)*n]
 
-# %% ../nbs/12_batches.ipynb #120044
+# %% ../nbs/12_batches.ipynb #120045
 @dataclass
 class Batch:
     "One training batch. Texts are cut to the longest of the batch; a text that the run does not use is None."
@@ -254,19 +263,19 @@ class Batch:
     def pin_memory(self) -> 'Batch': return self._each(torch.Tensor.pin_memory)
     def __len__(self) -> int: return len(self.rows)
 
-# %% ../nbs/12_batches.ipynb #120046
+# %% ../nbs/12_batches.ipynb #120047
 def split_rows(dataset: PedesDataset, split: str) -> np.ndarray:  # positions in `dataset.records`
     "The rows of one split. Raises `UserError` when it is empty."
     rows = np.flatnonzero(dataset.records['split'].to_numpy() == split)
     if not len(rows): raise UserError(f"{dataset.name} has no images in its split '{split}' ({dataset.root})")
     return rows
 
-# %% ../nbs/12_batches.ipynb #120047
+# %% ../nbs/12_batches.ipynb #120048
 def mix(*numbers: int) -> int:  # a 64-bit seed
     "One seed from several numbers, the same on every machine."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/12_batches.ipynb #120048
+# %% ../nbs/12_batches.ipynb #120049
 class _TrainData(Dataset):
     "Item `step` is a whole batch (or the `UserError` that prevented it, so that it crosses processes as one line)."
     def __init__(self, dataset, tokenizer, rows, images, sampler, max_length, seed, id_text, augmentation):
@@ -310,7 +319,7 @@ class _TrainData(Dataset):
         named = {f'{name}_{kind}': t for name, pair in texts.items() for kind, t in zip(('ids', 'mask'), pair)}
         return Batch(rows=torch.from_numpy(self.rows[i]), pids=torch.from_numpy(self.pids[i]), images=images, **named)
 
-# %% ../nbs/12_batches.ipynb #120049
+# %% ../nbs/12_batches.ipynb #120050
 class Loader:
     "An epoch of training batches each time it is iterated; `wait_share` says what part of the time its user waited."
     def __init__(self, data: _TrainData, workers: int):
@@ -329,7 +338,8 @@ class Loader:
     def _batches(self) -> Iterator[Batch | UserError]:
         "Made ahead: by processes, or by one thread while the model computes. A batch depends on its step alone, so neither changes it."
         if self.workers:
-            yield from DataLoader(self.data, batch_size=None, num_workers=self.workers, prefetch_factor=4)
+            yield from DataLoader(self.data, batch_size=None, num_workers=self.workers, prefetch_factor=4,
+                                  generator=torch.Generator())  # its own: the global one belongs to dropout
             return
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self.data.__getitem__, 0)
@@ -350,7 +360,7 @@ class Loader:
             yield batch
             self.total = time.perf_counter() - start
 
-# %% ../nbs/12_batches.ipynb #120050
+# %% ../nbs/12_batches.ipynb #120051
 def train_batches(dataset: PedesDataset,
                   tokenizer: PreTrainedTokenizerBase,
                   *,
@@ -376,7 +386,7 @@ def train_batches(dataset: PedesDataset,
     images = ImageStore(dataset, size, rows, cache, budget)
     return Loader(_TrainData(dataset, tokenizer, rows, images, sampler, max_length, seed, id_text, augmentation), workers)
 
-# %% ../nbs/12_batches.ipynb #120059
+# %% ../nbs/12_batches.ipynb #120060
 def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256, split: str = 'test',
                   images: ImageStore | None = None,  # a store kept from the last time, so that a validation set is decoded once
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]

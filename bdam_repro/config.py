@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import pandas as pd
@@ -189,10 +190,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     'tiny': dict(
         image_height=128, image_width=64, max_length=64, pad=6, ids_per_batch=32, images_per_id=2,
         vision={'type': 'vit', 'hidden': 128, 'layers': 4, 'heads': 4, 'patch': 16},
-        text={'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4}, text_pool='mean', dim=128, bdam_depth=4, bdam_heads=4,
+        text={'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4}, text_pool='mean', dim=128, bdam_depth=2, bdam_heads=4,
         fusion_dim=64, epochs=12, lr=1e-3, weight_decay=0.02, decoupled=True, warmup=1, workers=0),
     'smoke': dict(
-        image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2, folder='SynthPEDES-smoke',
+        image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2, text_pool='mean', folder='SynthPEDES-smoke',
         synth_train_ids=32, synth_val_ids=8, synth_test_ids=8, vocab_size=600,
         vision={'type': 'vit', 'hidden': 32, 'layers': 2, 'heads': 2, 'patch': 16},
         text={'type': 'bert', 'hidden': 32, 'layers': 2, 'heads': 2}, dim=32, bdam_depth=2, bdam_heads=2,
@@ -290,7 +291,8 @@ def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
-    given = {k: v for k, v in names.items() if not k.startswith('_') and k not in _SHELL and k not in extra}
+    given = {k: v for k, v in names.items() if not k.startswith('_') and k not in _SHELL and k not in extra
+             and not callable(v) and not isinstance(v, ModuleType)}   # what a shell or an import left there is no parameter
     if os.environ.get('IN_TEST') and given.get('preset') is None: given['preset'] = 'smoke'
     return make_config(**given)
 

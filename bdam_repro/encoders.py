@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'SHORT', 'CLIP_STATS', 'checkpoint_config', 'load_checkpoint', 'short_config', 'build', 'save_memory',
            'set_dropout', 'choose_attention', 'resize_positions', 'check_grid', 'encoder_config', 'vision_config',
-           'VisionEncoder', 'clip_tokens', 'text_config', 'TextEncoder']
+           'sincos_positions', 'VisionEncoder', 'clip_tokens', 'text_config', 'TextEncoder']
 
 # %% ../nbs/30_encoders.ipynb #300004
 import json
@@ -103,6 +103,7 @@ def short_config(spec: dict,  # type, hidden, layers, heads; patch for images
     kind = types[spec['type']]
     if 'patch' in known: more['patch_size'] = spec.get('patch', 16)
     if spec['type'] == 'clip': more |= {'projection_dim': spec.get('projection', spec['hidden'])}
+    more = {'initializer_range': spec['hidden']**-.5} | more   # the library's 0.02 suits a width of 768 and starves a narrow start
     if kind == 'clip_text_model': more |= {'bos_token_id': 0, 'eos_token_id': 2}  # unused here, but checked against the vocabulary
     return KINDS[kind][0](hidden_size=spec['hidden'], num_hidden_layers=spec['layers'], num_attention_heads=spec['heads'],
                           intermediate_size=4*spec['hidden'], **more)
@@ -170,7 +171,18 @@ def vision_config(spec: str | Path | dict, image_size: tuple[int, int]) -> dict:
     return {'type': config.model_type, 'network': config.to_diff_dict(), 'image_size': list(image_size),
             'mean': stats.get('image_mean') or mean, 'std': stats.get('image_std') or std}
 
-# %% ../nbs/30_encoders.ipynb #300025
+# %% ../nbs/30_encoders.ipynb #300026
+def sincos_positions(grid: tuple[int, int],  # (h, w) patches
+                     dim: int,               # D
+                     ) -> torch.Tensor:      # [1+h*w, D], the first row ([CLS]) zero
+    "A position table of sines and cosines, half of it for the row and half for the column."
+    quarter = -(-dim//4)
+    omega = 10000**(-torch.arange(quarter)/quarter)                          # [D/4] angular frequencies
+    y, x = torch.meshgrid(*(torch.arange(n) for n in grid), indexing='ij')
+    waves = [f(p.flatten()[:, None]*omega) for p in (y, x) for f in (torch.sin, torch.cos)]
+    return torch.cat([torch.zeros(1, dim), torch.cat(waves, 1)[:, :dim]])
+
+# %% ../nbs/30_encoders.ipynb #300028
 class VisionEncoder(nn.Module):
     "Pixels to tokens, `E_v` of Sec. 3.2. Attributes: `dim` (D), `patch`, `grid` (rows and columns of patches), `config`."
     def __init__(self, spec: str | Path | dict,  # hub name, folder, or options such as {'type': 'vit', 'hidden': 128, 'layers': 4, 'heads': 4, 'patch': 16}
@@ -202,7 +214,7 @@ class VisionEncoder(nn.Module):
         old = check_grid((side, side) if isinstance(side, int) else tuple(side), self.patch)
         table = emb.position_embedding.weight if self.clip else emb.position_embeddings[0]
         new = resize_positions(table.detach(), old, self.grid)
-        if not keep: new = nn.init.trunc_normal_(new.clone(), std=.02)  # resampled noise would start smoother and smaller
+        if not keep: new = sincos_positions(self.grid, new.shape[1])
         if self.clip: emb.position_embedding = nn.Embedding(*new.shape, _weight=new)
         else: emb.position_embeddings, emb.image_size = nn.Parameter(new[None]), self.image_size
 
@@ -215,7 +227,7 @@ class VisionEncoder(nn.Module):
         choose_attention(self.net, 1 + self.grid[0]*self.grid[1], x.device)
         return clip_tokens(self.net, x) if self.clip else self.net(pixel_values=x).last_hidden_state
 
-# %% ../nbs/30_encoders.ipynb #300027
+# %% ../nbs/30_encoders.ipynb #300030
 def clip_tokens(net: CLIPVisionModelWithProjection, x: torch.Tensor) -> torch.Tensor:
     "CLIP's vision tower for any grid: [B,3,H,W] normalized -> [B,1+L,D] in the shared space."
     tower = net.vision_model
@@ -225,7 +237,7 @@ def clip_tokens(net: CLIPVisionModelWithProjection, x: torch.Tensor) -> torch.Te
     h = tower.encoder(inputs_embeds=tower.pre_layrnorm(h)).last_hidden_state
     return net.visual_projection(tower.post_layernorm(h))
 
-# %% ../nbs/30_encoders.ipynb #300031
+# %% ../nbs/30_encoders.ipynb #300034
 def text_config(spec: str | Path | dict, vocab_size: int | None, max_length: int) -> dict:
     "The saved form of a text encoder's config. Raises `UserError` when tokenizer and checkpoint do not fit."
     if isinstance(spec, dict):
@@ -239,7 +251,7 @@ def text_config(spec: str | Path | dict, vocab_size: int | None, max_length: int
         raise UserError(f'texts of {max_length} tokens, but {spec} has {config.max_position_embeddings} positions: lower max_length')
     return {'type': config.model_type, 'network': config.to_diff_dict(), 'max_length': max_length}
 
-# %% ../nbs/30_encoders.ipynb #300032
+# %% ../nbs/30_encoders.ipynb #300035
 class TextEncoder(nn.Module):
     "Token ids to tokens, the text encoder of Sec. 3.1. Attributes: `dim` (D), `max_length`, `config`."
     def __init__(self, spec: str | Path | dict,  # hub name, folder, or options such as {'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import bdam_repro
 from . import __version__
-from .batches import Batch, image_batches, load_tokenizer, text_batches, train_batches, train_tokenizer
+from .batches import Batch, image_batches, load_tokenizer, save_tokenizer, text_batches, train_batches, train_tokenizer
 from .config import ROOT, Config, UserError, atomic_path, config_hash, make_config, run_dir
 from .gradnorm import GradNorm, TaskWeights, literal_total
 from .losses import (clothing_adversarial, clothing_matching, gate_regularization, grad_reverse, hsic, info_nce,
@@ -38,7 +38,7 @@ from .losses import (clothing_adversarial, clothing_matching, gate_regularizatio
 from .metrics import RetrievalResult, bootstrap_ci, chance, rank_metrics, rerank_metrics, topk
 from .model import (ImageFeatures, Model, Outputs, TextFeatures, build_model, from_pretrained, fuse, read_tensors, rescore,
                               save_pretrained, write_tensors)
-from .pedes import PedesDataset, load_pedes
+from .pedes import PedesDataset, attach_descriptions, load_pedes
 from .synth import make_synth
 
 # %% ../nbs/51_training.ipynb #510007
@@ -54,11 +54,8 @@ def load_data(config: Config, progress: bool = True) -> PedesDataset:
         make_synth(data_root(c), c.synth_layout, n, c.synth_images, c.synth_seed, c.clothes_change, folder=synth_folder(c),
                    val_ids=c.synth_val_ids, test_ids=c.synth_test_ids, error_rate=c.synth_error, progress=progress)
     folder = synth_folder(c) if c.dataset == 'synth' else c.folder or None
-    given = {'auto': 'auto', 'none': None}.get(c.descriptions, c.descriptions)
-    ds = load_pedes(c.dataset, data_root(c), folder=folder, val_fraction=c.val_fraction, descriptions=None)
-    if given == 'auto': return load_pedes(c.dataset, data_root(c), folder=folder, val_fraction=c.val_fraction)
-    if given is None: return ds
-    return load_pedes(c.dataset, data_root(c), folder=folder, val_fraction=c.val_fraction, descriptions=ds.root/given)
+    ds = load_pedes(c.dataset, data_root(c), folder=folder, val_fraction=c.val_fraction, descriptions='auto' if c.descriptions == 'auto' else None)
+    return ds if c.descriptions in ('auto', 'none') else attach_descriptions(ds, ds.root/c.descriptions)
 
 def synth_folder(config: Config) -> str:
     "SynthPEDES in another size, layout or seed lies in a folder of its own."
@@ -71,10 +68,10 @@ def synth_folder(config: Config) -> str:
 # %% ../nbs/51_training.ipynb #510010
 def run_tokenizer(config: Config, dataset: PedesDataset, folder: Path):
     "The run's tokenizer: the one saved with it, the text encoder's own, or one trained on the training texts."
-    if (folder/'tokenizer_config.json').exists(): return load_tokenizer(folder)
+    if (folder/'tokenizer.json').exists(): return load_tokenizer(folder)      # the file that is written last
     if not isinstance(config.text, dict):
         tokenizer = load_tokenizer(config.text)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         return tokenizer
     rows = dataset.records[dataset.records['split'] == 'train']
     texts = [t for ts in rows['captions'] for t in ts]
@@ -370,7 +367,7 @@ def write_json(path: Path, value: dict) -> None:
 def finished(folder: Path) -> dict | None:
     "The metrics of a complete run, else None."
     try: return dict(json.loads((folder/'metrics.json').read_text()))
-    except FileNotFoundError: return None
+    except (FileNotFoundError, NotADirectoryError): return None
     except (ValueError, TypeError): raise UserError(f'{folder}/metrics.json is not JSON: delete it to run again') from None
 
 def same_run(folder: Path, h: str) -> bool:
@@ -419,6 +416,7 @@ def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDatase
     "Data, tokenizer and trainer of a run, at its start."
     device = pick_device(c)
     dataset = load_data(c, progress)
+    for split in ('val', 'test'): dataset.split(split)                 # an empty one is an error now, not after the training
     described = 'clo_text' in dataset.records
     if c.fusion and c.fusion_text != 'query' and not described:
         raise UserError(f'fusion_text={c.fusion_text} needs descriptions, and {dataset.name} has none: see describe.ipynb, or take fusion_text=query')
@@ -450,7 +448,9 @@ def train(c: Config,                        # from `make_config`
     dataset, tokenizer, trainer = prepare(c, folder, progress)
     first, state = 0, dict(best=-1., best_epoch=0, seconds=0., history=[])
     if (folder/'last.ckpt').exists():
-        first, state = load_checkpoint(folder/'last.ckpt', trainer)
+        try: first, state = load_checkpoint(folder/'last.ckpt', trainer)
+        except (UserError, KeyError, RuntimeError) as e:
+            raise UserError(f'{folder}/last.ckpt cannot be resumed from ({e}): delete it to begin again') from None
         if progress: print(f'resuming after epoch {first} of {c.epochs}')
     with tqdm(total=trainer.steps, initial=first*len(trainer.loader), disable=not progress, mininterval=1, desc=f'{c.variant} seed {c.seed}') as bar:
         for epoch in range(first, c.epochs): one_epoch(epoch, trainer, dataset, tokenizer, folder, state, bar)
