@@ -267,7 +267,8 @@ def check_differences(table: pd.DataFrame, reference: str) -> None:
 # %% ../nbs/70_artifacts.ipynb #700035
 def caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str) -> str:
     "Dataset, preset, protocol, seeds, code version."
-    used = runs[[r in {(t.variant, t.dataset, t.tag) for t in table[table['n'] > 0].itertuples()} for r in zip(runs['variant'], runs['dataset'], runs['tag'])]]
+    shown = table[table['n'] > 0][['variant', 'dataset', 'tag']].drop_duplicates()
+    used = runs.merge(shown, on=['variant', 'dataset', 'tag'])
     listed = lambda c: ', '.join(map(str, sorted(set(used[c])))) or '–'
     where = f'{NAMES[dataset]}, preset {listed("preset")}'
     if dataset == 'synth': where += " (a rendered dataset: no reproduction of the paper's numbers, which are of real photographs)"

@@ -1,0 +1,280 @@
+"Tables: the same bytes from the same files, the paper's numbers to the digit, nothing where nothing was run."
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from bdam_repro import artifacts as A
+from bdam_repro.config import VARIANTS, UserError
+from bdam_repro.grid import REFERENCE, grid, rows_of
+
+REPO = Path(__file__).resolve().parent.parent
+PRINTED = json.loads((REPO/'tests'/'paper_numbers.json').read_text())
+MAIN = ('mAP', 'R1', 'R5', 'R10')
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "Demo runs, collected and written as tables."
+    p = A.demo(tmp_path_factory.mktemp('demo'))
+    for n in REFERENCE: A.write_table(n, p)
+    return p
+
+
+@pytest.fixture
+def few(tmp_path):
+    "The runs of Table 1 alone, to be spoiled."
+    A.demo_runs(tmp_path/'runs', tables=(1,))
+    return A.ArtifactParameters(preset='smoke', runs=str(tmp_path/'runs'), tables=str(tmp_path/'tables'))
+
+
+def table(p, n): return A.read_csv(p.tables_path/f'table{n}.csv', A.TABLE)
+
+
+# ---- from runs.csv to the same bytes
+
+def test_tables_come_from_the_three_files_alone(made, tmp_path):
+    for name in ('runs', 'differences', 'styles'): shutil.copy(made.tables_path/f'{name}.csv', tmp_path)
+    alone = A.ArtifactParameters(preset='smoke', runs='nowhere', tables=str(tmp_path))
+    for n in REFERENCE:
+        for f in A.write_table(n, alone): assert f.read_bytes() == (made.tables_path/f.name).read_bytes()
+
+
+def test_collecting_again_gives_the_same_bytes(made):
+    before = {f.name: f.read_bytes() for f in made.tables_path.glob('*.csv')}
+    A.collect(made, draws=20)
+    assert {f.name: f.read_bytes() for f in made.tables_path.glob('*.csv')} == before
+
+
+def test_committed_tables_are_those_of_the_committed_runs(tmp_path):
+    committed = sorted((REPO/'tables').rglob('runs.csv'))
+    for runs in committed:
+        dataset, preset = pd.read_csv(runs)[['dataset', 'preset']].iloc[0]
+        for name in ('runs', 'differences', 'styles'): shutil.copy(runs.parent/f'{name}.csv', tmp_path)
+        p = A.ArtifactParameters(dataset=dataset, preset=preset, tables=str(tmp_path))
+        for n in REFERENCE:
+            for f in A.write_table(n, p): assert f.read_bytes() == (runs.parent/f.name).read_bytes(), f
+        assert set(A.read_runs(runs)['device']) != {'demo'}
+
+
+def test_every_cell_resolves_to_rows_of_runs(made):
+    runs = A.read_runs(made.tables_path/'runs.csv')
+    for n in REFERENCE:
+        t = table(made, n)
+        for r in t[t['n'] > 0].itertuples():
+            rows = runs[(runs['variant'] == r.variant) & (runs['dataset'] == r.dataset) & (runs['tag'] == r.tag)]
+            own = 'fused' if r.score == 'own' and 'fused' in set(rows['score']) else 'dual'
+            values = rows[(rows['score'] == own) & rows['seed'].isin([int(s) for s in r.seeds.split()])][r.metric]
+            assert len(values) == r.n
+            np.testing.assert_allclose([r.ours, r.sd], [values.mean(), values.std()], rtol=1e-12)
+
+
+# ---- the print
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4])
+def test_printed_numbers_and_order(made, n):
+    t = table(made, n)
+    for score in ('own', 'dual'):
+        rows = t[t['score'] == score].pivot_table(index='method', columns='metric', values='paper', sort=False)
+        assert [dict(method=m, **r) for m, r in rows[list(MAIN)].iterrows()] == PRINTED[f'table{n}']['rows']
+
+
+def test_printed_numbers_of_table5(made):
+    t = table(made, 5)
+    quoted = t[t['score'] == 'quoted'].set_index(['method', 'dataset', 'metric'])['paper']
+    rows = PRINTED['table5']['rows']
+    assert list(dict.fromkeys(quoted.index.get_level_values(0))) == [r['method'] for r in rows]
+    printed = {(r['method'], d, m): r[d].get(m) for r in rows for d in ('cuhk', 'icfg', 'rstp') for m in MAIN}
+    assert {k: None if np.isnan(v) else v for k, v in quoted.items()} == printed
+
+
+@pytest.mark.parametrize('ending', ['md', 'tex'])
+def test_two_decimals_as_printed(made, ending):
+    text = (made.tables_path/f'table3.{ending}').read_text()
+    for r in PRINTED['table3']['rows']:
+        for m in MAIN: assert re.search(rf'(?<![\d.]){r[m]:.2f}(?!\d)', text)
+
+
+# ---- what is missing
+
+def test_a_variant_without_runs_is_a_dash_and_a_note(made):
+    t = table(made, 3)
+    gone = t[t['variant'] == 'no_gate_reg']
+    assert len(gone) and gone[['ours', 'sd', 'diff', 'lo', 'hi']].isna().all(None) and (gone['n'] == 0).all()
+    md = (made.tables_path/'table3.md').read_text()
+    assert '–: no finished run yet of w/o Gate Reg.' in md
+    row = next(l for l in md.splitlines() if l.startswith('| w/o Gate Reg.'))
+    assert row.split(' | ')[2] == '–'
+
+
+def test_fewer_seeds_are_said(few):
+    shutil.rmtree(few.runs_path/'synth'/'smoke'/'bdam_no_gate'/'seed1')
+    A.collect(few, draws=5)
+    A.write_table(1, few)
+    t = table(few, 1)
+    one = t[t['variant'] == 'bdam_no_gate']
+    assert (one['n'] == 1).all() and one['sd'].isna().all() and one['diff'].notna().all()
+    assert 'Fewer seeds than the other rows: w/o Gate: 1 (0).' in (few.tables_path/'table1.md').read_text()
+
+
+def test_without_the_reference_there_are_no_differences(few):
+    shutil.rmtree(few.runs_path/'synth'/'smoke'/'bdam')
+    A.collect(few, draws=5)
+    A.write_table(1, few)
+    assert table(few, 1)['diff'].isna().all()
+
+
+def test_an_unfinished_run_does_not_count(few):
+    (few.runs_path/'synth'/'smoke'/'bdam'/'seed0'/'metrics.json').unlink()
+    runs = A.collect_runs(few.runs_path)
+    assert set(runs[runs['variant'] == 'bdam']['seed']) == {1}
+
+
+def test_no_table_of_ours_from_nothing(tmp_path):
+    runs = pd.DataFrame(columns=A.COLUMNS)
+    for n in REFERENCE:
+        t, _ = A.build_table(n, runs)
+        assert t['ours'].isna().all() and (t['n'] == 0).all()
+        assert A.to_markdown(n, t, '') and A.to_latex(n, t, '')
+
+
+# ---- the numbers
+
+def test_interval_is_that_of_the_queries(made):
+    "A row that wins every query wins by exactly that, whatever is drawn."
+    root, runs = made.runs_path, A.read_runs(made.tables_path/'runs.csv')
+    values, rows = A.stacked(root, runs[(runs['variant'] == 'bdam') & (runs['tag'] == '')], 'own')
+    cache = {('synth', '', k): ({m: np.full_like(v, x) for m, v in values.items()}, rows) for k, x in (('a', 70.), ('b', 64.))}
+    part = {k: pd.DataFrame(dict(preset=['smoke'], seed=[0])) for k in cache}
+    for r in A.compare(part, cache, *cache, 'own', 50): assert (r['diff'], r['lo'], r['hi']) == (6., 6., 6.)
+
+
+def test_ties_are_all_bold():
+    t, words = A.build_table(1, pd.DataFrame(columns=A.COLUMNS))
+    t.loc[t['metric'] == 'R1', 'ours'] = [40.004, 40.001, 39.99, 12., float('nan')]*2
+    t.loc[t['ours'].notna(), 'n'] = 1
+    lines = [l for l in A.to_markdown(1, t, words).splitlines() if l.startswith('| ')][2:7]
+    assert [l.split(' | ')[4] for l in lines] == ['**40.00**', '**40.00**', '39.99', '12.00', '–']
+    assert A.to_latex(1, t, words).count(r'\textbf{40.00}') == 2
+
+
+def test_floats_and_hashes_survive(few, tmp_path):
+    runs = A.collect_runs(few.runs_path)
+    runs.loc[0, 'config_hash'], runs.loc[1, 'config_hash'], runs.loc[0, 'R1'] = '123456789012', '12e456789012', 0.1 + 0.2
+    pd.testing.assert_frame_equal(A.read_runs(A.write_csv(runs, tmp_path/'r.csv')), runs)
+
+
+# ---- LaTeX
+
+@pytest.mark.parametrize('n', list(REFERENCE))
+def test_latex_is_balanced(made, n):
+    text = (made.tables_path/f'table{n}.tex').read_text()
+    assert text.isascii()
+    bare = re.sub(r'\\[\\{}%&#_$]', '', text)
+    assert bare.count('{') == bare.count('}') and bare.count('$') % 2 == 0
+    assert not re.search('[%_#&^~]', re.sub(r'\{%\n| & ', '', bare))
+    assert text.count(r'\toprule') == text.count(r'\bottomrule') > 0
+    for e in ('tabular', 'table*'): assert text.count(rf'\begin{{{e}}}') == text.count(rf'\end{{{e}}}') > 0
+
+
+@pytest.mark.parametrize('n', list(REFERENCE))
+def test_latex_rows_have_the_columns_of_their_tabular(made, n):
+    text = (made.tables_path/f'table{n}.tex').read_text()
+    for spec, body in re.findall(r'\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}', text, re.S):
+        for line in [l for l in body.splitlines() if l.endswith(r'\\')]:
+            cells = sum(int(m[1]) if (m := re.match(r'\s*\\multicolumn\{(\d+)\}', c)) else 1 for c in re.split(r'(?<!\\)&', line))
+            assert cells == len(spec), line
+
+
+def test_latex_escapes():
+    assert A.tex('50 % of a_b & c#$~^\\ ±') == r'50 \% of a\_b \& c\#\$\textasciitilde{}\textasciicircum{}\textbackslash{} $\pm$'
+
+
+# ---- captions
+
+def test_caption_says_what_a_reader_needs(made):
+    words = (made.tables_path/'table1.md').read_text().splitlines()[0]
+    for part in ('SynthPEDES', 'preset smoke', 'seeds 0, 1', 'Code demo', '+ BDAM', 'no reproduction', 'a caption alone asks'):
+        assert part in words
+
+
+# ---- mistakes
+
+def spoil(few, edit):
+    path = few.runs_path/'synth'/'smoke'/'bdam'/'seed1'/'metrics.json'
+    m = json.loads(path.read_text())
+    edit(m)
+    path.write_text(json.dumps(m))
+
+
+def change_epochs(few):
+    path = few.runs_path/'synth'/'smoke'/'bdam'/'seed1'/'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(epochs=3)))
+
+
+def shuffle_queries(few):
+    path = few.runs_path/'synth'/'smoke'/'bdam'/'seed1'/'features.safetensors'
+    t = load_file(path)
+    save_file(t | dict(q_rows=t['q_rows'] + 1), path)
+
+
+@pytest.mark.parametrize('harm, says', [
+    (lambda f: spoil(f, lambda m: m.update(config_hash='0'*12)), 'different runs'),
+    (lambda f: spoil(f, lambda m: m.pop('epoch')), "'epoch'"),
+    (lambda f: (f.runs_path/'synth/smoke/bdam/seed1/metrics.json').write_text('{'), 'not a JSON object'),
+    (lambda f: (f.runs_path/'synth/smoke/bdam/seed1/provenance.json').unlink(), 'missing'),
+    (lambda f: (f.runs_path/'synth/smoke/bdam/seed1/features.safetensors').write_bytes(b'cut'), 'cannot be read'),
+    (change_epochs, "{'epochs': 3}"),
+    (shuffle_queries, 'other queries'),
+], ids=['hash', 'key', 'json', 'provenance', 'features', 'budget', 'queries'])
+def test_a_spoiled_run_is_refused(few, harm, says):
+    harm(few)
+    with pytest.raises(UserError, match=re.escape(says)): A.collect(few, draws=5)
+    assert not few.tables_path.exists() or not list(few.tables_path.glob('differences.csv'))
+
+
+def test_differences_of_other_runs_are_refused(few):
+    A.collect(few, draws=5)
+    path = few.tables_path/'runs.csv'
+    t = A.read_runs(path)
+    A.write_csv(t.assign(R1=t['R1'].where(t['variant'] != 'baseline', t['R1'] + 1)), path)
+    with pytest.raises(UserError, match=r'differences\.csv does not belong'): A.write_table(1, few)
+
+
+def test_bad_files_are_refused(few, tmp_path):
+    with pytest.raises(UserError, match=r'collect\.ipynb'): A.write_table(1, few)
+    A.collect(few, draws=5)
+    path = few.tables_path/'runs.csv'
+    t = A.read_runs(path)
+    A.write_csv(pd.concat([t, t[:1]]), path)
+    with pytest.raises(UserError, match='stands twice'): A.write_table(1, few)
+    A.write_csv(t.drop(columns='seed'), path)
+    with pytest.raises(UserError, match='must have the columns'): A.write_table(1, few)
+
+
+def test_presets_do_not_mix(few):
+    runs = A.collect_runs(few.runs_path)
+    with pytest.raises(UserError, match='several presets'): A.build_table(1, pd.concat([runs, runs.assign(preset='tiny')]))
+
+
+# ---- the grid
+
+def test_grid_has_what_the_tables_name():
+    have = {(c.variant, c.tag) for c in grid(seeds=[0])}
+    assert {(v, tag) for n in REFERENCE for _, v, _, tag in rows_of(n)} <= have
+    assert {v for v, _ in have} == set(VARIANTS)
+    assert len(have) == len(grid(seeds=[0]))
+
+
+def test_real_data_without_a_model_has_no_other_styles():
+    assert not [c for c in grid('cuhk', styles=False) if c.variant.startswith('style_')]
+    assert {c.preset for c in grid('cuhk')} == {'paper'} and {c.tag for c in grid('cuhk')} == {''}
+
+
+def test_unknown_variant():
+    with pytest.raises(UserError, match='bdamm'): grid(variants=['bdamm'])

@@ -1,0 +1,128 @@
+"The workflow as it is started: what it lists, and that a killed one goes on where it stopped."
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bdam_repro.config import config_hash, run_dir
+from bdam_repro.grid import grid
+
+pytest.importorskip('snakemake')
+REPO = Path(__file__).resolve().parent.parent
+SNAKEMAKE = [str(Path(sys.executable).parent/'snakemake'), '--snakefile', str(REPO/'workflow'/'Snakefile'),
+             '--profile', str(REPO/'workflow'/'profiles'/'local'), '--cores', '1']
+TOY = ['preset=smoke', 'layouts=false', 'seeds=[0,1]', 'variants=[baseline]']
+COLLECTED = 'tables/synth-smoke/runs.csv'
+
+
+def environment(root):
+    return {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'BDAM_ROOT': str(root), 'OMP_NUM_THREADS': '1'}
+
+
+def snakemake(root, *args, config=TOY, targets=()):
+    "Exit code and all that it says."
+    command = [*SNAKEMAKE, *args, '--config', *config, '--', *targets]
+    r = subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True)
+    return r.returncode, r.stdout + r.stderr
+
+
+def jobs(said):
+    "The table of a dry run."
+    return {m[1]: int(m[2]) for m in re.finditer(r'(?m)^(\w+) +(\d+)$', said)}
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory): return tmp_path_factory.mktemp('workflow')
+
+
+# ---- what is listed
+
+def test_dry_run_lists_the_grid(root):
+    code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
+    found = jobs(said)
+    assert code == 0 and found['train'] == len(grid()) and found['styles'] == 3 and found['collect'] == 1
+    assert all(found[f'table{n}'] == 1 for n in range(1, 6))
+    assert f'{len(grid())} of {len(grid())} runs to train; no run of this kind is finished yet' in said
+    assert not (root/'runs').exists()
+
+
+def test_dry_run_of_real_data(root):
+    code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=cuhk', 'model=a-model'])
+    assert code == 0 and jobs(said)['train'] == len(grid('cuhk')) and jobs(said)['describe'] == 7 and jobs(said)['styles'] == 1
+    code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=cuhk'])
+    assert code == 0 and jobs(said)['train'] == len(grid('cuhk', styles=False)) and jobs(said)['describe'] == 1
+
+
+def test_a_mistake_is_one_clear_line(root):
+    code, said = snakemake(root, '--dry-run', config=['dataset=market'])
+    assert code != 0 and 'market' in said and 'Traceback' not in said
+
+
+# ---- a grid of two runs
+
+@pytest.fixture(scope='module')
+def killed(root):
+    "The workflow, shot with all its children as soon as a run is done; what was done by then."
+    command = [*SNAKEMAKE, '--config', *TOY, '--', COLLECTED]
+    with open(root/'said', 'w') as said:
+        p = subprocess.Popen(command, cwd=root, env=environment(root), stdout=said, stderr=said, start_new_session=True)
+    deadline = time.monotonic() + 250
+    while not list(root.glob('runs/**/*.done')) or not list(root.glob('runs/**/seed*/*.done')):
+        assert p.poll() is None and time.monotonic() < deadline, (root/'said').read_text()
+        time.sleep(.1)
+    time.sleep(1)                                             # into the next job
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    return {f: f.stat() for f in root.glob('runs/**/metrics.json')}
+
+
+@pytest.fixture(scope='module')
+def resumed(root, killed):
+    "Started again as `make paper` does."
+    snakemake(root, '--unlock')
+    code, said = snakemake(root, targets=[COLLECTED])
+    assert code == 0, said
+    return said
+
+
+def test_no_finished_run_repeats(root, killed, resumed):
+    assert len(killed) == 1
+    for f, before in killed.items(): assert (f.stat().st_mtime_ns, f.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_all_is_there(root, resumed):
+    for c in grid('synth', 'smoke', seeds=(0, 1), layouts=False, variants=['baseline']):
+        folder = run_dir(c, root/'runs')
+        assert {f'{config_hash(c)}.done', f'{config_hash(c)}.ipynb', 'metrics.json'} <= {f.name for f in folder.iterdir()}
+    assert len((root/COLLECTED).read_text().splitlines()) == 1 + 2
+    assert len((root/'tables/synth-smoke/styles.csv').read_text().splitlines()) == 1 + 7
+
+
+def test_nothing_is_left_to_do(root, resumed):
+    assert 'Nothing to be done' in snakemake(root, targets=[COLLECTED])[1]
+
+
+def test_another_option_runs_again(root, resumed):
+    (root/'own.yaml').write_text('options: {epochs: 3}\n')
+    code, said = snakemake(root, '--configfile', 'own.yaml', '--dry-run', '--quiet', 'rules', targets=[COLLECTED])
+    assert code == 0 and jobs(said)['train'] == 2 and jobs(said)['collect'] == 1 and 'styles' not in jobs(said)
+    assert 'going by 2 finished runs' in said
+
+
+def test_deleted_runs_are_noticed_though_tables_are_there(root, resumed):
+    moved = (root/'runs').rename(root/'away')
+    _, said = snakemake(root, '--dry-run', '--quiet', 'rules')
+    moved.rename(root/'runs')
+    assert jobs(said)['train'] == 2 and jobs(said)['styles'] == 1
+
+
+def test_a_deleted_dataset_is_noticed(root, resumed):
+    shutil.rmtree(root/'data')
+    _, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=[*TOY[:2], 'seeds=[0,1,2]', *TOY[3:]])
+    assert jobs(said)['styles'] == 1 and jobs(said)['train'] == 1
