@@ -1,26 +1,30 @@
 # make paper | paper-quick | paper-plan: tables, figures and audit from training runs (Snakemake, see workflow/Snakefile)
 #   DATASET=cuhk PRESET=paper     real data          SEEDS=0,1,2,3,4    other seeds
 #   PROFILE=slurm                 a cluster          JOBS=2             jobs at once (on a cluster: in the queue)
-#   ARGS="..."                    anything that snakemake understands
+#   CONFIG="variants=[full,sdm]"  any value of workflow/config.yaml
+#   ARGS="..."                    anything else that snakemake understands
 DATASET ?= synth
 PRESET  ?=
 SEEDS   ?= 0,1,2
 PROFILE ?= local
 JOBS    ?=
+CONFIG  ?=
 
-PAPER_CONFIG = --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) 'seeds=[$(SEEDS)]'
-QUICK_CONFIG = --configfile workflow/quick.yaml --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET))
+QUOTED = $(foreach c,$(CONFIG),'$(c)')
+PAPER_CONFIG = --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) 'seeds=[$(SEEDS)]' $(QUOTED)
+QUICK_CONFIG = --configfile workflow/quick.yaml --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) $(QUOTED)
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE) $(if $(JOBS),$(if $(filter local,$(PROFILE)),--cores,--jobs) $(JOBS))
 # one at a time; who holds the lock may clear what a killed one has left
 ONE_PAPER = mkdir -p runs && flock -n runs/.paper.lock sh -c '"$$@" --unlock >/dev/null 2>&1; exec "$$@"' paper
+OR_SAY = || { echo 'not done: where another make paper is running, wait for it; else start again, it goes on where it stopped'; exit 1; }
 
 .PHONY: paper paper-quick paper-plan
 
 paper: $(STAMP)
-	@$(ONE_PAPER) $(SNAKEMAKE) $(PAPER_CONFIG) $(ARGS) || { echo 'not done; a second "make paper" at once is refused, else start it again: it goes on where it stopped'; exit 1; }
+	@$(ONE_PAPER) $(SNAKEMAKE) $(PAPER_CONFIG) $(ARGS) $(OR_SAY)
 
 paper-quick: $(STAMP)
-	@$(ONE_PAPER) $(SNAKEMAKE) $(QUICK_CONFIG) $(ARGS) || { echo 'not done; a second "make paper" at once is refused, else start it again: it goes on where it stopped'; exit 1; }
+	@$(ONE_PAPER) $(SNAKEMAKE) $(QUICK_CONFIG) $(ARGS) $(OR_SAY)
 
 paper-plan: $(STAMP)
 	@$(SNAKEMAKE) $(PAPER_CONFIG) --dry-run --quiet rules $(ARGS)
