@@ -138,6 +138,7 @@ class FusionOptions(Options):
     fusion_text: Literal['query', 'identity', 'clothing'] = opt('query', 'which text is fused in training: the one of Eq. 3, the '
         'generated identity or clothing text', 'f_id^t in 3.4, f_clo^t in Fig. 2')
     fusion_loss: Literal['match', 'triplet', 'infonce'] = opt('match', 'what trains f_final', 'none (3.5)')
+    fusion_grad: bool = opt(False, "the fusion's loss trains the towers too; on `tiny` it made all features equal within 100 steps", 'not printed')
     fusion_negatives: int = opt(3, 'hardest wrong images a text is fused with in training', ge=1)
     rerank: int = opt(32, 'K: how many of `dual` the fusion re-scores', ge=1)
     rerank_weight: float = opt(1.0, 'λ of dual/τ + λ · match', ge=0)
@@ -191,13 +192,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         image_height=128, image_width=64, max_length=64, pad=6, ids_per_batch=32, images_per_id=2,
         vision={'type': 'vit', 'hidden': 128, 'layers': 4, 'heads': 4, 'patch': 16},
         text={'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4}, text_pool='mean', dim=128, bdam_depth=2, bdam_heads=4,
-        fusion_dim=64, epochs=12, lr=1e-3, weight_decay=0.02, decoupled=True, warmup=1, workers=0),
+        fusion_dim=64, fusion_negatives=15, tau=0.1, mining='all', erase=0.2, dropout=0.0, epochs=20, lr=1e-3, weight_decay=0.02, decoupled=True, warmup=1, workers=0),
     'smoke': dict(
         image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2, text_pool='mean', folder='SynthPEDES-smoke',
         synth_train_ids=32, synth_val_ids=8, synth_test_ids=8, vocab_size=600,
         vision={'type': 'vit', 'hidden': 32, 'layers': 2, 'heads': 2, 'patch': 16},
         text={'type': 'bert', 'hidden': 32, 'layers': 2, 'heads': 2}, dim=32, bdam_depth=2, bdam_heads=2,
-        fusion_dim=16, fusion_heads=2, d_state=4, epochs=2, lr=1e-3, decoupled=True, warmup=0, workers=0, rerank=8),
+        fusion_dim=16, fusion_heads=2, d_state=4, tau=0.1, mining='all', dropout=0.0, epochs=2, lr=1e-3, decoupled=True, warmup=0, workers=0, rerank=8),
 }
 
 # %% ../nbs/00_config.ipynb #000030
