@@ -52,3 +52,5 @@ readme: $(STAMP)
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+include workflow/paper.mk

@@ -416,7 +416,7 @@ def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDatase
     "Data, tokenizer and trainer of a run, at its start."
     device = pick_device(c)
     dataset = load_data(c, progress)
-    for split in ('val', 'test'): dataset.split(split)                 # an empty one is an error now, not after the training
+    for split in ('train', 'val', 'test'): dataset.split(split)                 # an empty one is an error now, not after the training
     described = 'clo_text' in dataset.records
     if c.fusion and c.fusion_text != 'query' and not described:
         raise UserError(f'fusion_text={c.fusion_text} needs descriptions, and {dataset.name} has none: see describe.ipynb, or take fusion_text=query')
