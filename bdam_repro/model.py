@@ -248,7 +248,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> P
 
 def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors` file
     "Weights, options and the encoders' architecture in one file."
-    config = model.config.model_dump(exclude={'data_root', 'device', 'workers', 'cache_gb'})   # of the machine, not of the model
+    config = model.config.model_dump(exclude={'data_root', 'device'})   # of the machine, not of the model
     meta = {'config': config, 'vision': model.vision.config, 'text': model.text.config}
     return write_tensors(path, model.state_dict(), meta)
 
