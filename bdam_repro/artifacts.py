@@ -19,6 +19,7 @@ import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -424,7 +425,8 @@ _SHELL = {'In', 'Out', 'get_ipython', 'exit', 'quit', 'open', 'artifact_paramete
 def artifact_parameters(names: dict[str, Any]  # the notebook's `globals()`
                        ) -> ArtifactParameters:
     "The parameters of a notebook. Raises `UserError` for one that nothing reads, or a value that is not known."
-    given = {k: v for k, v in names.items() if not k.startswith('_') and k not in _SHELL and v is not None}
+    given = {k: v for k, v in names.items() if not k.startswith('_') and k not in _SHELL and v is not None
+             and not callable(v) and not isinstance(v, ModuleType)}   # what a shell or an import left there is no parameter
     try: p = ArtifactParameters(**given)
     except ValidationError as e:
         first = e.errors()[0]

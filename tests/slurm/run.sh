@@ -9,18 +9,20 @@ for tool in munged slurmctld slurmd sbatch "$bin/snakemake"; do
     command -v "$tool" >/dev/null || { echo "$tool is missing, see the head of this script"; exit 2; }
 done
 [ "$(id -u)" = 0 ] || { echo 'slurmd starts jobs as root only'; exit 2; }
+[ ! -e /etc/slurm/slurm.conf ] || { echo 'this machine has a SLURM of its own (/etc/slurm/slurm.conf)'; exit 2; }
 
 scratch=$(mktemp -d); pids=()
 stop() {
     for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
     wait
+    [ "$(readlink /etc/slurm/slurm.conf)" = "$scratch/slurm.conf" ] && rm -f /etc/slurm/slurm.conf
     if [ "${1:-0}" = 0 ]; then rm -rf "$scratch"; else echo "kept for a look: $scratch"; fi
 }
 trap 'stop $?' EXIT
 mkdir -p "$scratch"/{state,spool,log,munge,here,slurm}
 chmod 755 "$scratch"
 
-# ---- the cluster: everything in one folder, nothing of the machine's own configuration is touched
+# ---- the cluster: everything in one folder, but for a link in /etc/slurm: what runs inside a job looks for its configuration there
 host=$(hostname -s)
 dd if=/dev/urandom of="$scratch/munge/key" bs=1024 count=1 2>/dev/null; chmod 400 "$scratch/munge/key"
 munged --foreground --force --key-file="$scratch/munge/key" --socket="$scratch/munge/socket" --pid-file="$scratch/munge/pid" --seed-file="$scratch/munge/seed" \
@@ -50,13 +52,13 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 MinJobAge=3600
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {print int($2/1024*.9)}' /proc/meminfo) State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) CoresPerSocket=$(nproc) RealMemory=$(awk '/MemTotal/ {print int($2/1024*.9)}' /proc/meminfo) State=UNKNOWN
 PartitionName=debug Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
-export SLURM_CONF=$scratch/slurm.conf
+ln -s "$scratch/slurm.conf" /etc/slurm/slurm.conf
 for _ in $(seq 50); do [ -S "$scratch/munge/socket" ] && break; sleep .2; done
-slurmctld -D -f "$SLURM_CONF" >"$scratch/log/ctld.out" 2>&1 & pids+=($!)
-slurmd -D -f "$SLURM_CONF" >"$scratch/log/d.out" 2>&1 & pids+=($!)
+slurmctld -D -f "$scratch/slurm.conf" >"$scratch/log/ctld.out" 2>&1 & pids+=($!)
+slurmd -D -f "$scratch/slurm.conf" >"$scratch/log/d.out" 2>&1 & pids+=($!)
 for _ in $(seq 100); do [ "$(sinfo -h -o %t 2>/dev/null)" = idle ] && break; sleep .3; done
 [ "$(sinfo -h -o %t)" = idle ] || { echo 'the node did not come up'; tail -n 5 "$scratch"/log/*; exit 1; }
 sinfo
