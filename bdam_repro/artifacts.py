@@ -19,7 +19,6 @@ import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 # %% ../nbs/70_artifacts.ipynb #700005
-from .config import ROOT, Config, Options, UserError, atomic_path, config_hash, make_config, run_dir
+from .config import ROOT, Config, Options, UserError, atomic_path, config_hash, make_config, run_dir, given_names
 from .grid import LAYOUTS, NAMES, REFERENCE, grid, layout_options, rows_of
 from .metrics import paired_bootstrap
 from .paper import TITLES
@@ -420,13 +419,10 @@ class ArtifactParameters(Options):
         return ROOT/(self.tables or own)
 
 # %% ../nbs/70_artifacts.ipynb #700053
-_SHELL = {'In', 'Out', 'get_ipython', 'exit', 'quit', 'open', 'artifact_parameters'}
-
 def artifact_parameters(names: dict[str, Any]  # the notebook's `globals()`
                        ) -> ArtifactParameters:
     "The parameters of a notebook. Raises `UserError` for one that nothing reads, or a value that is not known."
-    given = {k: v for k, v in names.items() if not k.startswith('_') and k not in _SHELL and v is not None
-             and not callable(v) and not isinstance(v, ModuleType)}   # what a shell or an import left there is no parameter
+    given = {k: v for k, v in given_names(names).items() if v is not None}
     try: p = ArtifactParameters(**given)
     except ValidationError as e:
         first = e.errors()[0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOT', 'PRESETS', 'VARIANTS', 'UserError', 'find_root', 'atomic_path', 'opt', 'Options', 'RunOptions', 'DataOptions',
            'SynthOptions', 'EncoderOptions', 'BdamOptions', 'FusionOptions', 'LossOptions', 'TrainOptions', 'Config',
-           'make_config', 'check_config', 'config_hash', 'run_dir', 'from_globals', 'options']
+           'make_config', 'check_config', 'config_hash', 'run_dir', 'given_names', 'from_globals', 'options']
 
 # %% ../nbs/00_config.ipynb #000004
 import difflib
@@ -286,18 +286,22 @@ def run_dir(config: Config,                  # the run's options
     return Path(runs or ROOT/'runs')/config.dataset/config.preset/name/f'seed{config.seed}'
 
 # %% ../nbs/00_config.ipynb #000042
-_SHELL = {'In', 'Out', 'get_ipython', 'exit', 'quit', 'open', 'from_globals'}
+def given_names(names: dict[str, Any]  # a notebook's `globals()`
+               ) -> dict[str, Any]:     # what its parameters cell, or papermill, put there
+    "The parameters among a notebook's globals: what a shell or an import left there is none."
+    shell = {'In', 'Out', 'get_ipython', 'exit', 'quit', 'open'}
+    return {k: v for k, v in names.items() if not k.startswith('_') and k not in shell and not callable(v) and not isinstance(v, ModuleType)}
 
+# %% ../nbs/00_config.ipynb #000043
 def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
-    given = {k: v for k, v in names.items() if not k.startswith('_') and k not in _SHELL and k not in extra
-             and not callable(v) and not isinstance(v, ModuleType)}   # what a shell or an import left there is no parameter
+    given = {k: v for k, v in given_names(names).items() if k not in extra}
     if os.environ.get('IN_TEST') and given.get('preset') is None: given['preset'] = 'smoke'
     return make_config(**given)
 
-# %% ../nbs/00_config.ipynb #000045
+# %% ../nbs/00_config.ipynb #000046
 def options() -> pd.DataFrame:  # columns: value in the paper, and each preset; index: the option
     "Every option with its default, its presets and what the paper prints."
     rows = {n: {'paper prints': f.json_schema_extra['paper'], 'default': f.default, 'tiny': PRESETS['tiny'].get(n, ''), 'what': f.description}

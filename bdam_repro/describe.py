@@ -42,7 +42,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from tqdm import tqdm
 
 # %% ../nbs/20_describe.ipynb #200006
-from .config import ROOT, UserError, atomic_path
+from .config import ROOT, UserError, atomic_path, given_names
 from .pedes import PedesDataset
 from .synth import VERSION, description_row
 
@@ -1315,13 +1315,10 @@ class DescribeParameters(BaseModel):
     seed: int = 0
 
 # %% ../nbs/20_describe.ipynb #200126
-_SHELL = {'In', 'Out', 'get_ipython', 'exit', 'quit', 'open', 'check_parameters'}
-
 def check_parameters(names: Mapping[str, object]  # the notebook's `globals()`
                     ) -> DescribeParameters:
     "The parameters of the notebook. Raises `UserError` for one that nothing reads or that is of another type."
-    given = {k: v for k, v in names.items() if not k.startswith('_') and k not in _SHELL}
-    try: return DescribeParameters(**given)
+    try: return DescribeParameters(**given_names(names))
     except ValidationError as e:
         name, first = e.errors()[0]['loc'][0], e.errors()[0]
         known = ', '.join(DescribeParameters.model_fields)
