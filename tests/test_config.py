@@ -120,7 +120,8 @@ def test_a_wrong_option_is_one_line_that_names_it(kw, words): assert words in re
 @pytest.mark.parametrize('kw, words', [
     (dict(dim=100, bdam_heads=8), 'multiple of bdam_heads'), (dict(fusion_dim=66), 'multiple of fusion_heads'),
     (dict(ids_per_batch=1, images_per_id=1), 'ids_per_batch'),
-    (dict(warmup=make_config().epochs), 'warmup'), (dict(warmup=99), 'warmup'), (dict(variant='no_infonce', fusion=False), 'nothing relates'),
+    (dict(warmup=99), 'warmup'), (dict(warmup=make_config().epochs), 'warmup'),
+    (dict(variant='no_infonce', fusion=False), 'nothing relates'),
     (dict(variant='baseline', c_align=0.), 'nothing relates'),
     (dict(dataset='cuhk', clothes_change=True), 'synth only'), (dict(ids_per_batch=1), 'negative'),
 ])
