@@ -80,8 +80,8 @@ def test_the_folder_of_a_run(home, whole):
     terms = ['align', 'triplet', 'clothing', 'decouple', 'gate', 'fusion']
     assert [k for k in h if k.startswith('loss_')] == [f'loss_{k}' for k in terms]
     assert np.allclose(h[[f'w_{k}' for k in terms]].sum(axis=1), 6)                         # GradNorm keeps the sum
-    moved = h.filter(regex='^w_').iloc[0] != 1                                              # and moves them, but for the fusion's,
-    assert moved.drop('w_fusion').all() and not moved['w_fusion']                       # whose loss does not reach the towers
+    moved = h.filter(regex='^w_').iloc[0] != 1                                              # and moves them; the fusion's loss
+    assert moved.drop('w_fusion').all() and not moved['w_fusion']                           # does not reach the towers
 
 
 def test_metrics_are_those_of_the_stored_features(home, whole):
