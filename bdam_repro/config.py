@@ -147,6 +147,7 @@ class FusionOptions(Options):
 class LossOptions(Options):
     align_loss: Literal['infonce', 'sdm', 'tal'] = opt('infonce', 'image-text alignment: Eq. 3, or the baselines SDM and TAL', 'InfoNCE (3.5)')
     tau: float = opt(0.05, 'τ of Eq. 1 and 3', 'not printed', gt=0)
+    tau_decay: float = opt(1.0, 'τ falls to this share of itself over the training, each step by the same factor', 'not printed', gt=0)
     positives: Literal['diagonal', 'mask', 'multi'] = opt('multi', 'other images of the identity in the batch: negatives, left out, '
         'positives', 'same identity is positive (3.5)')
     symmetric: bool = opt(True, 'Eq. 3 in both directions', 'one is printed (3.5)')
@@ -175,7 +176,8 @@ class TrainOptions(Options):
     epochs: int = opt(60, 'epochs', 'not printed', ge=1)
     lr: float = opt(1e-4, 'learning rate', '1e-4 (4.2)', gt=0)
     weight_decay: float = opt(1e-3, 'weight decay', '1e-3 (4.2)', ge=0)
-    decoupled: bool = opt(False, 'AdamW instead of Adam', 'Adam (4.2)')
+    optimizer: Literal['adam', 'adamw', 'muon'] = opt('adam', 'muon: orthogonalized momentum for the matrices, AdamW for the rest', 'Adam (4.2)')
+    muon_lr: float = opt(0.01, 'learning rate of the matrices, where muon', gt=0)
     warmup: float = opt(5, 'epochs of linear warm-up before the cosine', 'not printed', ge=0)
     grad_clip: float = opt(1.0, 'largest gradient norm; 0: no limit', ge=0)
     amp: Literal['auto', 'bf16', 'fp16', 'off'] = opt('auto', 'mixed precision; auto: bf16 where the device is quick at it')
@@ -184,6 +186,10 @@ class TrainOptions(Options):
 
 class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions, FusionOptions, LossOptions, TrainOptions):
     "All options of a run. Make one with `make_config`."
+    @property
+    def tau_end(self) -> float:
+        "τ at the end of the training, with which `dual` and the fusion's score are added."
+        return self.tau*self.tau_decay
 
 # %% ../nbs/00_config.ipynb #000028
 PRESETS: dict[str, dict[str, Any]] = {
@@ -192,13 +198,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         image_height=128, image_width=64, max_length=64, pad=6, ids_per_batch=32, images_per_id=2,
         vision={'type': 'vit', 'hidden': 128, 'layers': 4, 'heads': 4, 'patch': 16},
         text={'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4}, text_pool='mean', dim=128, bdam_depth=2, bdam_heads=4,
-        fusion_dim=64, fusion_negatives=15, tau=0.1, mining='all', erase=0.2, dropout=0.0, epochs=20, lr=1e-3, weight_decay=0.02, decoupled=True, warmup=1, workers=0),
+        fusion_dim=64, fusion_negatives=15, tau=0.1, tau_decay=0.3, mining='all',
+        erase=0.2, dropout=0.0, epochs=20, optimizer='muon', lr=1e-3, weight_decay=0.02, warmup=1, workers=0),
     'smoke': dict(
         image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2, text_pool='mean', folder='SynthPEDES-smoke',
         synth_train_ids=32, synth_val_ids=8, synth_test_ids=8, vocab_size=600,
         vision={'type': 'vit', 'hidden': 32, 'layers': 2, 'heads': 2, 'patch': 16},
         text={'type': 'bert', 'hidden': 32, 'layers': 2, 'heads': 2}, dim=32, bdam_depth=2, bdam_heads=2,
-        fusion_dim=16, fusion_heads=2, d_state=4, tau=0.1, mining='all', dropout=0.0, epochs=2, lr=1e-3, decoupled=True, warmup=0, workers=0, rerank=8),
+        fusion_dim=16, fusion_heads=2, d_state=4, tau=0.1, mining='all', dropout=0.0, epochs=2, optimizer='muon', lr=1e-3, warmup=0, workers=0, rerank=8),
 }
 
 # %% ../nbs/00_config.ipynb #000030
@@ -223,8 +230,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
        for m in ('none', 'random', 'kmeans', 'gmm', 'agglomerative', 'hdbscan')},
     'fusion_simple': dict(fusion_kind='simple'),
     **{f'fusion_transformer{n}': dict(fusion_kind='transformer', fusion_layers=n) for n in (1, 2, 4)},
-    'sdm': _bdam_only | _fusion_only | dict(align_loss='sdm', tau=0.02),
-    'tal': _bdam_only | _fusion_only | dict(align_loss='tal', tau=0.015, margin=0.1),
+    'sdm': _bdam_only | _fusion_only | dict(align_loss='sdm', tau=0.02, tau_decay=1.0),
+    'tal': _bdam_only | _fusion_only | dict(align_loss='tal', tau=0.015, tau_decay=1.0, margin=0.1),
 }
 
 # %% ../nbs/00_config.ipynb #000032

@@ -271,6 +271,9 @@ def _kernels(backend: str, x: Tensor) -> tuple[Callable, Callable | None] | None
 # %% ../nbs/32_mamba.ipynb #320061
 def _causal_conv(x: Tensor, conv: nn.Conv1d, fused: Callable | None) -> Tensor:   # [b, L, D] -> [b, L, D]
     "SiLU of a depthwise causal convolution."
+    if x.shape[1] == 1:      # one token: the padding hides all taps but the last, and a convolution's backward pass took longer than the rest of the block
+        y = x*conv.weight[:, 0, -1].to(x.dtype)
+        return F.silu(y if conv.bias is None else y + conv.bias.to(x.dtype))
     if fused is not None:
         return fused(x.transpose(1, 2).contiguous(), conv.weight.squeeze(1), conv.bias, activation='silu').transpose(1, 2)
     row = x.unsqueeze(1).permute(0, 3, 1, 2)                                       # [b, D, 1, L]

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Rows', 'detach', 'TextFeatures', 'ImageFeatures', 'Pool', 'Towers', 'check_sides', 'dual', 'fuse', 'match_score',
-           'rescore', 'InvalidPairs', 'invalid_pair_scores', 'candidates', 'Outputs', 'Model', 'build_model',
-           'write_tensors', 'save_pretrained', 'read_tensors', 'from_pretrained']
+           'rescore', 'InvalidPairs', 'invalid_pair_scores', 'candidates', 'Outputs', 'SecondThread', 'Model',
+           'build_model', 'write_tensors', 'save_pretrained', 'read_tensors', 'from_pretrained']
 
 # %% ../nbs/34_model.ipynb #340004
 import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -91,6 +93,23 @@ class Towers(nn.Module):
         one = self.text.pool(words, mask) if self.config.text_pool == 'cls' else masked_mean(words, mask[..., None])
         return TextFeatures(self.proj_t(one), words, mask)
 
+    def encode_texts(self, texts: list[tuple[Tensor, Tensor]],  # ids, mask: [B, M] each, M may differ
+                     parts: int = 4                             # in how many pieces on a CPU
+                    ) -> list[TextFeatures]:
+        "`encode_text` of several batches at once. On a CPU, sorted by length, so that little of the work is padding."
+        if texts[0][0].is_cuda: return [self.encode_text(*t) for t in texts]
+        M = max(ids.shape[1] for ids, _ in texts)
+        ids, mask = (torch.cat([F.pad(t[k], (0, M - t[k].shape[1])) for t in texts]) for k in (0, 1))
+        order, done = mask.sum(1).argsort(stable=True), []
+        for rows in order.chunk(parts):
+            L = int(mask[rows].sum(1).max())
+            f = self.encode_text(ids[rows, :L], mask[rows, :L])
+            done.append((f.t, F.pad(f.words, (0, 0, 0, M - L))))
+        back = order.argsort()
+        t, words = (torch.cat(x)[back] for x in zip(*done))
+        parted = zip(texts, t.split([len(x) for x, _ in texts]), words.split([len(x) for x, _ in texts]))
+        return [TextFeatures(t, words[:, :mask.shape[1]], mask) for (_, mask), t, words in parted]
+
     def encode_image(self, images: Tensor  # [B, 3, H, W] uint8, or float in 0..1
                     ) -> ImageFeatures:
         "A gallery entry, from pixels alone."
@@ -135,9 +154,10 @@ def rescore(model: 'Model',
             chunk: int = 4096      # pairs at a time
            ) -> Tensor:            # [Q, K] fused scores
     "`fused`: the fusion's word on the best K of each query, added to `dual` (open point 1)."
+    c = model.config
     rows = torch.arange(len(top), device=top.device).repeat_interleave(top.shape[1])
     m = torch.cat([match_score(model, q.t[i], fuse(model, q, i, g, j)) for i, j in zip(rows.split(chunk), top.flatten().split(chunk))])
-    return dual_scores/model.config.tau + model.config.rerank_weight*m.view_as(dual_scores)
+    return dual_scores/c.tau_end + c.rerank_weight*m.view_as(dual_scores)
 
 # %% ../nbs/34_model.ipynb #340018
 @dataclass
@@ -177,14 +197,55 @@ class Outputs:
     clothing: TextFeatures | None        # the generated clothing description
     clo: Tensor | None                   # [B, D] clothing feature in the text's space (Eq. 1)
     match: Tensor | None = None          # [B, 1+N] match scores, the right image first; -inf where there is no candidate
+    cos: Tensor | None = None            # [B, 1+N] cosines of the same pairs, without gradient
     fused: Tensor | None = None          # [B, 1+N, D] f_final of the same pairs
     valid: Tensor | None = None          # [B, 1+N] bool, which of them are candidates
     anchor: Tensor | None = None         # [B, D] the text feature of the pairs
     w: Tensor | None = None              # [B, 2] modality weights of the right pairs
 
-# %% ../nbs/34_model.ipynb #340023
+# %% ../nbs/34_model.ipynb #340024
+class _Cut(torch.autograd.Function):
+    "Tensors of a graph that another thread walks back."
+    @staticmethod
+    def forward(ctx, anchor, thread, inner):
+        ctx.thread, ctx.inner = thread, inner
+        return tuple(x.detach() for x in inner)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, g = zip(*((x, g) for x, g in zip(ctx.inner, grads) if g is not None))
+        ctx.thread.jobs.append(ctx.thread.pool.submit(torch.autograd.backward, x, g))
+        return None, None, None
+
+class SecondThread:
+    "A second core for a part of the model that shares no parameter with the rest."
+    def __init__(self):
+        self.pool, self.jobs = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)), []
+
+    def start(self, f: Callable) -> Future:
+        "Call `f` there, in this thread's precision."
+        amp, dtype, grad = torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu'), torch.is_grad_enabled()
+        def run():
+            with torch.autocast('cpu', dtype, enabled=amp), torch.set_grad_enabled(grad): return f()
+        return self.pool.submit(run)
+
+    def bring(self, job: Future) -> list[Rows]:
+        "The features that `f` returned, to go on with here."
+        rows = job.result()
+        flat = [x for r in rows for f in fields(r) if (x := getattr(r, f.name)).requires_grad]
+        if not flat: return rows
+        cut = dict(zip(map(id, flat), _Cut.apply(torch.zeros((), requires_grad=True), self, flat)))
+        return [type(r)(*(cut.get(id(x := getattr(r, f.name)), x) for f in fields(r))) for r in rows]
+
+    def join(self) -> None:
+        "Wait until the backward pass there has ended."
+        while self.jobs: self.jobs.pop().result()
+
+# %% ../nbs/34_model.ipynb #340027
 class Model(Towers):
     "The towers and the fusion: the whole model by one configuration (Sec. 3)."
+    second: SecondThread | None = None   # set by who trains on a CPU with a core to spare
+
     def __init__(self, config: Config, vision: VisionEncoder, text: TextEncoder):
         super().__init__(config, vision, text)
         c = config
@@ -200,8 +261,11 @@ class Model(Towers):
                 clothing: tuple[Tensor, Tensor] | None = None             # the same of the generated clothing text
                ) -> Outputs:
         "All that the losses of one batch need, in one call (which is what `DistributedDataParallel` wants)."
-        text = {k: None if t is None else self.encode_text(*t) for k, t in (('caption', caption), ('identity', identity), ('clothing', clothing))}
+        texts = {k: t for k, t in (('caption', caption), ('identity', identity), ('clothing', clothing)) if t is not None}
+        encode = lambda: self.encode_texts(list(texts.values()))
+        job = self.second.start(encode) if self.second else None
         image = self.encode_image(images)
+        text = dict.fromkeys(('identity', 'clothing')) | dict(zip(texts, self.second.bring(job) if job else encode()))
         out = Outputs(image, **text, clo=None if self.proj_clo is None else self.proj_clo(image.hat_clo))
         if self.fusion is not None: self.fuse_candidates(out, pids)
         return out
@@ -216,6 +280,7 @@ class Model(Towers):
         i = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])          # [B(1+N)]
         fused = fuse(self, q, i, image, rows.flatten())
         out.match = match_score(self, q.t[i], fused).view_as(rows).masked_fill(~ok, -torch.inf)
+        out.cos = dual(main, out.image).detach().gather(1, rows)
         out.fused, out.w = fused.f_final.unflatten(0, rows.shape), fused.w.unflatten(0, rows.shape)[:, 0]
         out.anchor, out.valid = q.t, ok
 
@@ -223,7 +288,7 @@ class Model(Towers):
         "The last layer that every loss passes through: the image encoder's last dense layer (Sec. 4.2, open point 9)."
         return list([m for m in self.vision.modules() if isinstance(m, nn.Linear)][-1].parameters())
 
-# %% ../nbs/34_model.ipynb #340025
+# %% ../nbs/34_model.ipynb #340029
 def build_model(config: Config,
                 vocab_size: int | None = None,  # of the tokenizer; None: `config.vocab_size`, where the text encoder starts at random
                 descriptions: bool = True    # off: no clothing text to train the clothing projection, so there is none
@@ -237,7 +302,7 @@ def build_model(config: Config,
     if not descriptions: model.proj_clo = None
     return model
 
-# %% ../nbs/34_model.ipynb #340026
+# %% ../nbs/34_model.ipynb #340030
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> Path:
     "A safetensors file, written whole or not at all, the same bytes for the same content. Raises `UserError` where the disk refuses."
     meta = {'bdam_repro': json.dumps(meta)}         # one key: safetensors writes several in random order
@@ -252,7 +317,7 @@ def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors`
     meta = {'config': config, 'vision': model.vision.config, 'text': model.text.config}
     return write_tensors(path, model.state_dict(), meta)
 
-# %% ../nbs/34_model.ipynb #340027
+# %% ../nbs/34_model.ipynb #340031
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:   # tensors, and what stood in the header
     "The inverse of `write_tensors`. Raises `UserError` for a file that is missing, cut, or not of this package."
     path = Path(path)
@@ -265,7 +330,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:   # tensor
     if not isinstance(header, dict): raise UserError(f'{path} holds tensors, but its header is not of this package')
     return tensors, header
 
-# %% ../nbs/34_model.ipynb #340028
+# %% ../nbs/34_model.ipynb #340032
 def from_pretrained(path: str | Path) -> Model:  # in evaluation mode, on the CPU
     "The model of `save_pretrained`. Raises `UserError` for a file that is none."
     state, meta = read_tensors(path)

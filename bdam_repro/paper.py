@@ -115,7 +115,7 @@ def hyperparameters() -> pd.DataFrame:  # name → value, where, option (the fie
             ('image_size', 224, '4.2', 'image_height'), ('hidden', 768, '4.2', 'dim'),
             ('fusion_layers', 2, '4.2', 'fusion_layers'), ('fusion_dim', 256, '4.2', 'fusion_dim'),
             ('d_state', 16, '4.2', 'd_state'), ('d_conv', 4, '4.2', 'd_conv'), ('dropout', .1, '4.2', 'dropout'),
-            ('optimizer', 'Adam', '4.2', 'decoupled'), ('lr', 1e-4, '4.2', 'lr'), ('weight_decay', 1e-3, '4.2', 'weight_decay'),
+            ('optimizer', 'Adam', '4.2', 'optimizer'), ('lr', 1e-4, '4.2', 'lr'), ('weight_decay', 1e-3, '4.2', 'weight_decay'),
             ('schedule', 'cosine annealing', '4.2', ''), ('gradnorm_alpha', 1.5, '4.2', 'gradnorm_alpha'),
             ('weight_lr', .025, '4.2', 'gradnorm_lr'), ('weight_clip', [1e-4, 10], '4.2', ''), ('log_reg', 1e-3, '4.2', 'log_reg'),
             ('style_encoder', 'clip-vit-base-patch32 (Sec. 4.2) / ViT-L/14 (Sec. 3.3)', '3.3, 4.2', ''),
@@ -207,7 +207,7 @@ _LOSSES = (
               'taken literally the weights fall to 0', ('balance', 'gradnorm_alpha', 'gradnorm_ref', 'gradnorm_every')),
     OpenPoint(36, 'Eq. 5', 'subtracts a number from a gradient vector; the text compares norms', ('norms', 'vectors'), 'norms', 'only these have one shape', ('balance',)),
     OpenPoint(37, '4.2', 'Adam with weight decay 1e-3: added to the gradient, or decoupled; to all parameters or not', ('Adam', 'AdamW'), 'Adam for `paper`',
-              'as named', ('decoupled', 'weight_decay')),
+              'as named', ('optimizer', 'weight_decay')),
     OpenPoint(20, '4.2', 'batch size, epochs, warm-up, text length, image augmentation, τ', ('those of the field',), '60 epochs, 64 images, 77 tokens, 5 warm-up epochs, τ 0.05',
               'custom of the field', ('epochs', 'warmup', 'max_length', 'tau', 'flip', 'pad', 'erase')),
 )

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['data_root', 'load_data', 'synth_folder', 'run_tokenizer', 'align_loss', 'triplet_loss', 'clothing_loss',
-           'fusion_loss', 'batch_losses', 'forward', 'embed_texts', 'embed_images', 'evaluate', 'make_optimizer',
-           'lr_at', 'pick_device', 'pick_dtype', 'LiteralWeights', 'make_weights', 'Trainer', 'optimizer_tensors',
-           'load_optimizer', 'save_checkpoint', 'load_checkpoint', 'shuffled', 'code_version', 'device_name',
-           'provenance', 'write_json', 'finished', 'same_run', 'open_run', 'summary', 'headline', 'save_features',
-           'own_weights', 'prepare', 'train', 'one_epoch', 'epoch_line', 'finish', 'plot_history']
+           'fusion_loss', 'batch_losses', 'forward', 'embed_texts', 'embed_images', 'evaluate', 'make_optimizers',
+           'lr_at', 'pick_device', 'pick_dtype', 'LiteralWeights', 'make_weights', 'two_cores', 'single_threaded',
+           'Trainer', 'optimizer_tensors', 'load_optimizers', 'save_checkpoint', 'load_checkpoint', 'shuffled',
+           'code_version', 'device_name', 'provenance', 'write_json', 'finished', 'same_run', 'open_run', 'summary',
+           'headline', 'save_features', 'own_weights', 'prepare', 'train', 'one_epoch', 'epoch_line', 'finish',
+           'plot_history']
 
 # %% ../nbs/51_training.ipynb #510004
 import json
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from .gradnorm import GradNorm, TaskWeights, literal_total
 from .losses import (clothing_adversarial, clothing_matching, gate_regularization, grad_reverse, hsic, info_nce,
                                match_loss, mine_triplets, sdm, tal, text_ids, triplet)
 from .metrics import RetrievalResult, bootstrap_ci, chance, rank_metrics, rerank_metrics, topk
-from .model import (ImageFeatures, Model, Outputs, TextFeatures, build_model, from_pretrained, fuse, read_tensors, rescore,
+from .model import (ImageFeatures, Model, Outputs, SecondThread, TextFeatures, build_model, from_pretrained, fuse, read_tensors, rescore,
                               save_pretrained, write_tensors)
 from .pedes import PedesDataset, attach_descriptions, load_pedes
 from .synth import make_synth
@@ -108,7 +109,7 @@ def clothing_loss(out: Outputs, clo_ids: Tensor, c: Config) -> Tensor:
 
 def fusion_loss(out: Outputs, c: Config) -> Tensor:
     "What trains f_final (open point 4): choosing the right image among the candidates, or Eq. 4 with the query text as anchor."
-    if c.fusion_loss != 'triplet': return match_loss(out.match)
+    if c.fusion_loss != 'triplet': return match_loss(out.cos/c.tau_end + c.rerank_weight*out.match)   # trained as it is scored
     f, a, ok = F.normalize(out.fused.float(), dim=-1), F.normalize(out.anchor.float(), dim=-1), out.valid[:, 1]
     return triplet(a[ok], f[ok, 0], f[ok, 1], c.margin)
 
@@ -138,7 +139,7 @@ def embed_texts(model: Model, dataset: PedesDataset, tokenizer, split: str, batc
     "Every caption of a split as a query, and the row of the image that it was written for (to know its identity, and for no other use)."
     c, device, parts, owners = model.config, next(model.parameters()).device, [], []
     for rows, ids, mask in text_batches(dataset, tokenizer, c.max_length, batch, split):
-        q = model.encode_text(ids.to(device), mask.to(device))
+        q, = model.encode_texts([(ids.to(device), mask.to(device))])
         if c.fusion_input == 'tokens': q.words, q.mask = (F.pad(x, (*[0]*(2*x.ndim - 4), 0, c.max_length - x.shape[1])) for x in (q.words, q.mask))
         else: q.words, q.mask = q.words[:, :0], q.mask[:, :0]
         parts.append(TextFeatures(q.t.float(), q.words.float(), q.mask)); owners.append(rows)
@@ -175,14 +176,20 @@ def evaluate(model: Model, dataset: PedesDataset, tokenizer, split: str, amp=Non
     return dict(results=results, q=q, g=g, q_rows=q_rows, g_rows=g_rows, top=top, fused=fused)
 
 # %% ../nbs/51_training.ipynb #510022
-def make_optimizer(model: nn.Module, c: Config) -> torch.optim.Optimizer:
-    "Adam (4.2) or AdamW, weight decay on matrices only."
+def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
+    "Adam (4.2) or AdamW, weight decay on matrices only; or Muon for the matrices and AdamW for the rest. Raises `UserError` where PyTorch has no Muon."
     keep = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     plain = lambda n, p: p.ndim < 2 or id(p) in keep or getattr(p, '_no_weight_decay', False) or n.endswith(('cls_token', 'position_embeddings'))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [{'params': [p for n, p in named if not plain(n, p)], 'weight_decay': c.weight_decay},
-              {'params': [p for n, p in named if plain(n, p)], 'weight_decay': 0.}]
-    return (torch.optim.AdamW if c.decoupled else torch.optim.Adam)(groups, lr=c.lr)
+    rest = [p for n, p in named if plain(n, p) or p.ndim != 2] if c.optimizer == 'muon' else [p for n, p in named if plain(n, p)]
+    matrices = {id(p) for p in rest}
+    matrices = [p for _, p in named if id(p) not in matrices]
+    if c.optimizer != 'muon':
+        groups = [{'params': matrices, 'weight_decay': c.weight_decay}, {'params': rest, 'weight_decay': 0.}]
+        return [(torch.optim.AdamW if c.optimizer == 'adamw' else torch.optim.Adam)(groups, lr=c.lr)]
+    if not hasattr(torch.optim, 'Muon'): raise UserError(f'optimizer=muon needs PyTorch 2.9 or newer, this is {torch.__version__}: take optimizer=adamw')
+    halves = [torch.optim.Muon(m, lr=c.muon_lr, weight_decay=c.weight_decay) for m in (matrices[::2], matrices[1::2])]   # for two cores
+    return [*halves, torch.optim.AdamW(rest, lr=c.lr, weight_decay=0.)]
 
 def lr_at(step: int,    # from 0
           steps: int,   # of the whole run
@@ -211,11 +218,11 @@ def pick_dtype(c: Config, device: torch.device) -> torch.dtype | None:
 # %% ../nbs/51_training.ipynb #510027
 class LiteralWeights(TaskWeights):
     "Eq. 5-6 as printed: w = exp(s) is learned by the same optimizer, with L_GradNorm inside the loss. For the audit."
-    def __init__(self, names: list[str], c: Config, opt: torch.optim.Optimizer, params: list[Tensor]):
+    def __init__(self, names: list[str], c: Config, opts: list[torch.optim.Optimizer], params: list[Tensor]):
         super().__init__(names)
         self.s.requires_grad_()
         self.params, self.alpha, self.log_reg, self.first = params, c.gradnorm_alpha, c.log_reg, None
-        opt.add_param_group({'params': [self.s], 'weight_decay': 0., 'lr': c.gradnorm_lr})
+        opts[-1].add_param_group({'params': [self.s], 'weight_decay': 0., 'lr': c.gradnorm_lr})
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         "Eq. 6."
@@ -224,23 +231,37 @@ class LiteralWeights(TaskWeights):
         return literal_total(L, self.s, self.params, self.first, self.alpha, self.log_reg)
 
 # %% ../nbs/51_training.ipynb #510028
-def make_weights(names: list[str], c: Config, model: Model, opt: torch.optim.Optimizer) -> TaskWeights:
+def make_weights(names: list[str], c: Config, model: Model, opts: list[torch.optim.Optimizer]) -> TaskWeights:
     "The task weights that the configuration asks for. One task needs none."
     if c.balance == 'fixed' or len(names) < 2: return TaskWeights(names)
-    if c.balance == 'literal': return LiteralWeights(names, c, opt, model.shared_parameters())
+    if c.balance == 'literal': return LiteralWeights(names, c, opts, model.shared_parameters())
     return GradNorm(names, c.gradnorm_alpha, c.gradnorm_lr, c.gradnorm_every, ref=c.gradnorm_ref, log_reg=c.log_reg)
 
 # %% ../nbs/51_training.ipynb #510030
+def two_cores(c: Config, device: torch.device) -> bool:
+    "Whether the text tower gets a thread of its own."
+    return device.type == 'cpu' and torch.get_num_threads() > 1 and not c.dropout and c.balance != 'literal'
+
+@contextmanager
+def single_threaded(on: bool) -> Iterator[None]:
+    "One thread for each tensor operation, as long as two work at once."
+    n = torch.get_num_threads()
+    if on: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
+# %% ../nbs/51_training.ipynb #510031
 class Trainer:
     "What an epoch needs at hand: model, data, optimizer, task weights, precision."
     def __init__(self, c: Config, model: Model, loader, device: torch.device):
         self.c, self.model, self.loader, self.device = c, model.to(device).train(), loader, device
-        self.opt, self.dtype, self.step = make_optimizer(model, c), pick_dtype(c, device), 0
+        self.opts, self.dtype, self.step = make_optimizers(model, c), pick_dtype(c, device), 0
         self.steps = c.epochs*len(loader)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.names = self.term_names()
-        self.weights = make_weights(self.names, c, model, self.opt)
-        self.base_lr = [g['lr'] for g in self.opt.param_groups]
+        self.weights = make_weights(self.names, c, model, self.opts)
+        self.base_lr = [g['lr'] for opt in self.opts for g in opt.param_groups]
+        if two_cores(c, device): model.second = SecondThread()
 
     def term_names(self) -> list[str]:
         "Which terms this run has; asked once, without touching the state of any generator."
@@ -254,27 +275,35 @@ class Trainer:
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         "Forward, in the run's precision. The literal Eq. 5-6 needs a second derivative, which only the plain attention kernel has."
         twice = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if self.c.balance == 'literal' else nullcontext()
-        with self.amp(), twice: return batch_losses(forward(self.model, batch, self.c), batch, self.c)
+        c = self.c.model_copy(update={'tau': self.c.tau*self.c.tau_decay**(self.step/self.steps)})
+        with self.amp(), twice: return batch_losses(forward(self.model, batch, c), batch, c)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         "Losses, task weights, backward, step. Raises `UserError` when a loss is no number any more."
-        for group, lr in zip(self.opt.param_groups, self.base_lr):
+        for group, lr in zip((g for opt in self.opts for g in opt.param_groups), self.base_lr):
             group['lr'] = lr*lr_at(self.step, self.steps, round(self.c.warmup*len(self.loader)))
         terms = self.losses(batch.to(self.device))
         self.weights.step(terms, self.model.shared_parameters(), scale=self.scaler.get_scale())
         total = self.weights.total(terms)
         if not total.isfinite():
             raise UserError(f'the loss is {total.item()} at step {self.step}: ' + ', '.join(f'{k} {v.item():.3g}' for k, v in terms.items()) + '; try a lower lr or amp=off')
-        self.opt.zero_grad()
+        for opt in self.opts: opt.zero_grad()
         self.scaler.scale(total).backward()
-        self.scaler.unscale_(self.opt)
+        if self.model.second: self.model.second.join()
+        for opt in self.opts: self.scaler.unscale_(opt)
         if self.c.grad_clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
-        self.scaler.step(self.opt); self.scaler.update()
+        first = self.model.second.start(self.opts[0].step) if self.model.second else self.scaler.step(self.opts[0])
+        for opt in self.opts[1:]: self.scaler.step(opt)
+        if self.model.second: first.result()
+        self.scaler.update()
         self.step += 1
         return {k: v.item() for k, v in terms.items()}
 
     def epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
         "One pass; means of the losses, the task weights at its end, speed."
+        with single_threaded(self.model.second is not None): return self._epoch(epoch, bar)
+
+    def _epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
         self.loader.set_epoch(epoch)
         self.step, start, sums, images = epoch*len(self.loader), time.perf_counter(), dict.fromkeys(self.names, 0.), 0
         for batch in self.loader:
@@ -283,27 +312,28 @@ class Trainer:
             images += len(batch)
             bar.set_postfix_str(f'{images/(time.perf_counter() - start):.0f} images/s, loss ' + ', '.join(f'{k} {v/(self.step - epoch*len(self.loader)):.2f}' for k, v in sums.items()), refresh=False); bar.update()
         seconds = time.perf_counter() - start
-        return ({'epoch': epoch + 1, 'lr': self.opt.param_groups[0]['lr'], 'images_per_s': images/seconds, 'wait_share': self.loader.wait_share}
+        return ({'epoch': epoch + 1, 'lr': self.opts[-1].param_groups[0]['lr'], 'images_per_s': images/seconds, 'wait_share': self.loader.wait_share}
                 | {f'loss_{k}': v/len(self.loader) for k, v in sums.items()} | {f'w_{k}': w for k, w in self.weights.weights.items()})
 
-# %% ../nbs/51_training.ipynb #510032
-def optimizer_tensors(opt: torch.optim.Optimizer) -> dict[str, Tensor]:
-    "The optimizer's state as named tensors."
-    return {f'optim.{i}.{k}': torch.as_tensor(v) for i, s in opt.state_dict()['state'].items() for k, v in s.items()}
-
-def load_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    "The inverse of `optimizer_tensors`."
-    state = opt.state_dict()
-    for name, t in tensors.items():
-        _, i, k = name.split('.', 2)
-        state['state'].setdefault(int(i), {})[k] = t
-    opt.load_state_dict(state)
-
 # %% ../nbs/51_training.ipynb #510033
+def optimizer_tensors(opts: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    "The optimizers' state as named tensors."
+    return {f'optim.{j}.{i}.{k}': torch.as_tensor(v) for j, opt in enumerate(opts) for i, s in opt.state_dict()['state'].items() for k, v in s.items()}
+
+def load_optimizers(opts: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    "The inverse of `optimizer_tensors`."
+    for j, opt in enumerate(opts):
+        state = opt.state_dict()
+        for name, t in tensors.items():
+            _, of, i, k = name.split('.', 3)
+            if int(of) == j: state['state'].setdefault(int(i), {})[k] = t
+        opt.load_state_dict(state)
+
+# %% ../nbs/51_training.ipynb #510034
 def save_checkpoint(path: Path, trainer: Trainer, epoch: int, extra: dict) -> None:
     "Everything a resumed run needs, in one safetensors file."
-    model, opt, weights = trainer.model, trainer.opt, trainer.weights
-    tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | optimizer_tensors(opt) | {'rng.cpu': torch.get_rng_state()}
+    model, weights = trainer.model, trainer.weights
+    tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | optimizer_tensors(trainer.opts) | {'rng.cpu': torch.get_rng_state()}
     if torch.cuda.is_available(): tensors['rng.cuda'] = torch.cuda.get_rng_state()
     gn = weights.state_dict() if isinstance(weights, GradNorm) else {}
     if isinstance(weights, LiteralWeights): tensors |= {'literal.s': weights.s, 'literal.first': weights.first}
@@ -314,11 +344,11 @@ def save_checkpoint(path: Path, trainer: Trainer, epoch: int, extra: dict) -> No
 
 def load_checkpoint(path: Path, trainer: Trainer) -> tuple[int, dict]:   # the epoch that was finished, and `extra`
     "Put back what `save_checkpoint` kept."
-    model, opt, weights = trainer.model, trainer.opt, trainer.weights
+    model, weights = trainer.model, trainer.weights
     t, meta = read_tensors(path)
     part = lambda name: {k.removeprefix(f'{name}.'): v for k, v in t.items() if k.startswith(f'{name}.')}
     model.load_state_dict(part('model'))
-    load_optimizer(opt, {k: v for k, v in t.items() if k.startswith('optim.')})
+    load_optimizers(trainer.opts, {k: v for k, v in t.items() if k.startswith('optim.')})
     torch.set_rng_state(t['rng.cpu'])
     if 'rng.cuda' in t and torch.cuda.is_available(): torch.cuda.set_rng_state(t['rng.cuda'])
     if isinstance(weights, GradNorm):
@@ -331,14 +361,14 @@ def load_checkpoint(path: Path, trainer: Trainer) -> tuple[int, dict]:   # the e
     trainer.scaler.load_state_dict(extra.pop('scaler'))
     return meta['epoch'], extra
 
-# %% ../nbs/51_training.ipynb #510035
+# %% ../nbs/51_training.ipynb #510036
 def shuffled(batch: Batch, seed: int) -> Batch:
     "The batch with its texts dealt to other images; same images, same texts, no relation."
     perm = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
     move = {k: getattr(batch, k)[perm] for k in ('caption_ids', 'caption_mask', 'id_ids', 'id_mask', 'clo_ids', 'clo_mask') if getattr(batch, k) is not None}
     return Batch(**{**vars(batch), **move})
 
-# %% ../nbs/51_training.ipynb #510037
+# %% ../nbs/51_training.ipynb #510038
 def code_version() -> str:
     "Package version, commit, and whether the source differs from it."
     def git(*args): return subprocess.run(['git', '-C', str(Path(bdam_repro.__file__).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -360,7 +390,7 @@ def provenance(device: torch.device, dtype: torch.dtype | None) -> dict:
     packages = {p: metadata.version(p) for p in ('torch', 'transformers', 'tokenizers', 'numpy', 'pandas', 'pillow', 'safetensors')}
     return dict(code=code_version(), python=platform.python_version(), packages=packages, device=device_name(device), precision=str(dtype or torch.float32).removeprefix('torch.'))
 
-# %% ../nbs/51_training.ipynb #510039
+# %% ../nbs/51_training.ipynb #510040
 def write_json(path: Path, value: dict) -> None:
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(value, indent=1) + '\n')
 
@@ -386,7 +416,7 @@ def open_run(c: Config, runs=None, overwrite: bool = False) -> tuple[Path, dict 
     write_json(folder/'config.json', {'config_hash': h} | c.model_dump())
     return folder, None
 
-# %% ../nbs/51_training.ipynb #510040
+# %% ../nbs/51_training.ipynb #510041
 def summary(e: dict) -> dict[str, dict[str, float]]:
     "R1 … mINP by score."
     return {k: {m: round(v, 4) for m, v in r.summary().items()} for k, r in e['results'].items()}
@@ -411,7 +441,7 @@ def own_weights(model: Model, e: dict) -> Tensor:   # [Q, 2]
     i = torch.arange(len(j), device=j.device)
     return torch.cat([fuse(model, e['q'], a, e['g'], b).w.float().cpu() for a, b in zip(i.split(4096), j.split(4096))])
 
-# %% ../nbs/51_training.ipynb #510042
+# %% ../nbs/51_training.ipynb #510043
 def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDataset, object, Trainer]:
     "Data, tokenizer and trainer of a run, at its start."
     device = pick_device(c)
@@ -425,6 +455,7 @@ def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDatase
     tokenizer = run_tokenizer(c, dataset, folder/'tokenizer')
     torch.manual_seed(c.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False                 # a debugging aid that costs 3 % of a `tiny` step
     model = build_model(c, len(tokenizer), described)
     texts = 'both' if c.fusion_text == 'identity' and c.fusion else c.id_text           # which the loader has to bring
     loader = train_batches(dataset, tokenizer, size=(c.image_height, c.image_width), max_length=c.max_length, p=c.ids_per_batch, k=c.images_per_id,
@@ -433,7 +464,7 @@ def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDatase
     if loader.note and progress: print(loader.note)
     return dataset, tokenizer, Trainer(c, model, loader, device)
 
-# %% ../nbs/51_training.ipynb #510043
+# %% ../nbs/51_training.ipynb #510044
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete
@@ -457,7 +488,7 @@ def train(c: Config,                        # from `make_config`
     finish(c, folder, dataset, tokenizer, trainer, state)
     return folder
 
-# %% ../nbs/51_training.ipynb #510044
+# %% ../nbs/51_training.ipynb #510045
 def one_epoch(epoch: int, trainer: Trainer, dataset: PedesDataset, tokenizer, folder: Path, state: dict, bar: tqdm) -> None:
     "Train, validate, keep the best, write the checkpoint."
     c, start = trainer.c, time.perf_counter()
@@ -481,7 +512,7 @@ def epoch_line(row: dict, state: dict, c: Config) -> str:
     return (f'epoch {row["epoch"]:>3}/{c.epochs}  {val:<32}  ' + '  '.join(f'{k} {row[f"loss_{k}"]:.2f}·{row[f"w_{k}"]:.2f}' for k in terms)
             + f'  {row["images_per_s"]:.0f} images/s, waited {row["wait_share"]:.1%}')
 
-# %% ../nbs/51_training.ipynb #510045
+# %% ../nbs/51_training.ipynb #510046
 def finish(c: Config, folder: Path, dataset: PedesDataset, tokenizer, trainer: Trainer, state: dict) -> None:
     "Test the best checkpoint once, write what figures need, then `metrics.json`: the run is complete."
     start = time.perf_counter()
@@ -496,7 +527,7 @@ def finish(c: Config, folder: Path, dataset: PedesDataset, tokenizer, trainer: T
         gallery_ids=len(set(pids[test['g_rows']])), chance=chance(pids[test['q_rows']], pids[test['g_rows']]), train_seconds=round(state['seconds'], 1)))
     (folder/'last.ckpt').unlink(missing_ok=True)
 
-# %% ../nbs/51_training.ipynb #510053
+# %% ../nbs/51_training.ipynb #510054
 def plot_history(folder: Path):
     "Losses, task weights and validation R-1 over the epochs of a run."
     import matplotlib.pyplot as plt

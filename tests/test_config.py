@@ -75,7 +75,7 @@ def test_what_the_paper_prints_is_the_paper_preset():
     c = make_config('cuhk')
     printed = dict(image_height=224, image_width=224, dim=768, lr=1e-4, weight_decay=1e-3, dropout=.1,
                    fusion_dim=256, fusion_layers=2, d_state=16, d_conv=4, gradnorm_alpha=1.5, gradnorm_lr=.025, log_reg=1e-3,
-                   decoupled=False, keep_cls=False, preset='paper')
+                   optimizer='adam', keep_cls=False, preset='paper')
     assert {k: getattr(c, k) for k in printed} == printed
 
 

@@ -104,7 +104,7 @@ def test_official_layouts_are_read_with_their_quirks(data, layout):
 @pytest.mark.parametrize('dataset', OFFICIAL)
 def test_the_paper_preset_trains_from_official_files_and_hub_folders(data, hub, tmp_path, capsys, dataset):
     c = paper(dataset, data, hub, val_fraction=.25)
-    assert c.preset == 'paper' and c.variant == 'full' and not c.decoupled
+    assert c.preset == 'paper' and c.variant == 'full' and c.optimizer == 'adam'
     folder = train(c, tmp_path)
     assert 'no descriptions: training on captions alone' in capsys.readouterr().out
     m, h = finished(folder), pd.read_csv(folder/'history.csv')

@@ -13,6 +13,7 @@ from bdam_repro.config import VARIANTS, UserError, make_config
 from bdam_repro.fusion import MambaFusion
 from bdam_repro.model import (
     ImageFeatures,
+    SecondThread,
     TextFeatures,
     build_model,
     candidates,
@@ -490,3 +491,60 @@ def test_tensors_and_their_header(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ['x.safetensors']
     (tmp_path/'file').write_text('')
     with pytest.raises(UserError, match='cannot make the folder'): write_tensors(tmp_path/'file'/'x', t, {})
+
+
+# --- texts by length, towers on two cores ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('parts', [1, 3, 4, 50])
+def test_texts_sorted_by_length_come_back_in_order(parts):
+    model, g = make(), torch.Generator().manual_seed(0)
+    def ragged(n, M):
+        mask = torch.arange(M) < torch.randint(1, M + 1, (n, 1), generator=g)
+        return torch.randint(5, 600, (n, M), generator=g)*mask, mask
+    texts = [ragged(5, 9), ragged(7, 14), ragged(1, 3)]
+    for (ids, mask), f in zip(texts, model.encode_texts(texts, parts)):
+        want = model.encode_text(ids, mask)
+        assert same(f.t, want.t) and f.mask.equal(mask) and same(f.words[mask], want.words[mask])
+    sum(f.t.sum() for f in model.encode_texts(texts, parts)).backward()
+    one = [p.grad.clone() for p in model.text.parameters()]
+    model.zero_grad()
+    sum(model.encode_text(*t).t.sum() for t in texts).backward()
+    assert all(torch.allclose(p.grad, w, atol=1e-4, rtol=1e-3) for p, w in zip(model.text.parameters(), one))
+
+
+@pytest.mark.parametrize('reading', READINGS)
+def test_a_second_thread_changes_no_bit(reading):
+    model = make(**READINGS[reading]).train()
+    batch = pixels(6), torch.tensor([0, 0, 1, 1, 2, 2]), words(6)
+    def gradients(second):
+        model.zero_grad()
+        model.second = second
+        out = model(*batch, identity=words(6), clothing=words(6))
+        loss = dual(out.caption, out.image).diagonal().sum()
+        (loss + sum(x.float().square().mean() for x in (out.match, out.clo) if x is not None)).backward()
+        if second: second.join()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.manual_seed(0)
+    alone = gradients(None)
+    torch.manual_seed(0)
+    shared = gradients(SecondThread())
+    assert alone.keys() == shared.keys() and all(torch.equal(g, shared[n]) for n, g in alone.items())
+
+
+def test_what_fails_in_the_second_thread_is_heard():
+    second, x = SecondThread(), torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(ZeroDivisionError): second.bring(second.start(lambda: 1/0))
+    def refuse(grad): raise ValueError('no way back')
+    x.register_hook(refuse)
+    q, = second.bring(second.start(lambda: [TextFeatures(x*2, x[:, None].detach(), torch.ones(3, 1, dtype=torch.bool))]))
+    q.t.sum().backward()
+    with pytest.raises(ValueError, match='no way back'): second.join()
+    second.join()                                                                       # and it can be used again
+
+
+def test_the_second_thread_has_the_precision_of_the_first():
+    second, linear, x = SecondThread(), torch.nn.Linear(4, 4), torch.randn(3, 4)
+    for on in (True, False):
+        with torch.autocast('cpu', torch.bfloat16, enabled=on), torch.no_grad():
+            y = second.start(lambda: linear(x)).result()
+            assert y.dtype == (torch.bfloat16 if on else torch.float32) and not y.requires_grad

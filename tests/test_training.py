@@ -322,7 +322,7 @@ READINGS = [
     dict(fusion_text='clothing'), dict(fusion_input='tokens'), *(dict(hsic_kernel=k) for k in ('linear', 'rbf', 'cka')),
     dict(gate_reg='entropy'), dict(balance='literal'), dict(balance='fixed'), dict(gradnorm_ref='first'), dict(mining='random'),
     dict(mining='all'), dict(positives='diagonal'), dict(positives='mask'), dict(symmetric=False), dict(align_loss='sdm'),
-    dict(align_loss='tal'), dict(images_per_id=1), dict(decoupled=False), dict(grad_clip=0.), dict(text_pool='mean'),
+    dict(align_loss='tal'), dict(images_per_id=1), dict(optimizer='adamw'), dict(grad_clip=0.), dict(text_pool='mean'),
     dict(variant='sdm'), dict(variant='tal'), dict(descriptions='none'), dict(max_length=8),
     *(dict(amp=a, fusion_input=i) for a in ('bf16', 'fp16') for i in ('pooled', 'tokens'))]
 
@@ -518,3 +518,53 @@ def test_another_dataset_stays_as_it_is(home, whole):
     with pytest.raises(UserError, match='choose another `folder`'): load_data(cfg(home, synth_train_ids=20), False)
     assert len(load_pedes('synth', home/'data', folder='small').records) == 96
     with pytest.raises(UserError, match='choose another `folder`'): make_synth(home/'data', folder='small', n_ids=3)
+
+
+# --- two cores -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_a_second_core_changes_no_bit(home, optimizer, tmp_path):
+    c = cfg(home, optimizer=optimizer)
+    def after(threads):
+        torch.set_num_threads(threads)
+        trainer = prepare(c, tmp_path/f'{threads}', False)[2]
+        assert (trainer.model.second is None) == (threads == 1)
+        trainer.epoch(0, training.tqdm(disable=True))
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(1)
+        return trainer.model.state_dict()
+    one, two = after(1), after(2)
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+def test_dropout_and_second_derivatives_keep_to_one_thread(home):
+    torch.set_num_threads(2)
+    cpu = torch.device('cpu')
+    assert training.two_cores(cfg(home), cpu) and not training.two_cores(cfg(home), torch.device('meta'))
+    assert not training.two_cores(cfg(home, dropout=.1), cpu) and not training.two_cores(cfg(home, balance='literal'), cpu)
+
+
+def test_muon_takes_the_matrices_and_an_old_pytorch_says_so(home, monkeypatch, tmp_path):
+    model = prepare(cfg(home), tmp_path, False)[2].model
+    *muon, rest = training.make_optimizers(model, cfg(home))
+    matrices = [p for o in muon for p in o.param_groups[0]['params']]
+    assert all(p.ndim == 2 for p in matrices)
+    assert sum(len(g['params']) for o in (*muon, rest) for g in o.param_groups) == len(list(model.parameters()))
+    assert not any(p is q for p in matrices for m in model.modules() if isinstance(m, torch.nn.Embedding) for q in m.parameters())
+    monkeypatch.delattr(torch.optim, 'Muon')
+    with pytest.raises(UserError, match='optimizer=adamw'): training.make_optimizers(model, cfg(home))
+
+
+def test_the_temperature_falls(home, tmp_path):
+    trainer, seen = prepare(cfg(home, tau=.1, tau_decay=.25), tmp_path, False)[2], []
+    real = training.forward
+    def spy(model, batch, c):
+        seen.append(c.tau)
+        return real(model, batch, c)
+    training.forward = spy
+    try:
+        for step in (0, trainer.steps//2, trainer.steps):
+            trainer.step = step
+            trainer.losses(next(iter(trainer.loader)))
+    finally: training.forward = real
+    assert seen == pytest.approx([.1, .05, .025]) and trainer.c.tau_end == pytest.approx(.025)
