@@ -143,9 +143,12 @@ def trim(ids: torch.Tensor,  # [B,L]
 def decode_image(path: str | Path,  # an image file
                  size: tuple[int, int],  # (height, width) in pixels
                  within: Path | None = None,  # the folder that it must lie in, links followed
+                 columns: float = 1.,  # the share of the width that is read, in the middle
                  ) -> torch.Tensor:  # uint8 [3,H,W]
     "Read, turn to RGB, resize (bicubic with antialias). Raises `UserError` naming the file when it cannot be read."
-    image = load_image(path, within).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    image = load_image(path, within)
+    margin = image.width*(1 - columns)/2
+    image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=(margin, 0, image.width - margin, image.height))
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/12_batches.ipynb #120030
@@ -156,10 +159,11 @@ class ImageStore:
                  rows: Sequence[int] | None = None,  # positions in `dataset.records`; None: all
                  cache: bool | str = 'auto',  # True, False, or 'auto': when it fits `budget`
                  budget: int = 2**30,  # bytes of memory that decoded images may take
+                 columns: float = 1.,  # see `decode_image`
                  ):
         if cache not in (True, False, 'auto'): raise UserError(f"cache={cache!r} is none of True, False, 'auto'")
         rows = np.arange(len(dataset.records)) if rows is None else np.asarray(rows)
-        self.size, self.folder, files = size, dataset.root/'imgs', dataset.records['file'].to_numpy()
+        self.size, self.columns, self.folder, files = size, columns, dataset.root/'imgs', dataset.records['file'].to_numpy()
         self.paths = {int(r): self.folder/files[r] for r in rows}
         self.cached = len(rows)*3*size[0]*size[1] <= budget if cache == 'auto' else cache
         if self.cached:
@@ -169,7 +173,7 @@ class ImageStore:
     def _decode(self, paths: list[Path], show: bool = False) -> torch.Tensor:
         out = torch.empty(len(paths), 3, *self.size, dtype=torch.uint8)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow lets go of the interpreter lock while it decodes
-            decoded = pool.map(lambda p: decode_image(p, self.size, self.folder), paths)
+            decoded = pool.map(lambda p: decode_image(p, self.size, self.folder, self.columns), paths)
             for i, image in enumerate(tqdm(decoded, 'decoding', len(paths), disable=not show, leave=False)): out[i] = image
         return out
 
@@ -177,7 +181,7 @@ class ImageStore:
         if self.cached: return self.data[[self.slot[int(r)] for r in rows]]
         return self._decode([self.paths[int(r)] for r in rows])
 
-# %% ../nbs/12_batches.ipynb #120033
+# %% ../nbs/12_batches.ipynb #120035
 def erasing_boxes(u: np.ndarray,  # [B,4] uniform numbers: how much, which shape, where down, where across
                   H: int, W: int,
                   area: tuple[float, float],  # least and greatest share of the image
@@ -188,7 +192,7 @@ def erasing_boxes(u: np.ndarray,  # [B,4] uniform numbers: how much, which shape
     w = np.sqrt(share*H*W/ratio).clip(1, W).astype(int)
     return np.stack([u[:, 2]*(H - h + 1), u[:, 3]*(W - w + 1), h, w], 1).astype(int)
 
-# %% ../nbs/12_batches.ipynb #120034
+# %% ../nbs/12_batches.ipynb #120036
 def augment(images: torch.Tensor,  # uint8 [B,3,H,W], on the CPU
             generator: torch.Generator,
             flip: float = .5,  # probability of a mirror image
@@ -209,7 +213,7 @@ def augment(images: torch.Tensor,  # uint8 [B,3,H,W], on the CPU
         if u[i, 3] < erase: out[i, :, y:y + h, x:x + w] = 127
     return torch.from_numpy(out)
 
-# %% ../nbs/12_batches.ipynb #120040
+# %% ../nbs/12_batches.ipynb #120042
 class PKSampler:
     "Identity-balanced batches: positions into `pids`, P identities × K images each. A function of (seed, epoch) alone."
     def __init__(self, pids: Sequence[int],  # [N] identity of each image
@@ -243,7 +247,7 @@ class PKSampler:
             batch = [row for pid in pids[i:i + self.p] for row in self.deal(pid)]
             yield batch[self.rank*n:(self.rank + 1)*n]
 
-# %% ../nbs/12_batches.ipynb #120045
+# %% ../nbs/12_batches.ipynb #120047
 @dataclass
 class Batch:
     "One training batch. Texts are cut to the longest of the batch; a text that the run does not use is None."
@@ -256,6 +260,8 @@ class Batch:
     id_mask: torch.Tensor | None = None
     clo_ids: torch.Tensor | None = None    # the generated clothing description
     clo_mask: torch.Tensor | None = None
+    other_ids: torch.Tensor | None = None  # another caption of the same image
+    other_mask: torch.Tensor | None = None
 
     def _each(self, f) -> 'Batch':
         return Batch(**{x.name: v if (v := getattr(self, x.name)) is None else f(v) for x in fields(self)})
@@ -263,28 +269,29 @@ class Batch:
     def pin_memory(self) -> 'Batch': return self._each(torch.Tensor.pin_memory)
     def __len__(self) -> int: return len(self.rows)
 
-# %% ../nbs/12_batches.ipynb #120047
+# %% ../nbs/12_batches.ipynb #120049
 def split_rows(dataset: PedesDataset, split: str) -> np.ndarray:  # positions in `dataset.records`
     "The rows of one split. Raises `UserError` when it is empty."
     rows = np.flatnonzero(dataset.records['split'].to_numpy() == split)
     if not len(rows): raise UserError(f"{dataset.name} has no images in its split '{split}' ({dataset.root})")
     return rows
 
-# %% ../nbs/12_batches.ipynb #120048
+# %% ../nbs/12_batches.ipynb #120050
 def mix(*numbers: int) -> int:  # a 64-bit seed
     "One seed from several numbers, the same on every machine."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/12_batches.ipynb #120049
+# %% ../nbs/12_batches.ipynb #120051
 class _TrainData(Dataset):
     "Item `step` is a whole batch (or the `UserError` that prevented it, so that it crosses processes as one line)."
-    def __init__(self, dataset, tokenizer, rows, images, sampler, max_length, seed, id_text, augmentation):
+    def __init__(self, dataset, tokenizer, rows, images, sampler, max_length, seed, id_text, two_captions, augmentation):
         records = dataset.records.iloc[rows]
         self.rows, self.pids, self.images = rows, records['pid'].to_numpy(), images
         self.sampler, self.seed, self.augmentation, self.note = sampler, seed, augmentation, ''
         captions = list(records['captions'])
         self.counts = np.array([len(c) for c in captions])
         self.first = np.cumsum(self.counts) - self.counts
+        self.two_captions = two_captions and bool((self.counts > 1).any())
         encode = lambda texts: encode_texts(tokenizer, texts, max_length)
         self.caption = encode([c for cs in captions for c in cs])
         columns = {'id': 'id_text', 'clo': 'clo_text'} if id_text != 'caption' else {'clo': 'clo_text'}
@@ -310,16 +317,20 @@ class _TrainData(Dataset):
         rank, world = self.sampler.rank, self.sampler.world
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch, step))
         u = torch.rand(len(i)*world, generator=generator)[rank*len(i):(rank + 1)*len(i)].numpy()
-        caption = self.first[i] + (u*self.counts[i]).astype(int)
+        n, pick = self.counts[i], (u*self.counts[i]).astype(int)
+        chosen = {'caption': self.first[i] + pick}
+        if self.two_captions:
+            u = torch.rand(len(i)*world, generator=generator)[rank*len(i):(rank + 1)*len(i)].numpy()
+            chosen['other'] = self.first[i] + (pick + 1 + (u*(n - 1)).astype(int)) % n       # of one caption, the same again
         images = self.images[self.rows[i]]
         if self.augmentation is not False:
             images = augment(images, generator, **({} if self.augmentation is True else self.augmentation), part=(rank, world))
-        texts = {'caption': trim(*(t[caption] for t in self.caption))}
+        texts = {name: trim(*(t[rows] for t in self.caption)) for name, rows in chosen.items()}
         texts |= {name: trim(*(t[i] for t in table)) for name, table in self.described.items()}
         named = {f'{name}_{kind}': t for name, pair in texts.items() for kind, t in zip(('ids', 'mask'), pair)}
         return Batch(rows=torch.from_numpy(self.rows[i]), pids=torch.from_numpy(self.pids[i]), images=images, **named)
 
-# %% ../nbs/12_batches.ipynb #120050
+# %% ../nbs/12_batches.ipynb #120052
 class Loader:
     "An epoch of training batches each time it is iterated; `wait_share` says what part of the time its user waited."
     def __init__(self, data: _TrainData, workers: int):
@@ -360,7 +371,7 @@ class Loader:
             yield batch
             self.total = time.perf_counter() - start
 
-# %% ../nbs/12_batches.ipynb #120051
+# %% ../nbs/12_batches.ipynb #120053
 def train_batches(dataset: PedesDataset,
                   tokenizer: PreTrainedTokenizerBase,
                   *,
@@ -370,10 +381,11 @@ def train_batches(dataset: PedesDataset,
                   k: int = 4,  # images an identity
                   seed: int = 0,
                   id_text: str = 'caption',  # t_i of Eq. 3: 'caption', 'generated' or 'both'
+                  two_captions: bool = False,  # a second caption of each image, where there is one
                   split: str = 'train',
                   augmentation: bool | dict = True,  # False: none; a dict: arguments of `augment`
                   workers: int = 0,  # loader processes; for images that do not fit the memory budget
-                  cache: bool | str = 'auto', budget: int = 2**30,  # see `ImageStore`
+                  cache: bool | str = 'auto', budget: int = 2**30, columns: float = 1.,  # see `ImageStore`
                   rank: int = 0, world: int = 1,  # this training process, and how many there are
                   ) -> Loader:
     "Identity-balanced training batches of one split. Raises `UserError` for an empty split, a missing description column or a bad option."
@@ -383,16 +395,17 @@ def train_batches(dataset: PedesDataset,
     rows = split_rows(dataset, split)
     rows = rows[[len(c) > 0 for c in dataset.records['captions'].iloc[rows]]]  # an image without a caption has nothing to be paired with
     sampler = PKSampler(dataset.records['pid'].to_numpy()[rows], p, k, seed, rank, world)
-    images = ImageStore(dataset, size, rows, cache, budget)
-    return Loader(_TrainData(dataset, tokenizer, rows, images, sampler, max_length, seed, id_text, augmentation), workers)
+    images = ImageStore(dataset, size, rows, cache, budget, columns)
+    return Loader(_TrainData(dataset, tokenizer, rows, images, sampler, max_length, seed, id_text, two_captions, augmentation), workers)
 
-# %% ../nbs/12_batches.ipynb #120060
+# %% ../nbs/12_batches.ipynb #120062
 def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256, split: str = 'test',
                   images: ImageStore | None = None,  # a store kept from the last time, so that a validation set is decoded once
+                  columns: float = 1.,  # see `decode_image`
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]
     "The gallery: every image of a split once, in order, without any text."
     rows = split_rows(dataset, split)
-    images = images or ImageStore(dataset, size, rows, cache=False)
+    images = images or ImageStore(dataset, size, rows, cache=False, columns=columns)
     for part in np.split(rows, range(batch, len(rows), batch)): yield torch.from_numpy(part), images[part]
 
 def text_batches(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 77, batch: int = 256, split: str = 'test',

@@ -79,6 +79,7 @@ class RunOptions(Options):
 class DataOptions(Options):
     image_height: int = opt(224, 'pixels', '224 (4.2)', ge=16)
     image_width: int = opt(224, 'pixels; people are 1:2, the paper squeezes them into a square', '224 (4.2)', ge=16)
+    columns: float = opt(1.0, 'share of the width that is read, in the middle: a detector cuts photographs closer than SynthPEDES is drawn', gt=0, le=1)
     max_length: int = opt(77, 'longest text in tokens', ge=8, le=512)
     flip: float = opt(0.5, 'chance of a horizontal flip', ge=0, le=1)
     pad: int = opt(10, 'pixels of padding before the random crop', ge=0)
@@ -88,12 +89,13 @@ class DataOptions(Options):
     val_fraction: float = opt(0.1, 'ICFG-PEDES has no validation split: identities held out of train', 'none printed', gt=0, lt=1)
     id_text: Literal['caption', 'generated', 'both'] = opt('caption', 't_i of Eq. 3: the human caption (what queries are), the '
         'generated identity description, or both', 'ambiguous (3.3)')
+    two_captions: bool = opt(False, 'a batch has a second caption of each image, where there is one', 'not printed')
     descriptions: str = opt('auto', "descriptions file; 'auto': `descriptions.jsonl` beside the images where it exists, 'none'")
 
 class SynthOptions(Options):
-    synth_train_ids: int = opt(2000, 'SynthPEDES: identities to train on', ge=2)
-    synth_val_ids: int = opt(100, 'SynthPEDES: identities to select the checkpoint on', ge=1)
-    synth_test_ids: int = opt(250, 'SynthPEDES: identities of the test gallery', ge=1)
+    synth_train_ids: int = opt(7000, 'SynthPEDES: identities to train on', ge=2)
+    synth_val_ids: int = opt(200, 'SynthPEDES: identities to select the checkpoint on', ge=1)
+    synth_test_ids: int = opt(200, 'SynthPEDES: identities of the test gallery', ge=1)
     synth_images: int = opt(4, 'SynthPEDES: images of each identity', ge=1)
     synth_seed: int = opt(0, 'SynthPEDES: seed of the dataset, the same for all runs', ge=0, lt=2**31)
     synth_layout: Literal['cuhk', 'icfg', 'rstp'] = opt('cuhk', 'SynthPEDES: whose files and folders')
@@ -195,13 +197,13 @@ class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions,
 PRESETS: dict[str, dict[str, Any]] = {
     'paper': {},
     'tiny': dict(
-        image_height=128, image_width=64, max_length=64, pad=6, ids_per_batch=32, images_per_id=2,
+        image_height=128, image_width=48, columns=0.7, max_length=64, flip=0.0, pad=0, ids_per_batch=32, images_per_id=2, two_captions=True,
         vision={'type': 'vit', 'hidden': 128, 'layers': 4, 'heads': 4, 'patch': 16},
-        text={'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4}, text_pool='mean', dim=128, bdam_depth=2, bdam_heads=4,
-        fusion_dim=64, fusion_negatives=15, tau=0.1, tau_decay=0.3, mining='all',
-        erase=0.2, dropout=0.0, epochs=20, optimizer='muon', lr=1e-3, weight_decay=0.02, warmup=1, workers=0),
+        text={'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4, 'mlp': 2}, text_pool='mean', dim=128, bdam_depth=2, bdam_heads=4,
+        fusion_dim=64, fusion_negatives=7, tau=0.07, tau_decay=0.3, mining='all',
+        erase=0.0, dropout=0.0, epochs=4, optimizer='muon', lr=1e-3, weight_decay=0.02, warmup=0.25, gradnorm_every=10, workers=0),
     'smoke': dict(
-        image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2, text_pool='mean', folder='SynthPEDES-smoke',
+        image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2, two_captions=True, text_pool='mean', folder='SynthPEDES-smoke',
         synth_train_ids=32, synth_val_ids=8, synth_test_ids=8, vocab_size=600,
         vision={'type': 'vit', 'hidden': 32, 'layers': 2, 'heads': 2, 'patch': 16},
         text={'type': 'bert', 'hidden': 32, 'layers': 2, 'heads': 2}, dim=32, bdam_depth=2, bdam_heads=2,

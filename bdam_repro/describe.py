@@ -14,6 +14,7 @@ __all__ = ['LEXICON', 'SCHEMA', 'SYSTEM', 'FIELDS', 'STAMP', 'SPLIT_POLICY', 'DE
 
 # %% ../nbs/20_describe.ipynb #200004
 import asyncio
+import atexit
 import base64
 import fcntl
 import functools
@@ -27,6 +28,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
@@ -34,6 +36,7 @@ from pathlib import Path
 from textwrap import fill
 
 # %% ../nbs/20_describe.ipynb #200005
+import aiohttp
 import openai
 import pandas as pd
 from PIL import Image
@@ -84,7 +87,8 @@ LEXICON = {
 }
 
 # %% ../nbs/20_describe.ipynb #200009
-_COMPILED = {side: {kind: re.compile(rf'\b(?:{words})\b', re.I) for kind, words in kinds.items()} for side, kinds in LEXICON.items()}
+_COMPILED = {side: {kind: re.compile(rf'\b(?=\w)(?:{words})\b', re.I) for kind, words in kinds.items()}   # (?=\w): the ends of words need no look
+             for side, kinds in LEXICON.items()}
 
 def spoken_of(text: str,  # a sentence or a whole caption
               side: str   # 'identity', 'clothing' or 'shared'
@@ -154,7 +158,7 @@ def parse_answer(text: str  # what the model wrote: bare, fenced or surrounded J
 @dataclass(frozen=True)
 class Policy:
     "What a description must be."
-    min_words: int = 5          # of each sentence
+    min_words: int = 5          # of each text
     max_words: int = 60         # of each text
     min_identity: int = 2       # categories of LEXICON['identity'] that the identity text names
     min_clothing: int = 2       # categories of LEXICON['clothing'] and color that the clothing text names
@@ -185,7 +189,7 @@ def check_text(text: str, side: str, policy: Policy) -> str | None:
     if policy.purity and other: return f'purity: {side} text says "{next(iter(other.values()))[0]}" ({next(iter(other))})'
     named = spoken_of(text, side)
     if not policy.ethnicity and 'skin' in named: return f'policy: {side} text names skin or ethnicity ("{named["skin"][0]}")'
-    if side == 'clothing': named = {k: v for k, v in named.items() if k != 'worn'} | {k: 1 for k in spoken_of(text, 'shared') if k == 'color'}
+    if side == 'clothing': named = {k: v for k, v in named.items() if k != 'worn'} | ({'color': 1} if _COMPILED['shared']['color'].search(text) else {})
     wanted = getattr(policy, f'min_{side}')
     return f'coverage: {side} text names {len(named)} kinds of attribute, {wanted} wanted' if len(named) < wanted else None
 
@@ -287,24 +291,31 @@ STAMP = ('model', 'prompt_hash', 'seed')   # how an image was described
 def _named(stamp: tuple) -> str: return ', '.join(f'{k} {v}' for k, v in zip(STAMP, stamp))
 
 # %% ../nbs/20_describe.ipynb #200038
-def _recover(path: Path, images: set[str], stamps: set[tuple] | None, retry_failed: bool) -> tuple[set[str], float]:  # the images that are done, what they cost
-    "Make the file fit to append to: check every line, cut a fragment off, drop failed lines if asked."
-    done, cost, failed, end = set(), 0.0, 0, 0
+def _recover(path: Path, images: set[str], stamps: set[tuple] | None, retry_failed: bool) -> tuple[set[str], float, float, int]:  # see below
+    "Make the file fit to append to: check every line, cut a fragment off, drop failed lines if asked. Returns images done, their cost, the cost of dropped lines, the largest prompt."
+    done, cost, dropped, worst, failed, end = set(), 0.0, 0.0, 0, 0, 0
     for record, offset in _records_of(path):
         if record['image'] not in images:
             raise UserError(f'{path}: {record["image"]} is not an image of this dataset; this file belongs to another one. Choose another `out`.')
         if stamps and (stamp := tuple(record.get(k) for k in STAMP)) not in stamps:
             raise UserError(f'{path}: holds lines of {_named(stamp)}, not of {_named(min(stamps, key=str))}; choose another `out`, or move the file away.')
-        if retry_failed and record['status'] == 'failed': failed += 1
-        else: done.add(record['image'])
-        cost, end = cost + (record.get('cost') or 0), offset
+        if retry_failed and record['status'] == 'failed': failed, dropped = failed + 1, dropped + (record.get('cost') or 0)
+        else:
+            done.add(record['image'])
+            cost += record.get('cost') or 0
+        end, worst = offset, max(worst, _largest_prompt(record))
     with open(path, 'r+b') as f:
         f.truncate(end)
         if end and f.seek(end - 1) is not None and f.read(1) != b'\n': f.write(b'\n')
     if failed:
         good = [r for r, _ in _records_of(path) if r['status'] == 'ok']
         with atomic_path(path) as tmp: tmp.write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in good), encoding='utf-8')
-    return done, cost
+    return done, cost, dropped, worst
+
+def _largest_prompt(record: dict) -> int:
+    "Prompt tokens of an answer; the mean of its tries, rounded up."
+    tokens = record.get('tokens')
+    return -(-(tokens.get('prompt') or 0) // (record.get('tries') or 1)) if isinstance(tokens, dict) else 0
 
 # %% ../nbs/20_describe.ipynb #200039
 class Journal:
@@ -321,9 +332,14 @@ class Journal:
         try:
             self._lock = os.open(self.path.with_name(f'.{self.path.name}.lock'), os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.path.exists(): os.ftruncate(self._lock, 0)      # a new file has cost nothing
             self.path.touch()
-            self.done, self.cost = _recover(self.path, self.images, self.stamps, self.retry_failed)
+            self.done, self.cost, dropped, self.worst = _recover(self.path, self.images, self.stamps, self.retry_failed)
+            self.lost = float(os.pread(self._lock, 99, 0) or 0)
+            self.lose(dropped)
+            self.cost += self.lost
             self._fd, self._synced, self._syncing = os.open(self.path, os.O_RDWR | os.O_APPEND), time.monotonic(), threading.Thread()
+            self._size = os.fstat(self._fd).st_size     # ours alone to change; asking each time would wait for a sync under way
         except BaseException as e:
             self.__exit__()
             if not isinstance(e, OSError): raise
@@ -334,16 +350,23 @@ class Journal:
     def append(self, record: dict) -> None:
         "Write one line whole. On a full disk the part of it is taken back and `UserError` raised."
         if record['image'] in self.done: raise AssertionError(f'{record["image"]} is described already')
-        raw, size = json.dumps(record, ensure_ascii=False).encode(errors='replace') + b'\n', os.fstat(self._fd).st_size
+        raw = json.dumps(record, ensure_ascii=False).encode(errors='replace') + b'\n'
         try:
             if os.write(self._fd, raw) != len(raw): raise OSError(28, 'No space left on device')
         except OSError as e:
-            os.ftruncate(self._fd, size)
+            os.ftruncate(self._fd, self._size)
             raise UserError(f'{self.path}: cannot be written ({e.strerror}); {len(self.done)} lines are safe. Make room and run again.') from None
+        self._size += len(raw)
         self.done.add(record['image'])
-        if time.monotonic() - self._synced > 1 and not self._syncing.is_alive():
+        if time.monotonic() - self._synced > 5 and not self._syncing.is_alive():
             self._synced, self._syncing = time.monotonic(), threading.Thread(target=os.fsync, args=(self._fd,))
             self._syncing.start()       # beside the work: a busy disk takes 50 ms for this
+
+    def lose(self, dollars: float) -> None:
+        "Note money that was spent and will have no line."
+        if not dollars: return
+        self.lost += dollars
+        os.pwrite(self._lock, f'{self.lost:.9f}'.encode(), 0)
 
     def __exit__(self, *_) -> None:
         if self._fd is not None: (self._syncing.ident and self._syncing.join()); os.fsync(self._fd); os.close(self._fd)
@@ -505,9 +528,9 @@ def _write_synth(factors, out, rows, error_rate, seed) -> Report:
 
 # %% ../nbs/20_describe.ipynb #200062
 class SlidingWindow:
-    "At most `rpm` requests and `tpm` tokens in any `window` seconds, as the server sees them; no limit where None."
+    "At most `rpm` requests and `tpm` tokens in any `window` seconds, as the server sees them; no limit where None. Of one process."
     def __init__(self, rpm: int | None = None, tpm: int | None = None, window: float = 60.0):
-        self.rpm, self.tpm, self.window = rpm or float('inf'), tpm or float('inf'), window
+        self.rpm, self.tpm, self.window, self.limited = rpm or float('inf'), tpm or float('inf'), window, bool(rpm or tpm)
         self.past: deque[tuple[float, int]] = deque()   # (when answered, tokens), oldest first
         self.count = self.tokens = 0                    # of the window: under way and past
         self.paused_until, self.turn, self.changed = 0.0, asyncio.Lock(), asyncio.Event()
@@ -542,7 +565,7 @@ class SlidingWindow:
         try: yield place
         finally:
             self.tokens += place.used - tokens
-            self.past.append((time.monotonic(), place.used))   # its minute begins with the answer
+            if self.limited: self.past.append((time.monotonic(), place.used))   # its minute begins with the answer
             self.changed.set()
 
 @dataclass
@@ -555,11 +578,13 @@ def make_client() -> openai.AsyncOpenAI:
     key, url = os.environ.get('OPENAI_API_KEY', '').strip(), os.environ.get('OPENAI_BASE_URL', '').strip() or None
     if not key: raise UserError('OPENAI_API_KEY is not set: export it first (any word will do for a local server that asks for none).')
     if url and not re.match(r'https?://[^/]', url): raise UserError('OPENAI_BASE_URL is not an address: it begins with http:// or https:// and mostly ends in /v1.')
-    return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0)   # repeating is ours, so that it is counted
+    return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0,   # repeating is ours, so that it is counted
+                              http_client=openai.DefaultAioHttpClient())  # a third of the processor time of openai's usual one
 
 def redact(text: str, key: str = '') -> str:
     "`text` without the key, without anything that looks like one, and without credentials in an address."
     if len(key) >= 8: text = text.replace(key, '[key]')
+    if not any(mark in text for mark in ('sk-', 'Bearer ', '://')): return text
     return re.sub(r'\bsk-[\w*.-]{5,}[\w*]|(?<=Bearer )\S+|(?<=://)[^/@\s]+(?=@)', '[key]', text)
 
 # %% ../nbs/20_describe.ipynb #200067
@@ -607,7 +632,7 @@ class _Run:
     report: Report = field(default_factory=Report)
     failures: int = 0                  # in a row, over all workers
     proven: bool = False               # has the server answered at all
-    worst: int = 0                     # the largest number of prompt tokens seen
+    worst: int = 0                     # the largest number of prompt tokens seen, in earlier runs too
     reserved: float = 0.0              # dollars that the requests under way may cost
     pledges: int = 0                   # how many requests that is
     landed: asyncio.Event = field(default_factory=asyncio.Event)   # set when one of them is over
@@ -615,6 +640,8 @@ class _Run:
     refused: dict = field(default_factory=dict)   # images refused before the server ever answered, and its words
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     fatal: str | None = None           # the error that ended the run
+
+    def __post_init__(self): self.worst = self.journal.worst
 
     def halt(self, why: str, fatal: bool = True) -> None:
         "End the run: no new request; those under way are waited for."
@@ -637,21 +664,30 @@ def _body(run: _Run, messages: list[dict]) -> dict:
     return body
 
 # %% ../nbs/20_describe.ipynb #200073
+def _most(run: _Run, messages: list[dict]) -> tuple[int, float]:  # tokens, dollars
+    "Prompt tokens that a request may take at most, and its price with the longest answer."
+    prompt = (run.worst or _guess_tokens(messages[:2])) + sum(len(m['content']) for m in messages[2:]) // 3
+    return prompt, _cost(run.settings['prices'], prompt, run.settings['max_tokens']) or 0.0
+
+def _used_up(run: _Run, price: float) -> str:
+    return f"the budget of ${run.settings['budget']:g} is used up: ${run.journal.cost:.4f} spent, the next answer may cost ${price:.2g}"
+
+# %% ../nbs/20_describe.ipynb #200074
 async def _pledge(run: _Run, price: float) -> None:
     "Set `price` aside. Where it is only the requests under way that leave no room, wait for them; where it is the money spent, end the run."
     budget = run.settings['budget']
     while budget is not None and run.journal.cost + run.reserved + price > budget:
-        if run.pledges == 0: run.halt(f'the budget of ${budget:g} is used up: ${run.journal.cost:.4f} spent, the next answer may cost ${price:.4f}', fatal=False)
+        if run.pledges == 0: run.halt(_used_up(run, price), fatal=False)
         if run.stop.is_set(): raise _Stop
         run.landed.clear()
         await run.landed.wait()
     run.reserved, run.pledges = run.reserved + price, run.pledges + 1
 
-# %% ../nbs/20_describe.ipynb #200074
+# %% ../nbs/20_describe.ipynb #200075
 async def _request(run: _Run, messages: list[dict]) -> dict:
     "Send once, within rate limit and budget. Returns the chat completion; raises `_Transient`, `_Refused` or `_Stop`."
-    prompt = run.worst or _guess_tokens(messages)
-    most, price = prompt + run.settings['max_tokens'], _cost(run.settings['prices'], prompt, run.settings['max_tokens']) or 0.0
+    prompt, price = _most(run, messages)
+    most = prompt + run.settings['max_tokens']
     if most > run.limiter.tpm: run.halt(f'tpm={run.limiter.tpm} is less than the {most} tokens that one request may take; raise tpm or lower max_tokens')
     if run.stop.is_set(): raise _Stop
     await _pledge(run, price)
@@ -665,7 +701,7 @@ async def _request(run: _Run, messages: list[dict]) -> dict:
         run.reserved, run.pledges = run.reserved - price, run.pledges - 1
         run.landed.set()
 
-# %% ../nbs/20_describe.ipynb #200075
+# %% ../nbs/20_describe.ipynb #200076
 async def _fly(run: _Run, messages: list[dict]) -> dict:
     "Send, marked as under way, so that an early end waits for the answer."
     run.report.requests += 1
@@ -673,7 +709,7 @@ async def _fly(run: _Run, messages: list[dict]) -> dict:
     try: return await _post(run, _body(run, messages))
     finally: run.flying.discard(asyncio.current_task())
 
-# %% ../nbs/20_describe.ipynb #200076
+# %% ../nbs/20_describe.ipynb #200077
 def _guess_tokens(messages: list[dict]) -> int:
     "Prompt tokens before any server has counted: four characters a token, 300 for a small image, a tenth more."
     words = sum(len(part.get('text', '')) for m in messages for part in (m['content'] if isinstance(m['content'], list) else [{'text': m['content']}]))
@@ -690,25 +726,31 @@ def _count(run: _Run, answer: dict, guess: int) -> int:
     run.journal.cost += _cost(run.settings['prices'], prompt, completion) or 0.0
     return prompt + completion
 
-# %% ../nbs/20_describe.ipynb #200077
+# %% ../nbs/20_describe.ipynb #200078
 async def _post(run: _Run, body: dict) -> dict:
     "The HTTP exchange and the sorting of its errors."
     mode = run.mode
     try:
-        async with asyncio.timeout(10 * run.settings['timeout']):   # a server that drips for ever
+        async with asyncio.timeout(3 * run.settings['timeout']):   # a server that drips for ever
             answer = await run.client.post('/chat/completions', body=body, cast_to=object, options={'timeout': run.settings['timeout']})
         if isinstance(answer, dict) and answer.get('choices') and isinstance(answer['choices'][0].get('message'), dict): return answer
         problem = _Transient('the answer is not a chat completion (is it the right address? it mostly ends in /v1)')
     except openai.APIStatusError as e:
         problem = _status_problem(run, e, mode)
-    except (openai.APIConnectionError, TimeoutError) as e:
-        problem = _Transient('no answer in time' if isinstance(e, (openai.APITimeoutError, TimeoutError)) else 'no connection to the server')
+    except (openai.APIConnectionError, aiohttp.ClientError, TimeoutError) as e:
+        problem = _Transient(_silence(e))
     except (openai.APIError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         problem = _Transient('the answer is not a chat completion')
     _trip(run, problem)
     raise problem    # outside of `except`: the server's words, and with them a key, are in no chained traceback
 
-# %% ../nbs/20_describe.ipynb #200078
+# %% ../nbs/20_describe.ipynb #200079
+def _silence(e: BaseException) -> str:
+    "Why nothing came. openai's aiohttp transport calls every lost connection a timeout: the cause behind it tells."
+    late, cause = isinstance(e, openai.APITimeoutError | TimeoutError), e
+    while cause := cause.__cause__: late &= isinstance(cause, TimeoutError) or not isinstance(cause, aiohttp.ClientError)
+    return 'no answer in time' if late else 'no connection to the server'
+
 def _trip(run: _Run, problem: Exception) -> None:
     "The circuit breaker: count failures in a row over all workers, end the run at `breaker` of them; sooner where the server has never answered."
     if isinstance(problem, _Transient):
@@ -716,9 +758,13 @@ def _trip(run: _Run, problem: Exception) -> None:
         most = run.settings['breaker'] if run.proven else 5 if problem.blame else 10
         if run.failures >= most: run.halt(f'{run.failures} failures in a row without an answer, the last: {problem}')
 
+def _words(e: openai.APIStatusError, key: str) -> str:
+    "What the server said, without the key; cut last, so that no half of a key is left."
+    return redact(re.sub(r'^Error code: \d+ - ', '', ' '.join(str(e.message).split())), key)[:300]
+
 def _status_problem(run: _Run, e: openai.APIStatusError, mode: str) -> Exception:
     "What an HTTP error means for the run."
-    said, code = redact(re.sub(r'^Error code: \d+ - ', '', ' '.join(str(e.message).split()))[:300], run.client.api_key), e.status_code
+    said, code = _words(e, run.client.api_key), e.status_code
     if code == 429 and 'insufficient_quota' in f'{e.code} {e.type} {e.message}': run.halt(f'the quota is exhausted ({said})')
     elif code in (401, 403): run.halt(f'the server refuses the key ({code}): check OPENAI_API_KEY')
     elif code == 404: run.halt(f'the server knows no such model or address (404: {said}): check the model\'s name "{run.model}" and OPENAI_BASE_URL')
@@ -731,7 +777,7 @@ def _status_problem(run: _Run, e: openai.APIStatusError, mode: str) -> Exception
     else: run.halt(f'HTTP {code}: {said}')
     return _Stop()
 
-# %% ../nbs/20_describe.ipynb #200080
+# %% ../nbs/20_describe.ipynb #200081
 def _adapt(run: _Run, said: str, mode: str) -> bool:
     "After a refusal (HTTP 400): is there another way to ask? Changes `run` accordingly."
     if 'max_completion_tokens' in said and run.length_key == 'max_tokens': run.length_key = 'max_completion_tokens'
@@ -743,7 +789,7 @@ def _adapt(run: _Run, said: str, mode: str) -> bool:
     run.report.notes.append(f'the server refused a request ({said[:80]}); asking with {run.mode}, {run.length_key}, temperature {run.settings["temperature"]}')
     return True
 
-# %% ../nbs/20_describe.ipynb #200082
+# %% ../nbs/20_describe.ipynb #200083
 async def _send(run: _Run, messages: list[dict]) -> dict:
     "One answer, whatever it takes within reason. Raises `_Transient` after six failures that this image is to blame for, `_Refused`, `_Stop`."
     blamed = 0
@@ -758,7 +804,7 @@ async def _send(run: _Run, messages: list[dict]) -> dict:
         if run.stop.is_set(): raise _Stop from None
         raise
 
-# %% ../nbs/20_describe.ipynb #200083
+# %% ../nbs/20_describe.ipynb #200084
 def judge(answer: dict,  # a chat completion
           policy: Policy,
           key: str = ''  # to be blackened in what the model wrote
@@ -774,7 +820,7 @@ def judge(answer: dict,  # a chat completion
     if not policy.ethnicity: d.identity_attributes.skin = None
     return d
 
-# %% ../nbs/20_describe.ipynb #200085
+# %% ../nbs/20_describe.ipynb #200086
 def first_messages(policy: Policy, exemplars: Sequence[str], url: str) -> list[dict]:
     "The conversation that asks for one image."
     system, user = prompt_texts(policy, exemplars)
@@ -786,7 +832,7 @@ def again_messages(messages: list[dict], answer: str, reason: str) -> list[dict]
     complaint = f'This answer was rejected ({reason}). Answer again with the whole JSON object, and mend that.'
     return [*messages[:2], {'role': 'assistant', 'content': answer or '(empty)'}, {'role': 'user', 'content': complaint}]
 
-# %% ../nbs/20_describe.ipynb #200086
+# %% ../nbs/20_describe.ipynb #200087
 def _exemplars(run: _Run, image: str) -> tuple[int | None, Sequence[str]]:
     "The style of an image and its example captions."
     if not run.styles: return None, ()
@@ -802,7 +848,7 @@ def _record(run: _Run, image: str, d: Description | None, reason: str | None, **
     run.journal.append(_line(image, **texts, **stamp, **values, status='failed' if d is None else 'ok', reason=reason))
     run.report.count(reason)
 
-# %% ../nbs/20_describe.ipynb #200087
+# %% ../nbs/20_describe.ipynb #200088
 async def _describe_image(run: _Run, image: str) -> None:
     "Ask until the answer may be kept, at most `retries` times again; then write one line. Raises `_Stop` with nothing written."
     start, spent, d, reason, tries = time.monotonic(), {'prompt': 0, 'completion': 0}, None, None, 0
@@ -819,6 +865,9 @@ async def _describe_image(run: _Run, image: str) -> None:
                 reason = str(e)[:200]
                 run.report.rejected[reason.split(':')[0]] += 1
                 messages = again_messages(messages, redact(answer['choices'][0]['message'].get('content') or '', run.client.api_key), reason)
+    except (_Stop, asyncio.CancelledError):
+        run.journal.lose(_cost(run.settings['prices'], spent['prompt'], spent['completion']) or 0.0)
+        raise
     except (_Refused, _Transient) as e:
         reason = f'server: {e}'
         if isinstance(e, _Refused) and not run.proven:
@@ -830,14 +879,14 @@ async def _describe_image(run: _Run, image: str) -> None:
     cost = _cost(run.settings['prices'], spent['prompt'], spent['completion'])
     _record(run, image, d, reason, tries=tries, tokens=spent, cost=cost, latency=round(time.monotonic() - start, 3))
 
-# %% ../nbs/20_describe.ipynb #200089
+# %% ../nbs/20_describe.ipynb #200090
 async def _work(run: _Run, images: Iterator[str], bar: tqdm) -> None:
     "One worker: image after image until there is none or the run ends."
     try:
         for image in images:
             await _describe_image(run, image)
             bar.update(run.report.skipped + run.report.ok + run.report.failed - bar.n)
-            bar.set_postfix({'failed': run.report.failed} | ({'$': f'{run.journal.cost:.4f}'} if run.settings['prices'] else {}), refresh=False)
+            if not bar.disable: bar.set_postfix({'failed': run.report.failed} | ({'$': f'{run.journal.cost:.4f}'} if run.settings['prices'] else {}), refresh=False)
             if run.stop.is_set(): return
     except _Stop: return
     except UserError as e: run.halt(str(e))
@@ -845,7 +894,7 @@ async def _work(run: _Run, images: Iterator[str], bar: tqdm) -> None:
         run.halt('an unexpected error', fatal=False)
         raise
 
-# %% ../nbs/20_describe.ipynb #200090
+# %% ../nbs/20_describe.ipynb #200091
 async def _probe(run: _Run, images: Iterator[str], bar: tqdm) -> None:
     "One image after another until the server has answered once. Images refused before that are put back; three of them end the run."
     for image in images:
@@ -854,7 +903,7 @@ async def _probe(run: _Run, images: Iterator[str], bar: tqdm) -> None:
     if run.refused and not run.proven:
         run.halt(f'the server refuses every request ({next(iter(run.refused.values()))}): does the model "{run.model}" read images?')
 
-# %% ../nbs/20_describe.ipynb #200091
+# %% ../nbs/20_describe.ipynb #200092
 async def _wind_down(run: _Run, tasks: list[asyncio.Task], grace: float) -> None:
     "Cancel the workers that wait for nothing paid for; give the others `grace` seconds."
     for task in tasks:
@@ -878,7 +927,7 @@ async def _until_stopped(run: _Run, tasks: list[asyncio.Task], grace: float) -> 
     for e in await workers:
         if isinstance(e, Exception): raise e
 
-# %% ../nbs/20_describe.ipynb #200092
+# %% ../nbs/20_describe.ipynb #200093
 def _check_settings(model: str, images_dir: Path, **s) -> None:
     "One clear line for a setting that cannot be meant. Raises `UserError`."
     if not isinstance(model, str) or not model.strip(): raise UserError('model is empty: name the model of the server, e.g. model="qwen2.5-vl-7b".')
@@ -895,7 +944,7 @@ def _check_settings(model: str, images_dir: Path, **s) -> None:
     if s['budget'] is not None and s['prices'] is None: raise UserError('budget needs prices=(prompt, completion) in dollars per million tokens: without them no cost is known.')
     if s['budget'] is not None and not s['budget'] > 0: raise UserError(f'budget is {s["budget"]!r}: nothing can be asked for that; give dollars above 0, or None for no budget.')
 
-# %% ../nbs/20_describe.ipynb #200093
+# %% ../nbs/20_describe.ipynb #200094
 def _check_styles(styles: Mapping | Sequence | None) -> list[list[str]]:
     "Styles as a list of lists of captions, whatever they came as. Raises `UserError`."
     listed = [styles[k] for k in sorted(styles)] if isinstance(styles, Mapping) else list(styles or ())
@@ -904,7 +953,7 @@ def _check_styles(styles: Mapping | Sequence | None) -> list[list[str]]:
             raise UserError(f'styles[{i}] is {exemplars!r}: give a list of example captions for each style.')
     return [list(e) for e in listed]
 
-# %% ../nbs/20_describe.ipynb #200094
+# %% ../nbs/20_describe.ipynb #200095
 async def describe_async(
     records: pd.DataFrame,              # a dataset's whole table; its `file` column is used
     client: openai.AsyncOpenAI,         # of `make_client()`
@@ -914,7 +963,7 @@ async def describe_async(
     policy: Policy = Policy(),          # what a description must be
     styles: Mapping[int, Sequence[str]] | Sequence[Sequence[str]] | None = None,  # example captions of each style; None: no style prompt
     limit: int | None = None,           # only the first so many images
-    concurrency: int = 64,              # requests under way at once
+    concurrency: int = 100,             # requests under way at once; few for a server that answers one after the other
     rpm: int | None = None,             # requests a minute, at most
     tpm: int | None = None,             # tokens a minute, at most
     temperature: float | None = 0.7,    # None: the server's own
@@ -926,7 +975,7 @@ async def describe_async(
     budget: float | None = None,        # dollars that the file may cost in all, earlier runs included
     dry_run: bool = False,              # only say what it would cost
     progress: bool = True,              # a bar with ETA, failures, money
-    timeout: float = 60.0,              # seconds without a byte from the server
+    timeout: float = 300.0,             # seconds without a byte from the server, its queue included
     grace: float = 60.0,                # seconds that requests under way get at an early end
     backoff: float = 1.0,               # seconds, the scale of the exponential backoff
     breaker: int | None = None,         # failures in a row that end the run; None: max(5, 4 × concurrency)
@@ -950,7 +999,7 @@ async def describe_async(
 
 _SETTINGS = ('temperature', 'max_tokens', 'retries', 'seed', 'timeout', 'backoff', 'max_side', 'prices', 'budget')
 
-# %% ../nbs/20_describe.ipynb #200095
+# %% ../nbs/20_describe.ipynb #200096
 async def _go(run: _Run, rows: pd.Series, concurrency: int, grace: float, progress: bool) -> None:
     "Probe, then all workers, then the bookkeeping."
     start, done, before = time.monotonic(), set(run.journal.done), run.journal.cost
@@ -966,7 +1015,7 @@ async def _go(run: _Run, rows: pd.Series, concurrency: int, grace: float, progre
             run.report.seconds = time.monotonic() - start
             if run.settings['prices'] is not None: run.report.cost = run.journal.cost - before
 
-# %% ../nbs/20_describe.ipynb #200097
+# %% ../nbs/20_describe.ipynb #200098
 _LOOP: list[asyncio.AbstractEventLoop] = []   # one for the process, so that a client's connections outlive a call
 
 def _background_loop() -> asyncio.AbstractEventLoop:
@@ -982,6 +1031,11 @@ def _keep(client: openai.AsyncOpenAI) -> None:
     takes the event loop's readers of whichever new connections got the same descriptors along (their answers then wait until they time out)."""
     if not any(c is client for c in _CLIENTS): _CLIENTS.append(client)
 
+@atexit.register
+def _hang_up() -> None:
+    "Close their connections where they were opened."
+    if _CLIENTS: wait([asyncio.run_coroutine_threadsafe(c.close(), _background_loop()) for c in _CLIENTS], timeout=2)
+
 def _run_sync(coroutine):
     "Run in the background loop and wait. On Ctrl-C, cancel, wait for the wind-down, raise again."
     over = threading.Event()
@@ -995,13 +1049,13 @@ def _run_sync(coroutine):
         over.wait()
         raise
 
-# %% ../nbs/20_describe.ipynb #200098
+# %% ../nbs/20_describe.ipynb #200099
 @functools.wraps(describe_async)
 def describe(records, client, out, **settings):
     _keep(client)
     return _run_sync(describe_async(records, client, out, **settings))
 
-# %% ../nbs/20_describe.ipynb #200100
+# %% ../nbs/20_describe.ipynb #200101
 @dataclass(frozen=True)
 class Estimate:
     "What a run would do."
@@ -1009,14 +1063,15 @@ class Estimate:
     prompt_tokens: int
     completion_tokens: int
     cost: float | None           # dollars; None without prices
-    hours: float                 # from the limits, and the latency
+    hours: float                 # from the limits and the latency; of a batch, the day that providers promise
     basis: str                   # where the numbers per image come from
 
 def estimate(rows: Sequence[str],  # the images
              out: str | Path,      # the JSONL, for what is done and measured
-             *, policy: Policy = Policy(), styles: Sequence[Sequence[str]] = (), concurrency: int = 64, rpm: int | None = None,
+             *, policy: Policy = Policy(), styles: Sequence[Sequence[str]] = (), concurrency: int = 100, rpm: int | None = None,
              tpm: int | None = None, max_tokens: int = 400, prices: tuple[float, float] | None = None,
-             seconds: float = 5.0  # of an answer, where nothing is measured
+             seconds: float = 5.0,  # of an answer, where nothing is measured
+             batch: bool = False    # through the provider's batches
             ) -> Estimate:
     "Images, tokens, dollars and hours of a run. Nothing is sent."
     past = read_journal(out)
@@ -1026,11 +1081,11 @@ def estimate(rows: Sequence[str],  # the images
     if len(past):
         tokens = pd.DataFrame(past['tokens'].tolist()).mean()
         prompt, completion, seconds = tokens['prompt'], tokens['completion'], past['latency'].mean()
-    hours = n * max(seconds / concurrency, 60 / (rpm or float('inf')), 60 * (prompt + completion) / (tpm or float('inf'))) / 3600
+    hours = 24 * (n > 0) if batch else n * max(seconds / concurrency, 60 / (rpm or float('inf')), 60 * (prompt + completion) / (tpm or float('inf'))) / 3600
     basis = f'the mean of {len(past)} described images' if len(past) else f'guesses: four characters a token, 300 for the image, {seconds:g} s an answer'
     return Estimate(n, round(n * prompt), round(n * completion), _cost(prices, n * prompt, n * completion), hours, basis)
 
-# %% ../nbs/20_describe.ipynb #200101
+# %% ../nbs/20_describe.ipynb #200102
 def print_estimate(e: Estimate) -> Estimate:
     "Print it in three lines, and return it."
     money = 'unknown (give prices)' if e.cost is None else f'${e.cost:,.2f}'
@@ -1039,57 +1094,79 @@ def print_estimate(e: Estimate) -> Estimate:
     print(f'based on {e.basis}')
     return e
 
-# %% ../nbs/20_describe.ipynb #200104
+# %% ../nbs/20_describe.ipynb #200105
 class _Part(BaseModel):
-    "One batch: its name, the provider's id once it is created, the images in it."
+    "One batch: its name, the provider's id once it is created, the images in it, what they may cost."
     name: str
     batch_id: str | None = None
     images: list[str]
+    price: float = 0.0
 
 class _BatchState(BaseModel):
     "What a restarted process must know."
+    asked: list[str] = []              # model, seed and prompt hashes
+    manner: list = []                  # how the server wants to be asked: mode, length_key, temperature
     parts: list[_Part] = []
     history: dict[str, list] = {}      # image -> [tries, prompt tokens, completion tokens, last answer, reason], of images rejected so far
     created: int = 0                   # batches so far, for their names
     started: str = ''                  # a random word, so that names are unique at the provider
 
-# %% ../nbs/20_describe.ipynb #200105
+# %% ../nbs/20_describe.ipynb #200106
 def _state_path(out: Path) -> Path: return out.with_name(f'.{out.name}.batches.json')
 
-def _load_state(out: Path) -> _BatchState:
+def _load_state(out: Path, asked: list[str]) -> _BatchState:
     path = _state_path(out)
-    try: return _BatchState.model_validate_json(path.read_bytes()) if path.exists() else _BatchState(started=os.urandom(6).hex())
+    if not path.exists(): return _BatchState(started=os.urandom(6).hex(), asked=asked)
+    try: state = _BatchState.model_validate_json(path.read_bytes())
     except ValidationError: raise UserError(f'{path}: damaged; remove it to begin the open batches anew (they would be paid for again).') from None
+    if state.asked != asked: raise UserError(f'{path}: batches of another model, prompt or seed are open; go on with theirs, choose another `out`, or remove this file to give them up.')
+    return state
 
 def _save_state(out: Path, state: _BatchState) -> None:
     with atomic_path(_state_path(out)) as tmp: tmp.write_text(state.model_dump_json())
 
-# %% ../nbs/20_describe.ipynb #200106
-def _batch_line(run: _Run, image: str, history: list | None) -> bytes | None:
-    "One request of a batch file; None (and a failed line) where the image cannot be read."
+# %% ../nbs/20_describe.ipynb #200107
+def _batch_line(run: _Run, image: str, history: list | None) -> tuple[bytes | None, float]:
+    "One request of a batch file and what it may cost; None (and a failed line) where the image cannot be read."
     try: url = image_url(run.images_dir/image, run.settings['max_side'])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         _record(run, image, None, f'image: {image} cannot be read ({type(e).__name__})', tries=0, tokens={'prompt': 0, 'completion': 0}, cost=0.0, latency=0.0)
-        return None
+        return None, 0.0
     messages = first_messages(run.policy, _exemplars(run, image)[1], url)
     if history and history[3] is not None: messages = again_messages(messages, history[3], history[4])
-    return json.dumps({'custom_id': image, 'method': 'POST', 'url': '/v1/chat/completions', 'body': _body(run, messages)}).encode() + b'\n'
-
-# %% ../nbs/20_describe.ipynb #200107
-async def _submit(run: _Run, out: Path, state: _BatchState, todo: deque[str], max_bytes: int, max_requests: int) -> None:
-    "Fill one batch file up to the provider's limits, upload it, create the batch."
-    inside = []
-    with tempfile.TemporaryFile() as f:
-        while todo and len(inside) < max_requests:
-            line = _batch_line(run, todo[0], state.history.get(todo[0]))
-            if inside and line and f.tell() + len(line) > max_bytes: break
-            image = todo.popleft()
-            if line is None: continue
-            inside.append(image)
-            f.write(line)
-        if inside: await _create(run, out, state, _Part(name=f'{state.started}-{state.created}', images=inside), f)
+    line = {'custom_id': image, 'method': 'POST', 'url': '/v1/chat/completions', 'body': _body(run, messages)}
+    return json.dumps(line).encode() + b'\n', _most(run, messages)[1]
 
 # %% ../nbs/20_describe.ipynb #200108
+async def _submit(run: _Run, out: Path, state: _BatchState, todo: deque[str], max_bytes: int, max_requests: int) -> bool:
+    "Fill one batch file up to the provider's limits and the budget, upload it, create the batch. False where the budget holds the next image back."
+    part, room, price = _Part(name=f'{state.started}-{state.created}', images=[]), True, 0.0
+    left = float('inf') if run.settings['budget'] is None else run.settings['budget'] - run.journal.cost - sum(p.price for p in state.parts)
+    with tempfile.TemporaryFile() as f:
+        while todo and room and len(part.images) < max_requests:
+            line, price = _batch_line(run, todo[0], state.history.get(todo[0]))
+            room = part.price + price <= left
+            if not room or (part.images and line and f.tell() + len(line) > max_bytes): break
+            image = todo.popleft()
+            if line is None: continue
+            part.images.append(image)
+            part.price += price
+            f.write(line)
+        if part.images: await _create(run, out, state, part, f)
+    if not room: _hold_back(run, state, part, len(todo), price)
+    return room
+
+# %% ../nbs/20_describe.ipynb #200109
+def _hold_back(run: _Run, state: _BatchState, part: _Part, waiting: int, price: float) -> None:
+    "The budget has no room for the next image: say so, and end the run where nothing is under way that could leave some of it."
+    if not state.parts: run.halt(_used_up(run, price), fatal=False)
+    elif part.images:
+        note = (f"the budget of ${run.settings['budget']:g} has room for {len(part.images):,} images now, at up to ${price:.2g} each; "
+                f"{waiting:,} wait until these are answered (a max_tokens below {run.settings['max_tokens']} makes room for more)")
+        run.report.notes.append(note)
+        if run.settings['progress']: tqdm.write(note)
+
+# %% ../nbs/20_describe.ipynb #200110
 async def _create(run: _Run, out: Path, state: _BatchState, part: _Part, file) -> None:
     "Note the batch before it is created and its id after: a kill between the two leaves a name to look for."
     file.seek(0)
@@ -1109,7 +1186,7 @@ async def _find_lost(run: _Run, out: Path, state: _BatchState) -> None:
     state.parts = [p for p in state.parts if p.batch_id]
     _save_state(out, state)
 
-# %% ../nbs/20_describe.ipynb #200109
+# %% ../nbs/20_describe.ipynb #200111
 async def _collect(run: _Run, out: Path, state: _BatchState, part: _Part, batch) -> None:
     "Judge the answers of a finished batch: a line for the good and for those out of tries; the rest are noted for the next round."
     texts = [(await run.client.files.content(i)).text for i in (batch.output_file_id, batch.error_file_id) if i]
@@ -1119,14 +1196,21 @@ async def _collect(run: _Run, out: Path, state: _BatchState, part: _Part, batch)
         _settle(run, state, image, answers.get(image))
     state.parts.remove(part)
     _save_state(out, state)
+    await _clear(run, [i for i in (batch.input_file_id, batch.output_file_id, batch.error_file_id) if i])
 
-# %% ../nbs/20_describe.ipynb #200110
+async def _clear(run: _Run, files: list[str]) -> None:
+    "Delete the files of a collected batch at the provider: they hold pictures of people."
+    for i in files:
+        try: await run.client.files.delete(i)
+        except openai.APIError: run.report.notes.append(f'file {i} is still at the provider: it could not be deleted')
+
+# %% ../nbs/20_describe.ipynb #200112
 def _settle(run: _Run, state: _BatchState, image: str, result: dict | None) -> None:
     "One image of a finished batch."
     tries, prompt, completion, *_ = state.history.get(image, [0, 0, 0, None, None])
     body, text, d, reason = ((result or {}).get('response') or {}).get('body') or {}, None, None, None
     try:
-        if not body.get('choices'): raise Rejected(redact(f'server: {_batch_error(result)}', run.client.api_key))
+        if not body.get('choices'): raise Rejected(f'server: {redact(_batch_error(result), run.client.api_key)[:200]}')
         _count(run, body, 0)
         prompt, completion = prompt + body['usage']['prompt_tokens'], completion + body['usage']['completion_tokens']
         text = redact(body['choices'][0]['message'].get('content') or '', run.client.api_key)
@@ -1145,41 +1229,42 @@ def _batch_error(result: dict | None) -> str:
     if result is None: return 'the batch ended without this request'
     response = result.get('response') or {}
     error = result.get('error') or (response.get('body') or {}).get('error') or {}
-    return f'HTTP {response.get("status_code", "?")}: {error.get("message", "no answer")}'[:200]
+    return f'HTTP {response.get("status_code", "?")}: {error.get("message", "no answer")}'
 
-# %% ../nbs/20_describe.ipynb #200111
+# %% ../nbs/20_describe.ipynb #200113
 async def describe_batch_async(
     records: pd.DataFrame, client: openai.AsyncOpenAI, out: str | Path,   # as for `describe`
     *, model: str, images_dir: str | Path, policy: Policy = Policy(),
     styles: Mapping[int, Sequence[str]] | Sequence[Sequence[str]] | None = None,
     limit: int | None = None, temperature: float | None = 0.7, max_tokens: int = 400, retries: int = 3, retry_failed: bool = False,
-    seed: int = 0, prices: tuple[float, float] | None = None, max_side: int = 512,
-    mode: str = 'json_schema',           # structured output: 'json_schema', 'json_object' or 'text'
+    seed: int = 0, prices: tuple[float, float] | None = None, budget: float | None = None, dry_run: bool = False, max_side: int = 512,
+    progress: bool = True,
     poll: float = 30.0,                  # seconds between two looks at the batches
+    breaker: int = 120,                  # looks in a row that may find nobody, once the provider has answered
     max_bytes: int = 90_000_000,         # of one batch file; providers allow 100 to 200 MB
-    max_requests: int = 50_000,          # in one batch file
-    progress: bool = True
+    max_requests: int = 50_000           # in one batch file
 ) -> Report:
-    "`describe` through the provider's batch endpoints (files and batches): slower, cheaper, the same checks and file. May be killed and started again. Raises `UserError`."
+    """`describe` through the provider's batch endpoints (files and batches): slower, cheaper, the same checks, file and budget. May be killed and started again.
+    Raises `UserError`."""
     out, images_dir, styles = Path(out), Path(images_dir), _check_styles(styles)
-    s = dict(temperature=temperature, max_tokens=max_tokens, retries=retries, seed=seed, timeout=600.0, max_side=max_side,
-             prices=prices, budget=None)
+    s = dict(temperature=temperature, max_tokens=max_tokens, retries=retries, seed=seed, timeout=600.0, backoff=1.0, max_side=max_side, prices=prices, budget=budget)
     _check_settings(model, images_dir, concurrency=1, rpm=None, tpm=None, window=60, **s)
-    if mode not in ('json_schema', 'json_object', 'text'): raise UserError(f'mode is {mode!r}: choose json_schema, json_object or text.')
     rows = _image_rows(records, limit)['file']
+    if dry_run: return print_estimate(estimate(rows, out, policy=policy, styles=styles, max_tokens=max_tokens, prices=prices, batch=True))
     hashes = [prompt_hash(policy, exemplars, temperature) for exemplars in styles or [()]]
     with Journal(out, records['file'], {(model, h, seed) for h in hashes}, retry_failed) as journal:
-        run = _Run(client, journal, images_dir, model, policy, styles, hashes, SlidingWindow(), s, mode=mode)
+        run = _Run(client, journal, images_dir, model, policy, styles, hashes, SlidingWindow(), s | {'progress': progress, 'breaker': 5})
         problem = None
-        try: await _rounds(run, out, rows, poll, max_bytes, max_requests, progress)
-        except openai.APIStatusError as e: problem = f'the provider refuses batches (HTTP {e.status_code}: {redact(str(e.message), client.api_key)[:200]})'
+        try: await _go_batches(run, out, rows, poll=poll, breaker=breaker, max_bytes=max_bytes, max_requests=max_requests)
+        except openai.APIStatusError as e: problem = f'the provider refuses batches (HTTP {e.status_code}: {_words(e, client.api_key)})'
         except openai.APIConnectionError: problem = 'no connection to the provider'
+    problem = problem or run.fatal
     if problem: raise UserError(f'{problem}. What is described is kept in {out}; run again to go on.')
     return run.report
 
-# %% ../nbs/20_describe.ipynb #200112
-async def _look(run: _Run, out: Path, state: _BatchState, poll: float) -> None:
-    "Collect the batches that are over; wait where there is none."
+# %% ../nbs/20_describe.ipynb #200114
+async def _look(run: _Run, out: Path, state: _BatchState) -> int:
+    "Collect the batches that are over. Returns how many."
     over = 0
     for part in list(state.parts):
         batch = await run.client.batches.retrieve(part.batch_id)
@@ -1187,37 +1272,63 @@ async def _look(run: _Run, out: Path, state: _BatchState, poll: float) -> None:
             state.parts.remove(part)
             _save_state(out, state)
             why = '; '.join(e.message or '' for e in (batch.errors.data if batch.errors and batch.errors.data else [])) or 'no reason given'
-            raise UserError(redact(f'the provider did not take a batch ({why[:200]}); nothing of it was answered. Run again to send its images anew.', run.client.api_key))
+            raise UserError(f'the provider did not take a batch ({redact(why, run.client.api_key)[:200]}); nothing of it was answered. Run again to send its images anew.')
         if batch.status in ('completed', 'expired', 'cancelled'):
             await _collect(run, out, state, part, batch)
             over += 1
-    if not over: await asyncio.sleep(poll)
+    return over
 
-# %% ../nbs/20_describe.ipynb #200113
-async def _rounds(run: _Run, out: Path, rows: pd.Series, poll: float, max_bytes: int, max_requests: int, progress: bool) -> None:
-    "Submit, wait, collect, until every image has its line."
-    start, before, state = time.monotonic(), run.journal.cost, _load_state(out)
-    run.report.skipped = sum(f in run.journal.done for f in rows)
+# %% ../nbs/20_describe.ipynb #200115
+async def _first(run: _Run, state: _BatchState, todo: Iterable[str], bar: tqdm) -> None:
+    "Images one by one, at once, until the server has answered: how it wants to be asked and what a prompt weighs."
+    await _until_stopped(run, [asyncio.create_task(_probe(run, iter(todo), bar))], grace=60)
+    state.manner = [run.mode, run.length_key, run.settings['temperature']]
+
+async def _round(run: _Run, out: Path, state: _BatchState, rows: pd.Series, max_bytes: int, max_requests: int, bar: tqdm) -> int | None:
+    "Send what may be sent, collect what is over. Returns how many batches were over, None where there is nothing left to do."
     await _find_lost(run, out, state)
-    with tqdm(total=len(rows), initial=run.report.skipped, unit='img', desc='batches', disable=not progress) as bar:
-        while True:
-            under_way = {f for p in state.parts for f in p.images}
-            todo = deque(f for f in rows if f not in run.journal.done and f not in under_way)
-            while todo: await _submit(run, out, state, todo, max_bytes, max_requests)
-            if not state.parts: break
-            await _look(run, out, state, poll)
-            bar.update(run.report.skipped + run.report.ok + run.report.failed - bar.n)
-    _state_path(out).unlink(missing_ok=True)
-    run.report.seconds = time.monotonic() - start
-    if run.settings['prices'] is not None: run.report.cost = run.journal.cost - before
+    under_way = {f for p in state.parts for f in p.images}
+    todo = deque(f for f in rows if f not in run.journal.done and f not in under_way)
+    if todo and not state.created:
+        await _first(run, state, todo, bar)
+        todo = deque(f for f in todo if f not in run.journal.done)
+    while todo and not run.stop.is_set() and await _submit(run, out, state, todo, max_bytes, max_requests): pass
+    return await _look(run, out, state) if state.parts else None
 
-# %% ../nbs/20_describe.ipynb #200114
+# %% ../nbs/20_describe.ipynb #200116
+_AWAY = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
+
+async def _rounds(run: _Run, out: Path, state: _BatchState, rows: pd.Series, poll: float, breaker: int, max_bytes: int, max_requests: int) -> None:
+    "Round after round until every image has its line. A provider that has taken a batch may be away for `breaker` looks."
+    run.report.skipped, over, away = sum(f in run.journal.done for f in rows), 0, 0
+    with tqdm(total=len(rows), initial=run.report.skipped, unit='img', desc='batches', disable=not run.settings['progress']) as bar:
+        while over is not None:
+            try: over, away = await _round(run, out, state, rows, max_bytes, max_requests, bar), 0
+            except _AWAY as e:
+                over, away = 0, away + 1
+                if not state.created or away >= breaker or 'insufficient_quota' in str(e): raise
+            bar.update(run.report.skipped + run.report.ok + run.report.failed - bar.n)
+            if over == 0: await asyncio.sleep(poll)
+
+# %% ../nbs/20_describe.ipynb #200117
+async def _go_batches(run: _Run, out: Path, rows: pd.Series, **limits) -> None:
+    "The rounds, and the bookkeeping around them: answers that were paid for and rejected are in the state, not in the file."
+    start, state, prices = time.monotonic(), _load_state(out, [run.model, str(run.settings['seed']), *run.hashes]), run.settings['prices']
+    if state.manner: run.mode, run.length_key, run.settings['temperature'] = state.manner
+    run.journal.cost += sum(_cost(prices, h[1], h[2]) or 0.0 for image, h in state.history.items() if image not in run.journal.done)
+    before = run.journal.cost
+    await _rounds(run, out, state, rows, **limits)
+    if not state.history: _state_path(out).unlink(missing_ok=True)
+    run.report.seconds = time.monotonic() - start
+    if prices is not None: run.report.cost = run.journal.cost - before
+
+# %% ../nbs/20_describe.ipynb #200118
 @functools.wraps(describe_batch_async)
 def describe_batch(records, client, out, **settings):
     _keep(client)
     return _run_sync(describe_batch_async(records, client, out, **settings))
 
-# %% ../nbs/20_describe.ipynb #200116
+# %% ../nbs/20_describe.ipynb #200120
 def failures_by_cause(table: pd.DataFrame  # of `read_journal`
                      ) -> pd.DataFrame:    # a row a cause: images, share of all, one example
     "Why images have no description."
@@ -1234,7 +1345,7 @@ def coverage_table(table: pd.DataFrame) -> pd.DataFrame:
     rows = [(side, kind, named[side][kind] / max(len(good), 1)) for side in named for kind in LEXICON[side]]
     return pd.DataFrame(rows, columns=['text', 'attribute', 'share'])
 
-# %% ../nbs/20_describe.ipynb #200117
+# %% ../nbs/20_describe.ipynb #200121
 def purity_table(table: pd.DataFrame) -> pd.DataFrame:
     "Of the described images: share of texts that speak of the other side, and the words they say most."
     good, rows = table[table['status'] == 'ok'], []
@@ -1252,7 +1363,7 @@ def lengths_by_style(table: pd.DataFrame) -> pd.DataFrame:
     words = long.groupby(['text', 'style'])['words']
     return pd.DataFrame({'images': words.size(), 'mean': words.mean()} | {f'{q:.0%}': words.quantile(q) for q in (.1, .5, .9)})
 
-# %% ../nbs/20_describe.ipynb #200118
+# %% ../nbs/20_describe.ipynb #200122
 def money_table(table: pd.DataFrame) -> pd.DataFrame:
     "Tokens, dollars, requests and seconds, in all and an image."
     tokens = pd.DataFrame([t if isinstance(t, dict) else {'prompt': t or 0, 'completion': 0} for t in table['tokens']], columns=['prompt', 'completion'])
@@ -1261,7 +1372,7 @@ def money_table(table: pd.DataFrame) -> pd.DataFrame:
              'dollars': table['cost'].sum() if priced else None, 'seconds an image': table['latency'].mean()}
     return pd.DataFrame({'total': total})
 
-# %% ../nbs/20_describe.ipynb #200119
+# %% ../nbs/20_describe.ipynb #200123
 def sample_sheet(table: pd.DataFrame, images_dir: str | Path, n: int = 4, seed: int = 0):
     "A figure of `n` described images, drawn by `seed`: the picture, both texts, the style."
     from matplotlib import pyplot as plt
@@ -1278,7 +1389,7 @@ def sample_sheet(table: pd.DataFrame, images_dir: str | Path, n: int = 4, seed: 
     plt.close(fig)
     return fig
 
-# %% ../nbs/20_describe.ipynb #200123
+# %% ../nbs/20_describe.ipynb #200127
 DESCRIBERS = ('synth', 'split', 'mllm')
 
 def choose_describer(describer: str, dataset: str, model: str | None) -> str:
@@ -1288,7 +1399,7 @@ def choose_describer(describer: str, dataset: str, model: str | None) -> str:
     if describer == 'mllm' and not model: raise UserError('describer "mllm" needs a model: -p model NAME, the name that the server of OPENAI_BASE_URL knows.')
     return describer if describer != 'auto' else 'mllm' if model else 'synth' if dataset == 'synth' else 'split'
 
-# %% ../nbs/20_describe.ipynb #200125
+# %% ../nbs/20_describe.ipynb #200129
 class DescribeParameters(BaseModel):
     "The parameters of `describe.ipynb`; what they mean stands there. Settings left at None are the describer's own defaults."
     model_config = ConfigDict(extra='forbid')
@@ -1298,9 +1409,10 @@ class DescribeParameters(BaseModel):
     model: str | None = None
     out: str | None = None
     limit: int | None = None
-    concurrency: int = 64
+    concurrency: int = 100
     rpm: int | None = None
     tpm: int | None = None
+    timeout: float = 300.0
     temperature: float | None = 0.7
     retries: int = 3
     retry_failed: bool = False
@@ -1314,7 +1426,7 @@ class DescribeParameters(BaseModel):
     error_rate: float = 0.05
     seed: int = 0
 
-# %% ../nbs/20_describe.ipynb #200126
+# %% ../nbs/20_describe.ipynb #200130
 def check_parameters(names: Mapping[str, object]  # the notebook's `globals()`
                     ) -> DescribeParameters:
     "The parameters of the notebook. Raises `UserError` for one that nothing reads or that is of another type."
@@ -1325,7 +1437,7 @@ def check_parameters(names: Mapping[str, object]  # the notebook's `globals()`
         raise UserError(f'unknown parameter {name!r}; known are {known}.' if first['type'] == 'extra_forbidden'
                         else f'parameter {name} is {first["input"]!r}: {first["msg"].lower()}.') from None
 
-# %% ../nbs/20_describe.ipynb #200128
+# %% ../nbs/20_describe.ipynb #200132
 def _read_styles(path: str | None) -> list[list[str]] | None:
     if path is None: return None
     try: styles = json.loads((ROOT/path).read_text())
@@ -1336,9 +1448,9 @@ def _settings(p: DescribeParameters, images_dir: Path) -> dict:
     "What `describe` and `describe_batch` both take."
     if (p.price_in is None) != (p.price_out is None): raise UserError('price_in and price_out belong together: give both, or none.')
     return dict(model=p.model, images_dir=images_dir, policy=Policy(ethnicity=p.ethnicity), styles=_read_styles(p.styles_file), limit=p.limit, temperature=p.temperature,
-                retries=p.retries, retry_failed=p.retry_failed, seed=p.seed, prices=None if p.price_in is None else (p.price_in, p.price_out))
+                retries=p.retries, retry_failed=p.retry_failed, seed=p.seed, budget=p.budget, dry_run=p.dry_run, prices=None if p.price_in is None else (p.price_in, p.price_out))
 
-# %% ../nbs/20_describe.ipynb #200129
+# %% ../nbs/20_describe.ipynb #200133
 def describe_dataset(ds: PedesDataset, p: DescribeParameters) -> tuple[Report | Estimate, Path]:  # what was done (or would be), the JSONL
     "Describe a loaded dataset as the parameters say. SynthPEDES comes with descriptions, so others of it get a name of their own. Raises `UserError`."
     describer = choose_describer(p.describer, ds.name, p.model)
@@ -1346,8 +1458,8 @@ def describe_dataset(ds: PedesDataset, p: DescribeParameters) -> tuple[Report | 
     out = ROOT/p.out if p.out else ds.root/own
     if describer == 'mllm':
         settings, client = _settings(p, ds.images_dir), make_client()
-        if p.batch and not p.dry_run: return describe_batch(ds.records, client, out, **settings), out
-        return describe(ds.records, client, out, **settings, concurrency=p.concurrency, rpm=p.rpm, tpm=p.tpm, budget=p.budget, dry_run=p.dry_run), out
+        if p.batch: return describe_batch(ds.records, client, out, **settings), out
+        return describe(ds.records, client, out, **settings, concurrency=p.concurrency, rpm=p.rpm, tpm=p.tpm, timeout=p.timeout), out
     if p.dry_run: return print_estimate(Estimate(len(_image_rows(ds.records, p.limit)), 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
     if describer == 'split': return describe_split(ds.records, out, limit=p.limit, ethnicity=p.ethnicity), out
     return describe_synth(ds.root, out, error_rate=p.error_rate, seed=p.seed, limit=p.limit), out

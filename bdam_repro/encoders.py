@@ -90,12 +90,12 @@ def load_checkpoint(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     return net
 
 # %% ../nbs/30_encoders.ipynb #300013
-def short_config(spec: dict,  # type, hidden, layers, heads; patch for images
+def short_config(spec: dict,  # type, hidden, layers, heads; mlp (times hidden, 4), patch for images
                  tower: str,  # 'vision' or 'text'
                  **more) -> PreTrainedConfig:
     "The library's config for a small encoder that starts at random."
     types = {'vision': {'vit': 'vit', 'clip': 'clip_vision_model'}, 'text': {'bert': 'bert', 'clip': 'clip_text_model'}}[tower]
-    known = {'type', 'hidden', 'layers', 'heads', 'patch', 'projection'} - ({'patch'} if tower == 'text' else set())
+    known = {'type', 'hidden', 'layers', 'heads', 'mlp', 'patch', 'projection'} - ({'patch'} if tower == 'text' else set())
     if spec.get('type') not in types: raise UserError(f"encoder type {spec.get('type')!r} is none of {', '.join(types)} for the {tower} tower")
     if bad := set(spec) - known: raise UserError(f"encoder option {min(bad)!r} is unknown; there are {', '.join(sorted(known))}")
     if lack := {'hidden', 'layers', 'heads'} - set(spec): raise UserError(f"the {tower} encoder's options lack {min(lack)!r}")
@@ -106,7 +106,7 @@ def short_config(spec: dict,  # type, hidden, layers, heads; patch for images
     more = {'initializer_range': spec['hidden']**-.5} | more   # the library's 0.02 suits a width of 768 and starves a narrow start
     if kind == 'clip_text_model': more |= {'bos_token_id': 0, 'eos_token_id': 2}  # unused here, but checked against the vocabulary
     return KINDS[kind][0](hidden_size=spec['hidden'], num_hidden_layers=spec['layers'], num_attention_heads=spec['heads'],
-                          intermediate_size=4*spec['hidden'], **more)
+                          intermediate_size=spec.get('mlp', 4)*spec['hidden'], **more)
 
 # %% ../nbs/30_encoders.ipynb #300014
 def build(config: PreTrainedConfig) -> PreTrainedModel:

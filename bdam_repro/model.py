@@ -196,6 +196,7 @@ class Outputs:
     identity: TextFeatures | None        # the generated identity description
     clothing: TextFeatures | None        # the generated clothing description
     clo: Tensor | None                   # [B, D] clothing feature in the text's space (Eq. 1)
+    other: TextFeatures | None = None    # another caption of the same image
     match: Tensor | None = None          # [B, 1+N] match scores, the right image first; -inf where there is no candidate
     cos: Tensor | None = None            # [B, 1+N] cosines of the same pairs, without gradient
     fused: Tensor | None = None          # [B, 1+N, D] f_final of the same pairs
@@ -258,14 +259,15 @@ class Model(Towers):
                 images: Tensor, pids: Tensor,                             # [B, 3, H, W], [B]
                 caption: tuple[Tensor, Tensor],                           # ids, mask: [B, M] each
                 identity: tuple[Tensor, Tensor] | None = None,            # the same of the generated identity text
-                clothing: tuple[Tensor, Tensor] | None = None             # the same of the generated clothing text
+                clothing: tuple[Tensor, Tensor] | None = None,            # the same of the generated clothing text
+                other: tuple[Tensor, Tensor] | None = None                # the same of another caption
                ) -> Outputs:
         "All that the losses of one batch need, in one call (which is what `DistributedDataParallel` wants)."
-        texts = {k: t for k, t in (('caption', caption), ('identity', identity), ('clothing', clothing)) if t is not None}
+        texts = {k: t for k, t in (('caption', caption), ('identity', identity), ('clothing', clothing), ('other', other)) if t is not None}
         encode = lambda: self.encode_texts(list(texts.values()))
         job = self.second.start(encode) if self.second else None
         image = self.encode_image(images)
-        text = dict.fromkeys(('identity', 'clothing')) | dict(zip(texts, self.second.bring(job) if job else encode()))
+        text = dict.fromkeys(('identity', 'clothing', 'other')) | dict(zip(texts, self.second.bring(job) if job else encode()))
         out = Outputs(image, **text, clo=None if self.proj_clo is None else self.proj_clo(image.hat_clo))
         if self.fusion is not None: self.fuse_candidates(out, pids)
         return out

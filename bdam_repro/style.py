@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/21_style.ipynb #210006
 from .config import UserError, atomic_path
-from .describe import LEXICON, _run_sync, draw_style, redact
+from .describe import LEXICON, SlidingWindow, _keep, _retry_after, _run_sync, draw_style, redact
 from .pedes import PedesDataset
 from .synth import VERSION, Spec, description_row, rows_of, stream
 
@@ -120,13 +120,19 @@ def _read_cache(path: Path) -> dict[str, dict]:
     return rows
 
 # %% ../nbs/21_style.ipynb #210025
-async def _rewrite(client: openai.AsyncOpenAI, model: str, caption: str) -> dict:
+def _patience():
+    "tenacity's wait: what `Retry-After` says, and exponential backoff with jitter on top."
+    backoff = wait_random_exponential(max=30)
+    return lambda state: _retry_after(getattr(getattr(state.outcome.exception(), 'response', None), 'headers', {})) + backoff(state)
+
+async def _rewrite(client: openai.AsyncOpenAI, model: str, caption: str, limiter: SlidingWindow) -> dict:
     "One caption: the answer, checked."
     transient = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
-    async for attempt in AsyncRetrying(stop=stop_after_attempt(6), wait=wait_random_exponential(max=30), retry=retry_if_exception_type(transient), reraise=True):
+    async for attempt in AsyncRetrying(stop=stop_after_attempt(6), wait=_patience(), retry=retry_if_exception_type(transient), reraise=True):
         with attempt:
-            answer = await client.chat.completions.create(model=model, temperature=0, max_tokens=300, messages=[
-                {'role': 'system', 'content': REWRITE}, {'role': 'user', 'content': caption}])
+            async with limiter.place(0):
+                answer = await client.chat.completions.create(model=model, temperature=0, messages=[{'role': 'system', 'content': REWRITE},
+                                                                                                    {'role': 'user', 'content': caption}])
     text = ' '.join(((answer.choices[0].message.content if answer.choices else '') or '').strip().split(' '))
     good = text and '\n' not in text and len(text) <= 1.5 * len(caption) + 20
     return dict(key=_key(model, caption), by=model if good else 'lexicon', text=text if good else generalize(caption))
@@ -137,6 +143,7 @@ def generalize_with(client: openai.AsyncOpenAI,  # of `describe.make_client()`
                     *, model: str,               # its name at the server
                     cache: str | Path,           # the JSONL of answers, continued where it exists
                     concurrency: int = 32,       # requests under way at once
+                    rpm: int | None = None,      # requests a minute, at most
                     progress: bool = True        # a bar
                    ) -> list[str]:  # generalized captions, in order
     "Sec. 3.3: captions without content, by the MLLM. Raises `UserError` where the server ends the work; what was answered is kept."
@@ -146,19 +153,20 @@ def generalize_with(client: openai.AsyncOpenAI,  # of `describe.make_client()`
         cache.parent.mkdir(parents=True, exist_ok=True)
         with open(cache, 'a+b') as out:
             if out.tell() and out.seek(-1, 2) >= 0 and out.read(1) != b'\n': out.write(b'\n')   # behind a line cut in half
-            _run_sync(_rewrite_all(client, model, todo, rows, out, concurrency, progress))
+            _keep(client)
+            _run_sync(_rewrite_all(client, model, todo, rows, out, concurrency, SlidingWindow(rpm), progress))
     except openai.OpenAIError as e:
         raise UserError(f'stopped: {redact(str(e), client.api_key)[:200]}. {len(rows)} answers are kept in {cache}; run again to go on.') from None
     except OSError as e: raise UserError(f'{cache}: cannot be written ({e.strerror}); choose another cache') from None
     return [rows[_key(model, c)]['text'] for c in captions]
 
 # %% ../nbs/21_style.ipynb #210027
-async def _rewrite_all(client, model, todo: list[str], rows: dict, out, concurrency: int, progress: bool):
+async def _rewrite_all(client, model, todo: list[str], rows: dict, out, concurrency: int, limiter: SlidingWindow, progress: bool):
     "All captions, `concurrency` at a time; the first error ends the work."
     left, bar = iter(todo), tqdm(total=len(todo), desc='generalize', disable=not progress)
     async def worker():
         for caption in left:
-            row = await _rewrite(client, model, caption)
+            row = await _rewrite(client, model, caption, limiter)
             out.write(json.dumps(row, ensure_ascii=False).encode() + b'\n'); out.flush()
             rows[row['key']] = row
             bar.update()

@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'IDENTITY', 'OUTFIT', 'IMAGE', 'CAPTION', 'DESCRIPTION', '
            'SKINS', 'HAIR_COLORS', 'HAIR_STYLES', 'IDENTITY_FACTORS', 'COLORS', 'UPPER_COLORS', 'LOWER_COLORS',
            'JEANS_COLORS', 'SHOE_COLORS', 'BAG_COLORS', 'UPPER', 'PATTERNS', 'LOWER', 'LOWER_PATTERNS', 'SHOES', 'BAGS',
            'HATS', 'CLOTHING_FACTORS', 'CAMERAS', 'GAINS', 'VIEWS', 'OCCLUSIONS', 'NUISANCE_FACTORS', 'SIZE', 'FINE',
-           'BOX', 'SLEEVES', 'WALLS', 'GROUNDS', 'SCENES', 'CONFUSED', 'DOMAINS', 'SYNONYMS', 'HAIR', 'WITH_PATTERN',
+           'SLEEVES', 'WALLS', 'GROUNDS', 'SCENES', 'CONFUSED', 'DOMAINS', 'SYNONYMS', 'HAIR', 'WITH_PATTERN',
            'BARE_PATTERN', 'PLURAL', 'STYLES', 'MENTIONED', 'SLIP', 'BODY', 'GOING', 'ARRANGE', 'LAYOUTS', 'CAPTIONS',
            'stream', 'pick', 'between', 'identity_factors', 'other', 'tint', 'outfit_factors', 'nuisance_factors',
            'image_factors', 'shade', 'mix', 'dye', 'Pen', 'pattern_mask', 'round_mask', 'Cloth', 'Body', 'skeleton',
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from .config import UserError, atomic_path
 
 # %% ../nbs/11_synth.ipynb #110006
-VERSION = 2  # raise it whenever a picture or a sentence changes
+VERSION = 3  # raise it whenever a picture or a sentence changes
 IDENTITY, OUTFIT, IMAGE, CAPTION, DESCRIPTION, STYLE = range(6)  # what a generator is for
 
 def stream(seed: int,  # the dataset's seed
@@ -187,7 +187,6 @@ def image_factors(seed: int, pid: int,  # the dataset's seed; the person
 # %% ../nbs/11_synth.ipynb #110023
 SIZE = (128, 64)  # height, width of a picture in pixels
 FINE = 2          # the canvas is this much finer than the picture
-BOX = (11, 53)    # the columns of the scene that the detector's box keeps, stretched to the picture's width as all re-identification sets are
 
 # %% ../nbs/11_synth.ipynb #110024
 def shade(rgb: tuple, k: float) -> tuple:
@@ -788,8 +787,7 @@ def render(factors: dict,  # as from `image_factors`
     draw_scene(pen, f, rng)
     draw_person(pen, f)
     draw_occlusion(pen, f, rng)
-    box = (BOX[0]*pen.u, 0, BOX[1]*pen.u, pen.img.height)
-    return expose(pen.img.resize((W, H), Image.Resampling.BOX, box=box), f, rng)
+    return expose(pen.img.reduce(FINE), f, rng)
 
 # %% ../nbs/11_synth.ipynb #110075
 def draw_person(pen: Pen, f: dict):

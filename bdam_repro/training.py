@@ -83,7 +83,8 @@ def run_tokenizer(config: Config, dataset: PedesDataset, folder: Path):
 # %% ../nbs/51_training.ipynb #510012
 def align_loss(out: Outputs, pids: Tensor, c: Config) -> Tensor:
     "Eq. 3 between f_id and t_i, whichever text that is (open point 2); or a baseline's loss in its place."
-    texts = [t for t, on in ((out.caption, c.id_text != 'generated'), (out.identity, c.id_text != 'caption')) if on and t is not None]
+    caption, generated = c.id_text != 'generated', c.id_text != 'caption'
+    texts = [t for t, on in ((out.caption, caption), (out.other, caption), (out.identity, generated)) if on and t is not None]
     def one(t):
         if c.align_loss == 'sdm': return sdm(out.image.f_id, t, pids, c.tau)
         if c.align_loss == 'tal': return tal(out.image.f_id, t, pids, c.margin, c.tau)
@@ -129,9 +130,10 @@ def batch_losses(out: Outputs, batch: Batch, c: Config) -> dict[str, Tensor]:
 def forward(model: nn.Module, batch: Batch, c: Config) -> Outputs:
     "The model's outputs of a batch; a text that no term of this configuration reads is not encoded."
     clo = batch.clo_ids is not None and (model.proj_clo is not None or (c.fusion and c.fusion_text == 'clothing'))
-    idt = batch.id_ids is not None
+    idt, other = batch.id_ids is not None, batch.other_ids is not None and c.id_text != 'generated' and c.c_align > 0
     return model(batch.images, batch.pids, (batch.caption_ids, batch.caption_mask),
-                 (batch.id_ids, batch.id_mask) if idt else None, (batch.clo_ids, batch.clo_mask) if clo else None)
+                 (batch.id_ids, batch.id_mask) if idt else None, (batch.clo_ids, batch.clo_mask) if clo else None,
+                 (batch.other_ids, batch.other_mask) if other else None)
 
 # %% ../nbs/51_training.ipynb #510018
 @torch.no_grad()
@@ -149,7 +151,7 @@ def embed_texts(model: Model, dataset: PedesDataset, tokenizer, split: str, batc
 def embed_images(model: Model, dataset: PedesDataset, split: str, batch: int = 256) -> tuple[ImageFeatures, np.ndarray]:
     "Every image of a split as a gallery entry, and its row."
     c, device, parts, owners = model.config, next(model.parameters()).device, [], []
-    for rows, images in image_batches(dataset, (c.image_height, c.image_width), batch, split):
+    for rows, images in image_batches(dataset, (c.image_height, c.image_width), batch, split, columns=c.columns):
         g = model.encode_image(images.to(device))
         parts.append([g.f_id.float(), g.f_clo.float(), g.hat_clo.float(), g.g.float(),
                       g.patches[:, :g.patches.shape[1]*(c.fusion_input == 'tokens')].float()])
@@ -275,7 +277,8 @@ class Trainer:
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         "Forward, in the run's precision. The literal Eq. 5-6 needs a second derivative, which only the plain attention kernel has."
         twice = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if self.c.balance == 'literal' else nullcontext()
-        c = self.c.model_copy(update={'tau': self.c.tau*self.c.tau_decay**(self.step/self.steps)})
+        now = self.c.tau*self.c.tau_decay**(self.step/self.steps)
+        c = self.c.model_copy(update={'tau': now, 'tau_decay': self.c.tau_end/now})      # where it will end stays what it is
         with self.amp(), twice: return batch_losses(forward(self.model, batch, c), batch, c)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
@@ -365,7 +368,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> tuple[int, dict]:   # the e
 def shuffled(batch: Batch, seed: int) -> Batch:
     "The batch with its texts dealt to other images; same images, same texts, no relation."
     perm = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-    move = {k: getattr(batch, k)[perm] for k in ('caption_ids', 'caption_mask', 'id_ids', 'id_mask', 'clo_ids', 'clo_mask') if getattr(batch, k) is not None}
+    move = {k: getattr(batch, k)[perm] for k in ('caption_ids', 'caption_mask', 'other_ids', 'other_mask', 'id_ids', 'id_mask', 'clo_ids', 'clo_mask') if getattr(batch, k) is not None}
     return Batch(**{**vars(batch), **move})
 
 # %% ../nbs/51_training.ipynb #510038
@@ -459,8 +462,8 @@ def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDatase
     model = build_model(c, len(tokenizer), described)
     texts = 'both' if c.fusion_text == 'identity' and c.fusion else c.id_text           # which the loader has to bring
     loader = train_batches(dataset, tokenizer, size=(c.image_height, c.image_width), max_length=c.max_length, p=c.ids_per_batch, k=c.images_per_id,
-                           seed=c.seed, id_text=texts, augmentation=dict(flip=c.flip, pad=c.pad, erase=c.erase), workers=c.workers,
-                           budget=int(c.cache_gb*2**30))
+                           seed=c.seed, id_text=texts, two_captions=c.two_captions, augmentation=dict(flip=c.flip, pad=c.pad, erase=c.erase), workers=c.workers,
+                           budget=int(c.cache_gb*2**30), columns=c.columns)
     if loader.note and progress: print(loader.note)
     return dataset, tokenizer, Trainer(c, model, loader, device)
 

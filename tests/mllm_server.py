@@ -30,10 +30,12 @@ DEFAULTS = dict(
     vision=True,
     always=None,
     batch_polls=2,
+    away=(0, 0),
+    batches=True,
     slow=0.3,
     die_after=None,
 )
-TRANSPORT = ('429', '429-after', '500', '502', 'cut', 'bad-envelope', 'hang')
+TRANSPORT = ('429', '429-after', '500', '502', 'cut', 'bad-envelope', 'not-http', 'hang')
 CONTENT = ('cut-json', 'invalid-json', 'schema', 'refusal', 'refusal-field', 'impure', 'duplicate', 'truncated', 'empty')
 SLOW = ('slow',)  # a good answer, byte by byte
 
@@ -89,7 +91,7 @@ class Server:
         self.s = DEFAULTS | settings
         self.log = open(log_path, 'a', buffering=1)  # noqa: SIM115
         self.asked, self.files, self.batches = {}, {}, {}
-        self.good = 0
+        self.good = self.calls = 0
 
     # ---- HTTP -------------------------------------------------------------------------------------------------------
     async def serve(self, reader, writer):
@@ -137,9 +139,12 @@ class Server:
             )
         if path == '/v1/chat/completions':
             return await self.chat(json.loads(body), writer)
-        if path.startswith('/v1/files'):
+        self.calls += 1  # of the files and batches endpoints: from the first number of `away` to the second it is away
+        if self.s['away'][0] < self.calls <= self.s['away'][1]:
+            return await self.send(writer, 503, {'error': {'message': 'be back soon'}})
+        if self.s['batches'] and path.startswith('/v1/files'):
             return await self.file(method, path, headers, body, writer)
-        if path.startswith('/v1/batches'):
+        if self.s['batches'] and path.startswith('/v1/batches'):
             return await self.batch(method, path, body, writer)
         await self.send(writer, 404, {'error': {'message': f'unknown path {path}'}})
 
@@ -231,6 +236,11 @@ class Server:
             )
             await writer.drain()
             raise ConnectionError
+        if kind == 'not-http':
+            log(kind, n)
+            writer.write(b'\x00\xff nobody speaks like this\r\n\r\n')
+            await writer.drain()
+            raise ConnectionError
         if kind == 'bad-envelope':
             log(kind, n)
             return await self.send(writer, 200, raw[: len(raw) // 2])
@@ -262,6 +272,8 @@ class Server:
         name = path.split('/')[3]
         if path.endswith('/content'):
             return await self.send(writer, 200, self.files[name])
+        self.log.write(json.dumps({'t': time.time(), 'kind': 'deleted', 'file': name}) + '\n')
+        del self.files[name]
         await self.send(writer, 200, {'id': name, 'object': 'file', 'deleted': True})
 
     async def batch(self, method, path, body, writer):
@@ -297,6 +309,10 @@ class Server:
         for raw in self.files[batch['input_file_id']].splitlines():
             r = json.loads(raw)
             digest = self.image_of(r['body'])
+            if problem := self.refused(r['body']):
+                answer = {'status_code': problem[0], 'body': {'error': {'message': problem[1]}}}
+                errors.append(json.dumps({'id': 'x', 'custom_id': r['custom_id'], 'response': answer, 'error': None}))
+                continue
             kind, n = self.choose(digest)
             bad = kind in TRANSPORT
             answer = (

@@ -18,6 +18,7 @@ from bdam_repro.batches import (
     ImageStore,
     PKSampler,
     augment,
+    decode_image,
     encode_texts,
     hub_folder,
     image_batches,
@@ -384,3 +385,29 @@ def test_long_texts_keep_their_closing_token(tokenizer):
 
 
 def test_folder_is_taken_as_it_is(tmp_path): assert hub_folder(tmp_path) == tmp_path
+
+
+# --- a second caption ------------------------------------------------------------------------------------------------
+
+def test_a_second_caption_is_another_one_of_the_same_image(dataset, tokenizer):
+    captions = dataset.records['captions']
+    decode = lambda ids: tokenizer.batch_decode(ids, skip_special_tokens=True)
+    norm = lambda t: decode(tokenizer([t])['input_ids'])[0]
+    batches = list(make(dataset, tokenizer, two_captions=True))
+    for b in batches:
+        for row, first, other in zip(b.rows.tolist(), decode(b.caption_ids), decode(b.other_ids)):
+            own = [norm(t) for t in captions[row]]
+            assert {first, other} <= set(own) and (first != other or len(set(own)) == 1)
+    alone = list(make(dataset, tokenizer))
+    assert all(b.other_ids is None for b in alone)
+    assert all(torch.equal(a.rows, b.rows) and torch.equal(a.caption_ids, b.caption_ids) for a, b in zip(alone, batches))
+
+
+def test_a_window_in_the_middle_of_the_picture(tmp_path):
+    a = np.zeros((20, 40, 3), np.uint8)
+    a[:, 10:30] = 200
+    Image.fromarray(a).save(tmp_path/'a.png')
+    assert (decode_image(tmp_path/'a.png', (20, 20), columns=.5) == 200).all()
+    whole = decode_image(tmp_path/'a.png', (20, 40))
+    assert torch.equal(whole, torch.from_numpy(a).permute(2, 0, 1))
+    assert torch.equal(whole, decode_image(tmp_path/'a.png', (20, 40), columns=1.))

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import httpx
 import numpy as np
@@ -15,7 +16,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from bdam_repro import style
 from bdam_repro.config import VARIANTS, UserError
-from bdam_repro.describe import Policy, prompt_texts, read_journal
+from bdam_repro.describe import Policy, SlidingWindow, prompt_texts, read_journal
 from bdam_repro.pedes import load_pedes
 from bdam_repro.style import (
     METHODS,
@@ -247,7 +248,8 @@ def served(answer):
         asked.append(caption)
         said = answer(caption, asked.count(caption))
         if isinstance(said, int):
-            return httpx.Response(said, json={'error': {'message': 'key sk-planted-secret-123 is wrong'}})
+            error = {'error': {'message': 'key sk-planted-secret-123 is wrong'}}
+            return httpx.Response(said, json=error, headers={'Retry-After': '0.4'})
         return httpx.Response(200, json=dict(id='1', object='chat.completion', created=0, model='m', choices=[dict(
             index=0, finish_reason='stop', message=dict(role='assistant', content=said))]))
     http = httpx.AsyncClient(transport=httpx.MockTransport(handle))
@@ -273,6 +275,17 @@ def test_rewriting_checks_its_answers_and_tries_again(tmp_path, monkeypatch):
     assert texts == ['a PERSON'] * 3 + ['a PERSON!']
     by = [json.loads(line)['by'] for line in (tmp_path/'c.jsonl').read_text().splitlines()]
     assert sorted(by) == ['lexicon'] * 3 + ['m'] and len(asked) == 12
+
+
+def test_rewriting_keeps_to_the_limit_and_to_retry_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, 'wait_random_exponential', lambda **_: lambda state: 0)
+    times = []
+    client, _ = served(lambda c, n: times.append((c, time.monotonic())) or (429 if c == 'a man 0' and n == 1 else 'a PERSON'))
+    monkeypatch.setattr(style, 'SlidingWindow', lambda rpm: SlidingWindow(rpm, window=.5))
+    generalize_with(client, [f'a man {i}' for i in range(25)], model='m', cache=tmp_path/'c.jsonl', rpm=10, progress=False)
+    first, second = (t for c, t in times if c == 'a man 0')
+    assert second - first >= .4
+    assert len(times) == 26 and max(sum(t <= u < t + .5 for _, u in times) for _, t in times) <= 10
 
 
 def test_a_server_that_refuses_ends_the_work_in_one_line(tmp_path):

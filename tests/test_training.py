@@ -559,7 +559,7 @@ def test_the_temperature_falls(home, tmp_path):
     trainer, seen = prepare(cfg(home, tau=.1, tau_decay=.25), tmp_path, False)[2], []
     real = training.forward
     def spy(model, batch, c):
-        seen.append(c.tau)
+        seen.append((c.tau, c.tau_end))
         return real(model, batch, c)
     training.forward = spy
     try:
@@ -567,4 +567,4 @@ def test_the_temperature_falls(home, tmp_path):
             trainer.step = step
             trainer.losses(next(iter(trainer.loader)))
     finally: training.forward = real
-    assert seen == pytest.approx([.1, .05, .025]) and trainer.c.tau_end == pytest.approx(.025)
+    assert np.allclose(seen, [(.1, .025), (.05, .025), (.025, .025)]) and trainer.c.tau_end == pytest.approx(.025)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bdam_repro.config import config_hash, run_dir
-from bdam_repro.grid import grid
+from bdam_repro.grid import DATA, audit_grid, grid
 
 pytest.importorskip('snakemake')
 pytestmark = pytest.mark.timeout(1200)        # processes that start processes, on a machine that may be busy
@@ -46,11 +46,21 @@ def root(tmp_path_factory): return tmp_path_factory.mktemp('workflow')
 
 def test_dry_run_lists_the_grid(root):
     code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
-    found = jobs(said)
-    assert code == 0 and found['train'] == len(grid()) and found['styles'] == 3 and found['collect'] == 1
-    assert all(found[f'table{n}'] == 1 for n in range(1, 6))
-    assert f'{len(grid())} of {len(grid())} runs to train; no run of this kind is finished yet' in said
+    found, runs = jobs(said), len(grid()) + len(audit_grid())
+    folders = {c.tag for c in audit_grid()} & set(DATA)
+    assert code == 0 and found['train'] == runs and found['styles'] == 3 + len(folders) and found['collect'] == 1
+    assert all(found[f'table{n}'] == 1 for n in range(1, 6)) and found['audit'] == 1
+    assert f'{runs} of {runs} runs to train; no run of this kind is finished yet' in said
     assert not (root/'runs').exists()
+
+
+def test_runs_of_the_audit_can_be_left_out_or_have_more_seeds(root):
+    for config, runs in ((['audit=false'], len(grid())), (['audit_seeds=[0,1]'], len(grid()) + len(audit_grid(seeds=(0, 1)))),
+                         (['variants=[full]'], len(grid(variants=['full'])))):
+        code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth', *config])
+        assert code == 0 and jobs(said)['train'] == runs, config
+    code, said = snakemake(root, '--configfile', str(REPO/'workflow'/'quick.yaml'), '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
+    assert code == 0 and jobs(said)['train'] == len(grid(seeds=[0], layouts=False))
 
 
 def test_dry_run_of_real_data(root):

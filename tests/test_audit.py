@@ -1,0 +1,282 @@
+"The audit: verdicts follow from intervals, missing runs are said, every number resolves to a run."
+import json
+import re
+import shutil
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from bdam_repro import audit as U
+from bdam_repro.artifacts import ArtifactParameters, collect_runs, demo_run, own_options
+from bdam_repro.config import Config, UserError, make_config, run_dir
+from bdam_repro.grid import CLOTHES, DATA, READINGS, audit_grid, grid, layout_options, reading_reference, reading_run
+from bdam_repro.paper import OPEN_POINTS
+
+CKA = ('full', 'hsic_kernel=cka')
+VERDICTS = {'', 'default', 'better', 'worse', 'open', 'for', 'against', 'invalid', 'holds', 'does not', U.NOT_RUN, U.NOT_HERE, U.NO_OPTION}
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "Three small runs, audited."
+    folder = tmp_path_factory.mktemp('audit')
+    p = U.demo_audit(folder, (U.FULL, U.BASELINE, CKA))
+    return p, *U.write_audit(p, draws=60)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    "Run folders whose results a test sets."
+    for variant, tag in (U.FULL, U.BASELINE, CKA):
+        c = make_config('synth', 'smoke', variant, tag=tag or None, **layout_options('smoke', tag))
+        demo_run(run_dir(c, tmp_path/'runs'), c)
+    return ArtifactParameters(preset='smoke', runs=str(tmp_path/'runs'), tables=str(tmp_path/'tables'), data_root=str(tmp_path/'data'))
+
+
+def results(p, side, change):
+    "Every query's result of a drawn run goes through `change`."
+    path = p.runs_path/'synth'/'smoke'/U.side_name(side)/'seed0'/'features.safetensors'
+    t = load_file(path)
+    save_file({k: np.ascontiguousarray(change(v)) if k.endswith(('.R1', '.AP')) else v for k, v in t.items()}, path)
+
+
+def verdict(p, side=CKA):
+    rows = [f for r in READINGS if r.options == dict(hsic_kernel='cka') for f in U.reading_findings(U.gather(p, draws=60), r)]
+    return {f['metric']: f['verdict'] for f in rows}
+
+
+# ---- what is in it
+
+def test_every_point_and_every_claim_is_there(made):
+    _, t, _ = made
+    assert list(t.columns) == U.COLUMNS and set(t['part']) == set('abcde') and set(t['verdict']) <= VERDICTS
+    assert {p.n for p in OPEN_POINTS} == {int(i) for i in t[t['part'].isin(['a', 'c', 'e'])]['item']}
+    claims = t[(t['part'] == 'b') & (t['reading'] == '')]
+    assert list(claims['item']) == [c.id for c in U.ALL_CLAIMS]
+    assert set(claims['verdict']) <= {'holds', 'does not', U.NOT_RUN, U.NOT_HERE}
+
+
+def test_a_claim_is_settled_by_its_own_rows(made):
+    _, t, _ = made
+    for c in U.ALL_CLAIMS:
+        own = t[(t['part'] == 'b') & (t['item'] == c.id)]
+        said = own[own['reading'] == '']['verdict'].iloc[0]
+        assert said == (U.NOT_HERE if c.id == 'sota' else U.settle(own[own['reading'] != ''].to_dict('records')))
+
+
+def test_intervals_and_verdicts_agree(made):
+    _, t, _ = made
+    for r in t[t['verdict'].isin(['better', 'worse', 'open', 'for', 'against'])].itertuples():
+        if np.isnan(r.diff): continue
+        bound = float(m[1]) if (m := re.search(r'below (-?[\d.]+)$', r.rule)) and r.part == 'b' else 0.
+        assert {'better': 'for', 'worse': 'against'}.get(r.verdict, r.verdict) == U.judge(r.lo, r.hi, bound), r
+        assert r.lo <= r.diff + 1e-3 and r.diff <= r.hi + 1e-3
+
+
+def test_what_was_not_run_has_no_difference(made):
+    _, t, _ = made
+    missing = t[t['verdict'] == U.NOT_RUN]
+    assert len(missing) > 100 and missing[missing['reading'] != ''][['diff', 'lo', 'hi']].isna().all(None)
+    row = t[(t['item'] == 'bdam') & (t['reading'] != '')].iloc[0]
+    assert row['evidence'] == 'no finished run of bdam' and np.isnan(row['value'])
+
+
+def test_every_path_is_a_run_and_every_mean_is_that_of_runs(made):
+    p, t, _ = made
+    runs = collect_runs(p.runs_path)
+    known = {f'{r.dataset}/{r.preset}/{r.variant}{"-" if r.tag else ""}{r.tag}/seed{r.seed}' for r in runs.itertuples()}
+    paths = {x for e in t['evidence'] if 'no finished' not in e for x in re.findall(r'\S+/seed\d+', e)}
+    assert paths and paths <= known
+    own = runs.sort_values('score').drop_duplicates(['variant', 'tag', 'seed'], keep='last').set_index(['variant', 'tag'])
+    for metric, column in ((U.HEAD, 'R1'), ('mAP', 'mAP'), ('val R-1', 'val_R1')):
+        for r in t[(t['part'] == 'a') & (t['metric'] == metric) & t['evidence'].str.startswith('synth/smoke/full-hsic')].itertuples():
+            assert r.value == pytest.approx(own.loc[CKA, column], abs=1e-3)
+
+
+def test_markdown_reads_alone(made):
+    p, t, files = made
+    text = files[1].read_text()
+    for part in ('SynthPEDES', 'preset smoke', 'no reproduction', 'Seeds: 0', 'Code ', '## a.', '## b.', '## c.', '## d.', '## e.', '(invalid)'): assert part in text
+    for c in U.ALL_CLAIMS: assert f'| {c.id} | {c.where} |' in text
+    for point in OPEN_POINTS: assert re.search(rf'(?m)^\| {point.n} \| {re.escape(point.where)} \|', text)
+    assert str(p.runs_path) not in text + files[0].read_text() and 'nan' not in text
+    for block in text.split('\n\n'):
+        if block.startswith('|'): assert len({len(re.findall(r'(?<!\\)\|', line)) for line in block.splitlines()}) == 1, block[:200]
+
+
+def test_same_runs_same_bytes_and_no_litter(made):
+    p, _, files = made
+    before = [f.read_bytes() for f in files]
+    assert [f.read_bytes() for f in U.write_audit(p, draws=60)[1]] == before
+    assert {f.name for f in p.tables_path.iterdir()} == {'audit.csv', 'audit.md'}
+    back = pd.read_csv(files[0], keep_default_na=False, na_values={c: [''] for c in U.NUMBERS})
+    assert list(back.columns) == U.COLUMNS and len(back) == before[0].count(b'\n') - 1
+
+
+def test_an_old_audit_survives_a_full_disk(made, monkeypatch):
+    p, _, files = made
+    before = [f.read_bytes() for f in files]
+    def full(*_, **__): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(pd.DataFrame, 'to_csv', full)
+    with pytest.raises(UserError, match='No space left'): U.write_csv(pd.DataFrame(), files[0])
+    assert [f.read_bytes() for f in files] == before
+
+
+def test_pictures(made):
+    _, t, _ = made
+    assert len(U.plot_readings(t).axes[0].get_yticklabels()) == 1
+    assert U.plot_noise(t).axes[0].lines[0].get_xdata().tolist() == [5.]
+
+
+# ---- readings
+
+@pytest.mark.parametrize('change, says', [(lambda v: v*0 + 1, 'better'), (lambda v: v*0, 'worse'), (lambda v: v, 'open')])
+def test_a_reading_is_judged_by_its_queries(drawn, change, says):
+    results(drawn, U.FULL, lambda v: v*0 + np.arange(len(v)) % 2)
+    results(drawn, CKA, lambda v: change(v*0 + np.arange(len(v)) % 2))
+    assert {verdict(drawn)[m] for m in (U.HEAD, 'mAP', 'dual R-1')} == {says}
+
+
+def test_other_queries_are_refused(drawn):
+    path = drawn.runs_path/'synth/smoke/full-hsic_kernel=cka/seed0/features.safetensors'
+    t = load_file(path)
+    save_file(t | dict(q_rows=t['q_rows'] + 1), path)
+    with pytest.raises(UserError, match='other queries'): verdict(drawn)
+
+
+def test_a_run_with_other_options_is_left_out_and_named(drawn):
+    path = drawn.runs_path/'synth/smoke/full-hsic_kernel=cka/seed0/config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(margin=.9)))
+    e = U.gather(drawn)
+    assert e.left_out == ['synth/smoke/full-hsic_kernel=cka/seed0'] and set(verdict(drawn).values()) == {U.NOT_RUN}
+    assert 'Left out, since trained with other options: synth/smoke/full-hsic' in U.to_markdown(pd.DataFrame(columns=U.COLUMNS, data=[
+        U.finding('b', c.id, '', verdict=U.NOT_RUN) for c in U.ALL_CLAIMS]), '', e.left_out)
+
+
+def test_options_of_all_runs_are_no_obstacle(drawn):
+    for path in drawn.runs_path.rglob('config.json'): path.write_text(json.dumps(json.loads(path.read_text()) | dict(epochs=3)))
+    e = U.gather(drawn)
+    assert e.left_out == [] and e.base.epochs == 3
+
+
+def test_a_run_that_cannot_be_read_is_one_clear_line(drawn):
+    (drawn.runs_path/'synth/smoke/full/seed0/features.safetensors').write_bytes(b'cut')
+    with pytest.raises(UserError, match='train the run again'): verdict(drawn)
+
+
+def test_nothing_to_look_at(tmp_path):
+    with pytest.raises(UserError, match='no finished run of synth'): U.gather(ArtifactParameters(preset='smoke', runs=str(tmp_path)))
+
+
+def test_test_metrics_in_the_history_are_used(drawn):
+    folder = drawn.runs_path/'synth/smoke/full/seed0'
+    h = pd.DataFrame(dict(epoch=[1, 2, 3], val_fused_R1=[4., 6., 5.], val_fused_mAP=[4., 5., 6.], val_fused_R5=[9., 8., 9.], val_fused_R10=[9., 9., 9.]))
+    h.to_csv(folder/'history.csv', index=False)
+    e = U.gather(drawn)
+    assert U.selection_on_test(e)[0]['verdict'] == U.NOT_RUN
+    assert {f['reading']: f['verdict'] for f in U.selections(e)} == {'R1': 'default', 'mAP': U.NOT_RUN, 'sum': ''}     # the sum chooses the same epoch
+    h.assign(test_fused_R1=[1., 2., 5.]).to_csv(folder/'history.csv', index=False)
+    assert U.selection_on_test(e)[0]['diff'] == 3 and {f['reading']: f['diff'] for f in U.selections(e)}['mAP'] == 3
+
+
+# ---- the grid of readings
+
+def test_each_reading_changes_what_it_says_and_nothing_else():
+    for base in (make_config(), make_config('synth', 'smoke')):
+        for c in audit_grid('synth', base.preset):
+            usual = make_config('synth', base.preset, c.variant).model_dump()
+            changed = {k for k, v in c.model_dump().items() if usual[k] != v} - {'tag', 'folder'}
+            assert changed == set(layout_options(None, c.tag)) and changed, c.tag
+    assert {c.tag for c in audit_grid()} & set(DATA) == {CLOTHES, *(t for t in DATA if t.startswith('synth_error'))}
+
+
+def test_the_audit_finds_the_runs_that_the_grid_makes(tmp_path):
+    made = set()
+    for c in audit_grid('synth', 'smoke'):
+        demo_run(run_dir(c, tmp_path), c)
+        assert own_options(run_dir(c, tmp_path)) == {}, c.tag
+        made.add((c.variant, c.tag))
+    base, tables = make_config('synth', 'smoke'), {(c.variant, c.tag) for c in grid('synth', 'smoke')}
+    for r in READINGS: assert {reading_run(r, base), reading_reference(r, base)} <= made | tables
+
+
+def test_a_default_that_moves_takes_its_reading_with_it():
+    tags = {c.tag for c in audit_grid(hsic_kernel='cka', tau=.07)}
+    assert 'hsic_kernel=cka' not in tags and {'hsic_kernel=linear_normalized', 'tau=0.05', 'tau=0.1'} <= tags
+    assert all(c.tau == .07 for c in audit_grid(tau=.07) if not c.tag.startswith('tau='))
+    names = [r.name for r in U.all_readings(make_config(tau=.07)) if r.n == 20]
+    assert names.count('tau=0.07') == 1
+
+
+def test_tags_and_folders_are_distinct():
+    runs = [*grid(), *audit_grid(seeds=(0, 1))]
+    assert len({run_dir(c) for c in runs}) == len(runs) and all(isinstance(c, Config) for c in runs)
+
+
+# ---- claims, ceilings
+
+def test_settling():
+    rows = lambda *v: [dict(verdict=x, rule=U.DECIDES) for x in v]
+    kinds = ('for', 'against', 'open', U.NOT_RUN)
+    for n in (1, 2, 3):
+        for v in combinations(kinds, n):
+            want = 'does not' if {'against', 'open'} & set(v) else U.NOT_RUN if U.NOT_RUN in v else 'holds'
+            assert U.settle(rows(*v)) == want
+
+
+@pytest.mark.parametrize('layout', ['cuhk', 'icfg', 'rstp'])
+def test_captions_are_heard_in_every_layout(layout):
+    s = U.spec_of(make_config('synth', synth_layout=layout, synth_train_ids=2, synth_val_ids=1, synth_test_ids=12), True)
+    texts, heard = [t for r in U.gallery_rows(s) for t in r['captions']], U.captions_heard(s)
+    assert len(texts) == len(heard)
+    for text, h in zip(texts, heard):
+        assert ('scarf' in text.lower()) == ('scarf_color' in h) and ('beard' in text.lower()) == ('beard' in h)
+        assert h['upper_type'] and 'gender' in h and not {False, 'average', 'plain'} & set(h.values())
+
+
+def test_ceilings_where_clothes_change():
+    c = make_config('synth', 'smoke', synth_test_ids=40)
+    kept, changed = U.perfect(c, False), U.perfect(c, True)
+    assert changed['clothing']['R1 other'].mean() < 20 < kept['clothing']['R1 other'].mean()     # clothes mislead, or tell all
+    assert abs(changed['identity']['R1 other'].mean() - kept['identity']['R1 other'].mean()) < 10
+
+
+def test_other_pictures_never_show_the_own():
+    scores = torch.eye(6).double()
+    r = U.other_pictures(scores, np.arange(6), np.array([0, 0, 0, 1, 1, 1]))
+    assert np.allclose(r['R1'], .5)
+    same = torch.tensor([[0., 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]).double()
+    assert (U.other_pictures(same, np.arange(4), np.array([0, 0, 1, 1]))['R1'] == 1).all()
+
+
+def test_clothes_are_changed_once(made):
+    p, _, _ = made
+    f = p.runs_path/'synth/smoke/full/seed0/features-clothes_change.safetensors'
+    before = f.stat().st_mtime_ns
+    e = U.gather(p)
+    U.changed(e, U.FULL)
+    assert f.stat().st_mtime_ns == before
+    shutil.copy(p.runs_path/'synth/smoke/baseline/seed0'/f.name, f)                 # of another model
+    U.changed(e, U.FULL)
+    assert U.read_tensors(f)[1]['config_hash'] == json.loads((f.parent/'config.json').read_text())['config_hash']
+
+
+def test_real_data_has_no_factors(made):
+    p, _, _ = made
+    e = U.gather(p)
+    e.base = make_config('cuhk')
+    for rows in (U.part_d(e), U.part_e(e), U.robust(e)): assert [f['verdict'] for f in rows] == [U.NOT_HERE]
+
+
+def test_dependence_needs_a_pairing():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 5)), rng.normal(size=(60, 5))
+    assert U.dependence(x, np.abs(x))[2] < .05 < U.dependence(x, y)[2]
+
+
+def test_no_name_of_the_module_is_taken_for_a_test():
+    assert not [n for n in dir(U) if n.startswith('test_')]

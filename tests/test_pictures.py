@@ -1,0 +1,204 @@
+"Figures 1 and 2: the queries that are counted, the maps, the drawing that follows the configuration, files to print."
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bdam_repro import pictures as P
+from bdam_repro.artifacts import save_figure
+from bdam_repro.config import VARIANTS, UserError, make_config
+from bdam_repro.model import build_model
+from bdam_repro.ranked import HIT, MISS, load_run
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "Two smoke runs."
+    return P.smoke_runs(tmp_path_factory.mktemp('made'))
+
+
+@pytest.fixture(scope='module')
+def pair(made):
+    runs = [load_run(f, made.data_root, progress=False) for f in P.run_pairs(made)[0]]
+    return runs, [P.kept_answers(r.folder) for r in runs]
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    "The runs, to be spoiled."
+    shutil.copytree(made.runs_path, tmp_path/'runs')
+    return made.model_copy(update=dict(runs=str(tmp_path/'runs')))
+
+
+def smoke(variant='full', **options): return build_model(make_config('synth', 'smoke', variant, **options))
+
+
+def answers(*right, rows=None):
+    "A run that has queries right to this degree."
+    return dict(q_rows=np.arange(len(right)) if rows is None else rows, results=dict(dual=SimpleNamespace(R1=np.array(right))))
+
+
+# ---- which runs
+
+def test_bdam_stands_in_for_full(copied):
+    folder = copied.runs_path/'synth'/'smoke'
+    (folder/'full').rename(folder/'bdam')
+    assert [f.parent.name for f in P.run_pairs(copied)[0]] == ['baseline', 'bdam']
+
+
+def test_seeds_that_only_one_has_are_left_out(copied):
+    folder = copied.runs_path/'synth'/'smoke'
+    for variant, seeds in (('baseline', (2, 10)), ('full', (3, 10))):
+        for s in seeds: shutil.copytree(folder/variant/'seed0', folder/variant/f'seed{s}')
+    assert list(P.run_pairs(copied)) == [0, 10]
+    (folder/'full'/'seed0'/'metrics.json').unlink()                     # unfinished
+    assert list(P.run_pairs(copied)) == [10]
+    (folder/'full'/'seed10'/'best.safetensors').unlink()                # kept without its weights
+    with pytest.raises(UserError, match='no seed has finished runs with weights of both baseline and full'): P.run_pairs(copied)
+
+
+# ---- which queries
+
+def test_a_tie_at_the_top_is_not_right():
+    rows = P.outcomes(answers(1, 1, 0, .5, 0), answers(1, .5, 1, 1, 0))
+    assert {k: list(q) for k, q in rows.items()} == {'Only BDAM is right': [2, 3], 'Only the baseline is right': [1], 'Both are right': [0], 'Neither is right': [4]}
+
+
+def test_other_queries_are_refused():
+    with pytest.raises(UserError, match='tested on different queries'): P.outcomes(answers(1, 0), answers(1, 0, rows=np.array([0, 2])))
+
+
+def test_examples_are_the_first_of_their_kind(pair):
+    runs, kept = pair
+    rows = P.outcomes(*kept)
+    examples = P.find_examples(runs, kept)
+    assert [x.kind for x in examples] == [k for k in P.KINDS if len(rows[k])][:2]
+    for x in examples:
+        q = rows[x.kind][0]
+        assert x.own == kept[0]['q_rows'][q] and (x.count, x.of) == (len(rows[x.kind]), len(kept[0]['q_rows']))
+        assert [r.place for r in x.ranked] == [float(e['results']['dual'].rank[q]) for e in kept]
+
+
+def test_models_that_agree_are_shown_agreeing(pair):
+    runs, kept = pair
+    assert [x.kind for x in P.find_examples(runs, [kept[0], kept[0] | dict(top=kept[1]['top'])])] == ['Both are right', 'Neither is right']
+
+
+# ---- maps
+
+@pytest.mark.parametrize('grid, count', [((8, 4), 32), ((24, 8), 24), ((14, 14), 49), ((9, 3), 10), ((1, 1), 1)])
+def test_windows_tile_the_grid(grid, count):
+    n, corners = P.windows(grid)
+    seen = np.zeros(grid, int)
+    for y, x in corners: seen[y:y + n, x:x + n] += 1
+    assert (seen == 1).all() and len(corners) == count <= 64
+
+
+@pytest.mark.parametrize('size', [(64, 32), (48, 80), (144, 32)])
+def test_shares_sum_to_one_and_come_from_the_right_place(size):
+    model = smoke(image_height=size[0], image_width=size[1])
+    image = torch.randint(256, (3, *size), dtype=torch.uint8)
+    n, corners = P.windows(model.vision.grid)
+    gray = P.hide(model, image, corners[:2])
+    for name, s in P.patch_shares(model, gray).items():
+        assert s.shape == tuple(-(-g//n) for g in model.vision.grid) and s.sum() == pytest.approx(1, abs=1e-5), name
+        assert (s.ravel()[:2] < 1e-8).all() and (s.ravel()[2:] > 1e-8).all(), name
+
+
+def test_a_feature_that_nothing_moves_has_an_even_map():
+    model = smoke('baseline')
+    for q in model.bdam.proj.parameters(): torch.nn.init.ones_(q)       # f_id has one direction
+    torch.nn.init.zeros_(model.bdam.norm.weight)
+    s = P.patch_shares(model, torch.randint(256, (3, 64, 32), dtype=torch.uint8))['f_id']
+    assert np.allclose(s, 1/8)
+
+
+# ---- the drawing
+
+@pytest.fixture(scope='module')
+def traced(): return {v: (m := smoke(v), P.trace(m)) for v in VARIANTS if not v.startswith('style_')}
+
+
+def test_each_parameter_stands_in_one_box(traced):
+    for v, (m, t) in traced.items():
+        assert sum(x.params for x in t.parts.values()) == t.total == sum(q.numel() for q in m.parameters()), v
+
+
+def test_losses_and_boxes_follow_the_configuration(traced):
+    losses = {v: set(t.losses) for v, (_, t) in traced.items()}
+    assert losses['full'] == {'align', 'triplet', 'clothing', 'decouple', 'gate', 'fusion'}
+    for v, term in (('no_infonce', 'align'), ('no_triplet', 'triplet'), ('no_adversarial', 'clothing'), ('no_decoupling', 'decouple'), ('no_gate_reg', 'gate'), ('bdam', 'fusion')):
+        assert losses['full'] - losses[v] == {term}, v
+    boxes = {v: set(t.parts) for v, (_, t) in traced.items()}
+    assert boxes['fusion'] - boxes['fusion_no_gate'] == {'weights'} and boxes['fusion'] - boxes['fusion_no_mamba'] == {'mixer'}
+    assert boxes['bdam'] - boxes['bdam_no_gate'] == {'gate'}
+
+
+def test_tracing_leaves_no_trace():
+    m, c = smoke().train(), make_config('synth', 'smoke')
+    before, state = torch.get_rng_state(), {k: v.clone() for k, v in m.state_dict().items()}
+    P.trace(m)
+    assert m.training and m.config == c and torch.equal(before, torch.get_rng_state())
+    assert not any(x._forward_hooks for x in m.modules()) and all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
+
+
+READINGS = [dict(fusion_input='tokens', fusion_text='identity', id_text='both'), dict(fusion_loss='triplet', clothing='matching_grl', fusion_grad=True), dict(id_text='generated', text_pool='cls'),
+            dict(fusion_text='clothing', bdam_order='between', clothing='both', keep_cls=True), dict(align_loss='sdm', fusion_loss='infonce', clothing='literal')]
+
+
+@pytest.mark.parametrize('options', READINGS, ids=lambda o: '-'.join(map(str, o.values())))
+def test_readings_are_drawn_without_collisions(options):
+    m = smoke(**options)
+    assert P.collisions(P.plot_model(m, P.trace(m), 'words')) == []
+
+
+@pytest.mark.parametrize('variant', ['full', 'baseline', 'bdam_no_cross', 'bdam_no_gate', 'fusion', 'fusion_no_gate', 'fusion_no_mamba', 'fusion_transformer4', 'tal'])
+def test_variants_are_drawn_without_collisions(variant, traced):
+    m, t = traced[variant]
+    fig = P.plot_model(m, t, P.caption2(t, m.config, 'source'))
+    assert P.collisions(fig) == [] and fig.get_size_inches()[0] == P.WIDTH
+
+
+def test_a_collision_is_seen(traced):
+    m, t = traced['full']
+    fig = P.plot_model(m, t, 'words')
+    fig.axes[0].texts[0].set_text('a name that is too long for any box')
+    assert any(where == 'box' for _, where in P.collisions(fig))
+
+
+def test_without_a_run_the_drawing_says_untrained(made):
+    model, source = P.running_model(made.model_copy(update=dict(runs='nowhere')))
+    assert 'untrained' in source and 'SynthPEDES' in source and model.config.variant == 'full'
+    model, source = P.running_model(made)
+    assert 'untrained' not in source and 'score fused' in source
+    assert json.loads((made.runs_path/'synth'/'smoke'/'full'/'seed0'/'provenance.json').read_text())['code'] in source
+
+
+# ---- to print
+
+def figures(made, pair):
+    (runs, kept), (model, source) = pair, P.running_model(made)
+    t = P.trace(model)
+    yield 'fig1', P.plot_examples(P.find_examples(runs, kept), runs[0], P.caption1(runs))
+    yield 'fig2', P.plot_model(model, t, P.caption2(t, model.config, source))
+
+
+def test_files_are_small_and_the_same_again(made, pair):
+    first = {f.name: f.read_bytes() for name, fig in figures(made, pair) for f in save_figure(fig, name, made)}
+    again = {f.name: f.read_bytes() for name, fig in figures(made, pair) for f in save_figure(fig, name, made)}
+    assert first == again and set(first) == {'fig1.pdf', 'fig1.png', 'fig2.pdf', 'fig2.png'}
+    assert max(map(len, first.values())) < 2**20
+    for n in (1, 2): assert Image.open(made.figures_path/f'fig{n}.png').width == 200*P.WIDTH
+
+
+def test_captions_say_where_it_is_from(pair):
+    words = P.caption1(pair[0])
+    for part in ('SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code '): assert part in words
+
+
+def test_a_hit_is_told_by_more_than_its_color():
+    assert HIT['linewidth'] >= 3*MISS['linewidth']
