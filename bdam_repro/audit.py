@@ -101,14 +101,19 @@ class Evidence:
     draws: int = 2000            # bootstrap replicates
     cache: dict = field(default_factory=dict)
 
+    @functools.cached_property
+    def sides(self) -> dict[Side, tuple[pd.DataFrame, list[Path]]]:
+        "Rows and folders by variant and tag."
+        groups = {k: g.sort_values(['seed', 'score']) for k, g in self.runs.groupby(['variant', 'tag'])}
+        return {k: (g, [run_folder(self.p.runs_path, r) for r in g.drop_duplicates('seed').itertuples()]) for k, g in groups.items()}
+
     def rows(self, side: Side) -> pd.DataFrame:
         "The runs' rows, under every score."
-        t = self.runs[(self.runs['variant'] == side[0]) & (self.runs['tag'] == side[1])]
-        return t.sort_values(['seed', 'score'])
+        return self.sides[side][0] if side in self.sides else self.runs.iloc[:0]
 
     def folders(self, side: Side) -> list[Path]:
         "A folder a seed; none where nothing is finished."
-        return [run_folder(self.p.runs_path, r) for r in self.rows(side).drop_duplicates('seed').itertuples()]
+        return self.sides[side][1] if side in self.sides else []
 
     @functools.cached_property
     def dataset(self) -> PedesDataset: return load_data(self.base, progress=False)
@@ -179,7 +184,8 @@ def compare(e: Evidence, a: Side, b: Side, metric: str = 'R1', score: str = 'own
     if not (e.folders(a) and e.folders(b)): return source(e, a, b) | (dict(value=query_values(e, a, metric, score)[0].mean()) if e.folders(a) else {})
     (x, rows), (y, other) = query_values(e, a, metric, score), query_values(e, b, metric, score)
     if not np.array_equal(rows, other): raise UserError(f'{side_name(a)} and {side_name(b)} were tested on other queries: was the data drawn anew between them?')
-    return dict(value=x.mean(), **interval(paired_bootstrap(share*x, y, n=e.draws, groups=rows))) | source(e, a, b)
+    d = once(e, ('compare', a, b, metric, score, share), lambda: interval(paired_bootstrap(share*x, y, n=e.draws, groups=rows)))
+    return dict(value=x.mean()) | d | source(e, a, b)
 
 def interval(x: tuple[float, float, float]) -> dict[str, float]: return dict(zip(('diff', 'lo', 'hi'), x))
 
@@ -748,7 +754,7 @@ LAYERS = {'mamba': ('mamba', 2), 'transformer 2': ('transformer', 2), 'transform
 def lengths(c: Config) -> tuple[int, int, int]:   # pooled; tokens; a long one
     "The sequences that occur, and one that shows the growth."
     patch = c.vision['patch'] if isinstance(c.vision, dict) else 16
-    return 1, (c.image_height//patch)*(c.image_width//patch) + c.max_length, 1024
+    return 1, (c.image_height//patch)*(c.image_width//patch) + c.max_length, 512
 
 def layer_flops(name: str, length: int, c: Config) -> int:
     "Of one sequence through the layers of a fusion, forward."
@@ -759,7 +765,7 @@ def layer_flops(name: str, length: int, c: Config) -> int:
 
 # %% ../nbs/80_audit.ipynb #800115
 @torch.no_grad()
-def layer_seconds(name: str, length: int, c: Config, batch: int = 8, repeats: int = 5) -> float:
+def layer_seconds(name: str, length: int, c: Config, batch: int = 4, repeats: int = 4) -> float:
     "The quickest of some forward passes through the layers of a fusion, on the CPU with one thread."
     threads, (kind, n) = torch.get_num_threads(), LAYERS[name]
     layers = mixer_layers(kind, n, c.fusion_dim, 0., c.d_state, c.d_conv, c.fusion_heads).eval()

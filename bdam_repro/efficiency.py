@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'LAYERS', 'LENGTHS', 'COSTS', 'INNER', 'AXES', 'FORMAT', 'UNIT', 'LOOK', 'LINE', 'HEADS', 'PAPER_LENGTH',
-           'PANELS', 'fusion_config', 'Sizes', 'sizes', 'lone_fusion', 'params', 'layer_flops', 'fusion_flops',
-           'pair_inputs', 'call', 'one_core', 'clock', 'seconds', 'peak_bytes', 'training_step', 'scoring_step',
-           'number_of_pairs', 'map_of', 'measure_fusions', 'demo_fusions', 'plain_attention', 'attention_by',
-           'layer_step', 'layer_costs', 'cost_of', 'growth', 'crossing', 'crossings', 'axis_ends', 'radius', 'digits',
-           'si', 'corner', 'draw_radar', 'draw_values', 'value_text', 'draw_cost', 'seeds_of', 'words',
-           'plot_efficiency']
+           'PANELS', 'fusion_config', 'fusion_configs', 'Sizes', 'sizes', 'lone_fusion', 'params', 'layer_flops',
+           'fusion_flops', 'pair_inputs', 'call', 'one_core', 'clock', 'seconds', 'peak_bytes', 'training_step',
+           'scoring_step', 'number_of_pairs', 'map_of', 'measure_fusions', 'demo_fusions', 'plain_attention',
+           'attention_by', 'layer_step', 'layer_costs', 'cost_of', 'growth', 'crossing', 'crossings', 'axis_ends',
+           'radius', 'digits', 'si', 'corner', 'draw_radar', 'draw_values', 'value_text', 'draw_cost', 'seeds_of',
+           'words', 'plot_efficiency']
 
 # %% ../nbs/73_efficiency.ipynb #730004
 import json
@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # %% ../nbs/73_efficiency.ipynb #730005
 from . import bdam
-from .artifacts import ArtifactParameters, collect_runs, demo_run
+from .artifacts import ArtifactParameters, collect_runs, demo_run, own_options
 from .config import Config, make_config, run_dir
 from .encoders import KINDS, text_config, vision_config
 from .features import DARK, STYLE, write_caption
@@ -52,14 +52,23 @@ FUSIONS = {'Simple': ('fusion_simple', {}),                                    #
 
 def fusion_config(name: str,                   # one of `FUSIONS`
                   dataset: str = 'synth',
-                  preset: str | None = None
+                  preset: str | None = None,
+                  **own                        # options that the runs have besides
                  ) -> Config:                  # of the run that trains it
     "A reading that is the default has no run of its own (`65_grid`)."
     variant, options = FUSIONS[name]
     _, tag = reading_run(Reading(3, options, variant=variant), make_config(dataset, preset))
-    return make_config(dataset, preset, variant, tag=tag, **options)
+    return make_config(dataset, preset, variant, tag=tag, **own | options)
 
 # %% ../nbs/73_efficiency.ipynb #730011
+def fusion_configs(p: ArtifactParameters) -> dict[str, Config]:   # by name, in the order of `FUSIONS`
+    "The six, with the options of the finished runs. Raises `UserError` where a run folder is broken."
+    plain = {name: fusion_config(name, p.dataset, p.preset) for name in FUSIONS}
+    done = [f.parent for c in plain.values() for f in sorted(run_dir(c, p.runs_path).parent.glob('seed*/metrics.json'))]
+    own = own_options(done[0]) if done else {}
+    return {name: fusion_config(name, p.dataset, p.preset, **own) for name in FUSIONS}
+
+# %% ../nbs/73_efficiency.ipynb #730013
 @dataclass(frozen=True)
 class Sizes:
     "What enters a fusion."
@@ -75,7 +84,7 @@ def sizes(c: Config) -> Sizes:
     v, t = (KINDS[s['type']][0].from_dict(s['network']) for s in saved)
     return Sizes(c.dim, t.projection_dim if 'clip' in t.model_type else t.hidden_size, (c.image_height//v.patch_size)*(c.image_width//v.patch_size), c.max_length)
 
-# %% ../nbs/73_efficiency.ipynb #730013
+# %% ../nbs/73_efficiency.ipynb #730015
 def lone_fusion(c: Config) -> MambaFusion:
     "The fusion of a configuration, by itself, at a random start."
     s = sizes(c)
@@ -83,7 +92,7 @@ def lone_fusion(c: Config) -> MambaFusion:
 
 def params(m: nn.Module) -> int: return sum(p.numel() for p in m.parameters())
 
-# %% ../nbs/73_efficiency.ipynb #730016
+# %% ../nbs/73_efficiency.ipynb #730018
 def layer_flops(kind: str,          # 'mamba', 'transformer', 'simple', 'none'
                 batch: int, length: int, dim: int,
                 d_state: int = 16, d_conv: int = 4
@@ -95,7 +104,7 @@ def layer_flops(kind: str,          # 'mamba', 'transformer', 'simple', 'none'
         return mamba_flops(batch, length, dim, d_state, d_conv) - scan, scan
     return {'transformer': 2*tokens*12*dim**2 + 4*batch*length**2*dim, 'simple': 2*tokens*4*dim**2, 'none': 0}[kind], 0
 
-# %% ../nbs/73_efficiency.ipynb #730017
+# %% ../nbs/73_efficiency.ipynb #730019
 def fusion_flops(c: Config) -> tuple[int, int]:  # of the dense part, of the scan
     "FLOPs of the fusion of one pair, forward: alignment, gate, layers, projection, match head."
     s, D = sizes(c), c.fusion_dim
@@ -106,7 +115,7 @@ def fusion_flops(c: Config) -> tuple[int, int]:  # of the dense part, of the sca
     n = 0 if c.fusion_kind == 'none' else c.fusion_layers
     return dense + n*layer[0], n*layer[1]
 
-# %% ../nbs/73_efficiency.ipynb #730019
+# %% ../nbs/73_efficiency.ipynb #730021
 def pair_inputs(c: Config, pairs: int, device: torch.device | str = 'cpu') -> tuple[Tensor, ...]:
     "Random features of some pairs, in the reading of the configuration; every text has its full length."
     s = sizes(c)
@@ -118,7 +127,7 @@ def call(fusion: MambaFusion, inputs: tuple[Tensor, ...]):
     "The pooled or the token reading, by what is given."
     return fusion(*inputs) if len(inputs) == 2 else fusion.forward_tokens(*inputs)
 
-# %% ../nbs/73_efficiency.ipynb #730025
+# %% ../nbs/73_efficiency.ipynb #730027
 @contextmanager
 def one_core() -> Iterator[None]:
     "PyTorch on one thread, for as long as this lasts."
@@ -133,7 +142,7 @@ def clock(device: torch.device) -> float:
     torch.cuda.synchronize(device)
     return time.perf_counter()
 
-# %% ../nbs/73_efficiency.ipynb #730026
+# %% ../nbs/73_efficiency.ipynb #730028
 def seconds(step: Callable[[], object],   # what is timed; has run before
             device: torch.device,
             budget: float = .5,           # no repeat is begun that would probably pass it
@@ -147,7 +156,7 @@ def seconds(step: Callable[[], object],   # what is timed; has run before
         found.append(clock(device) - start)
     return statistics.median(found), len(found)
 
-# %% ../nbs/73_efficiency.ipynb #730029
+# %% ../nbs/73_efficiency.ipynb #730031
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     "The most that a step has allocated at once."
     if device.type == 'cuda':
@@ -163,7 +172,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         events = json.loads(Path(f'{folder}/trace.json').read_text())['traceEvents']
     return max((e['args']['Total Allocated'] for e in events if e['name'] == '[memory]'), default=0)
 
-# %% ../nbs/73_efficiency.ipynb #730033
+# %% ../nbs/73_efficiency.ipynb #730035
 def training_step(fusion: MambaFusion, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
     "Forward and backward, gradients dropped at the end."
     fusion.train()
@@ -180,14 +189,14 @@ def scoring_step(fusion: MambaFusion, inputs: tuple[Tensor, ...]) -> Callable[[]
         with torch.no_grad(): call(fusion, inputs)
     return step
 
-# %% ../nbs/73_efficiency.ipynb #730035
+# %% ../nbs/73_efficiency.ipynb #730037
 def number_of_pairs(configs: Iterable[Config], device: torch.device) -> int:
     "A power of two, up to 256 (4,096 on a GPU), such that the longest sequences hold at most 2^21 (2^26) numbers."
     most, room = (4096, 2**26) if device.type == 'cuda' else (256, 2**21)
     longest = max((sizes(c).patches + sizes(c).words)*c.fusion_dim for c in configs)
     return int(2**np.floor(np.log2(np.clip(room/longest, 1, most))))
 
-# %% ../nbs/73_efficiency.ipynb #730036
+# %% ../nbs/73_efficiency.ipynb #730038
 def map_of(c: Config, runs: pd.DataFrame) -> dict[str, float | int | str]:
     "Mean and sd of the test mAP over a fusion's runs; without runs NaN, n = 0."
     t = runs[(runs['variant'] == c.variant) & (runs['tag'] == c.tag) & (runs['score'] == 'fused')].sort_values('seed')
@@ -198,8 +207,8 @@ def measure_fusions(p: ArtifactParameters,
                     budget: float = .5        # seconds for a measurement
                    ) -> pd.DataFrame:         # a row a fusion
     "The five axes, mAP from the finished runs of `p`. Raises `UserError` where a run folder is broken."
-    configs = {name: fusion_config(name, p.dataset, p.preset) for name in FUSIONS}
-    runs, pairs = collect_runs(p.runs_path, [p.config.dataset], p.config.preset), number_of_pairs(configs.values(), device)
+    runs, configs = collect_runs(p.runs_path, [p.config.dataset], p.config.preset), fusion_configs(p)
+    pairs = number_of_pairs(configs.values(), device)
     rows = []
     for name, c in configs.items():
         torch.manual_seed(0)
@@ -210,7 +219,7 @@ def measure_fusions(p: ArtifactParameters,
         rows.append(row | dict(speed=pairs/seconds(scoring_step(fusion, inputs), device, budget)[0]) | map_of(c, runs))
     return pd.DataFrame(rows).set_index('fusion')
 
-# %% ../nbs/73_efficiency.ipynb #730038
+# %% ../nbs/73_efficiency.ipynb #730040
 def demo_fusions(folder: str | Path,
                  without: Iterable[str] = ()     # fusions that have no run
                 ) -> ArtifactParameters:
@@ -221,7 +230,7 @@ def demo_fusions(folder: str | Path,
             demo_run(run_dir(c, Path(folder)/'runs'), c)
     return ArtifactParameters(preset='smoke', runs=str(Path(folder)/'runs'), figures=str(Path(folder)/'figures'))
 
-# %% ../nbs/73_efficiency.ipynb #730042
+# %% ../nbs/73_efficiency.ipynb #730044
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:  # as `bdam.attend`
     "softmax(QKᵀ/√d) V, written out."
     s = (q @ k.transpose(-1, -2))*q.shape[-1]**-.5
@@ -230,7 +239,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 LAYERS = {'Mamba': ('mamba', None), 'Transformer, plain attention': ('transformer', plain_attention),
           'Transformer, fused attention': ('transformer', F.scaled_dot_product_attention)}
 
-# %% ../nbs/73_efficiency.ipynb #730043
+# %% ../nbs/73_efficiency.ipynb #730045
 @contextmanager
 def attention_by(kernel: Callable | None  # None: as it is
                 ) -> Iterator[None]:
@@ -240,7 +249,7 @@ def attention_by(kernel: Callable | None  # None: as it is
     try: yield
     finally: bdam.attend = usual
 
-# %% ../nbs/73_efficiency.ipynb #730045
+# %% ../nbs/73_efficiency.ipynb #730047
 LENGTHS = 64, 128, 256, 512, 1024, 2048, 4096
 
 def layer_step(kind: str, length: int, c: Config, device: torch.device) -> tuple[Callable[[], None], int]:
@@ -255,7 +264,7 @@ def layer_step(kind: str, length: int, c: Config, device: torch.device) -> tuple
         layers.zero_grad(set_to_none=True)
     return step, len(x)
 
-# %% ../nbs/73_efficiency.ipynb #730047
+# %% ../nbs/73_efficiency.ipynb #730049
 def layer_costs(device: torch.device,
                 lengths: Iterable[int] = LENGTHS,    # ascending
                 c: Config | None = None,             # whose fusion; None: the paper's
@@ -281,7 +290,7 @@ def cost_of(step: Callable[[], None], sequences: int, device: torch.device, budg
     took, repeats = seconds(step, device, budget)
     return dict(sequences=sequences, repeats=repeats, memory=memory/sequences, seconds=took/sequences)
 
-# %% ../nbs/73_efficiency.ipynb #730051
+# %% ../nbs/73_efficiency.ipynb #730053
 COSTS = {'seconds': 'seconds', 'memory': 'peak memory', 'flops': 'FLOPs'}
 
 def growth(costs: pd.DataFrame,      # of `layer_costs`
@@ -293,7 +302,7 @@ def growth(costs: pd.DataFrame,      # of `layer_costs`
         return float(np.polyfit(np.log2(t['length']), np.log2(t[what]), 1)[0]) if len(t) > 1 else float('nan')
     return pd.DataFrame({name: {w: power(t, what) for what, w in COSTS.items()} for name, t in costs.groupby('layers', sort=False)}).T
 
-# %% ../nbs/73_efficiency.ipynb #730053
+# %% ../nbs/73_efficiency.ipynb #730055
 def crossing(costs: pd.DataFrame, rival: str, what: str) -> int | None:
     "The shortest length from which on Mamba costs less than a rival; None where it does not at the longest."
     t = costs.pivot(index='length', columns='layers', values=what)[['Mamba', rival]].dropna()
@@ -308,7 +317,7 @@ def crossings(costs: pd.DataFrame) -> str:
         return f'than the {rival}: ' + ('not up to the longest' if L is None else f'from L = {L:,} on')
     return '\n'.join(f'{w}: Mamba costs less ' + '; '.join(one(r, what) for r in LAYERS if r != 'Mamba') for what, w in COSTS.items())
 
-# %% ../nbs/73_efficiency.ipynb #730056
+# %% ../nbs/73_efficiency.ipynb #730058
 INNER = .22                                   # radius of the inner ring
 AXES = {'Params': ('params', min), 'FLOPs': ('flops', min), 'Memory': ('memory', min), 'mAP': ('mAP', max), 'Speed': ('speed', max)}   # column, which end is good
 
@@ -324,7 +333,7 @@ def radius(x: float, inner: float, rim: float, log: bool) -> float:   # INNER �
     if log: x, inner, rim = np.log([x, inner, rim])
     return 1. if inner == rim else INNER + (1 - INNER)*(x - inner)/(rim - inner)
 
-# %% ../nbs/73_efficiency.ipynb #730059
+# %% ../nbs/73_efficiency.ipynb #730061
 def digits(x: float) -> str:
     "Three digits, without an exponent."
     return f'{x:.0f}' if x >= 99.95 else f'{x:.1f}' if x >= 9.995 else f'{x:.2f}'
@@ -337,7 +346,7 @@ def si(x: float) -> str:
 FORMAT = {'params': si, 'flops': si, 'memory': lambda x: digits(x/2**20), 'speed': si, 'mAP': lambda x: f'{x:.1f}'}
 UNIT = {'memory': ' MiB', 'mAP': ' %', 'speed': ' /s'}
 
-# %% ../nbs/73_efficiency.ipynb #730062
+# %% ../nbs/73_efficiency.ipynb #730064
 LOOK = {'Simple': dict(color='0.55', ls=':', marker='o', mfc='white'),
         'Mamba (pooled)': dict(color=DARK, ls='-', marker='s', lw=1.6),
         'Mamba (tokens)': dict(color=DARK, ls='-', marker='s', mfc='white'),
@@ -354,7 +363,7 @@ def corner(i: int, r: float = 1.) -> tuple[float, float]:
     a = np.pi/2 - 2*np.pi*i/len(AXES)
     return r*np.cos(a), r*np.sin(a)
 
-# %% ../nbs/73_efficiency.ipynb #730063
+# %% ../nbs/73_efficiency.ipynb #730065
 def draw_radar(ax, table: pd.DataFrame) -> None:
     "The radar, each axis with its two ends in its own unit."
     for r in (INNER, (1 + INNER)/2, 1): ax.add_patch(_polygon([corner(i, r) for i in range(len(AXES))]))
@@ -375,7 +384,7 @@ def _polygon(points):
     from matplotlib.patches import Polygon
     return Polygon(points, fill=False, edgecolor='0.8', linewidth=.6, zorder=0)
 
-# %% ../nbs/73_efficiency.ipynb #730065
+# %% ../nbs/73_efficiency.ipynb #730067
 HEADS = {'params': ('Params', .455), 'flops': ('FLOPs', .58), 'memory': ('MiB', .685), 'speed': ('pairs/s', .81), 'mAP': ('mAP', 1)}   # head, right edge
 
 def draw_values(ax, table: pd.DataFrame) -> None:
@@ -395,7 +404,7 @@ def value_text(r: pd.Series, column: str) -> str:
     if pd.isna(r[column]): return '–'
     return FORMAT[column](r[column]) + (f' ± {r["sd"]:.1f}' if column == 'mAP' and r['n'] > 1 else '')
 
-# %% ../nbs/73_efficiency.ipynb #730067
+# %% ../nbs/73_efficiency.ipynb #730069
 PAPER_LENGTH = 14*14 + 77      # vit-base-patch16-224, and our longest text
 
 def draw_cost(ax, costs: pd.DataFrame, what: str, scale: float, marks: dict[str, int]) -> None:
@@ -412,14 +421,14 @@ def draw_cost(ax, costs: pd.DataFrame, what: str, scale: float, marks: dict[str,
     ax.set(xscale='log', yscale='log', xlabel='tokens in a sequence', xticks=L, xlim=(L[0]/1.2, L[-1]*1.2), yticks=ticks, ylim=(low/1.6, high*1.6))
     ax.set_xticklabels([f'{v:,}' if i % 2 == 0 else '' for i, v in enumerate(L)]); ax.set_yticklabels([f'{t:g}' for t in ticks]); ax.minorticks_off()
 
-# %% ../nbs/73_efficiency.ipynb #730068
+# %% ../nbs/73_efficiency.ipynb #730070
 def seeds_of(table: pd.DataFrame) -> str:
     "Which seeds the mAP is of; first those of most fusions, then the exceptions by name."
     groups = sorted(table.groupby('seeds', sort=False).groups.items(), key=lambda g: (not g[0], -len(g[1])))
     say = lambda s: 'no run yet' if not s else f'seed{"s" if " " in s else ""} {s.replace(" ", ", ")}'
     return '; '.join(('' if k == 0 else ', '.join(names) + ': ') + say(s) for k, (s, names) in enumerate(groups))
 
-# %% ../nbs/73_efficiency.ipynb #730070
+# %% ../nbs/73_efficiency.ipynb #730072
 def words(table: pd.DataFrame, costs: pd.DataFrame, p: ArtifactParameters, device: torch.device) -> str:
     "The caption: dataset, preset, seeds, device, code version, what is shown and what was left out."
     c, what = make_config('cuhk', 'paper'), ' (rendered; no photographs)' if p.dataset == 'synth' else ''
@@ -432,7 +441,7 @@ def words(table: pd.DataFrame, costs: pd.DataFrame, p: ArtifactParameters, devic
             + ('Left out for time: ' + '; '.join(f'{n} from {L:,} on' for n, L in left_out.items()) + '. ' if len(left_out) else '')
             + f'Measured in float32 on {machine}, code {code_version()}.')
 
-# %% ../nbs/73_efficiency.ipynb #730071
+# %% ../nbs/73_efficiency.ipynb #730073
 PANELS = (('seconds', 1, '(b) Seconds per 1,000 tokens'), ('memory', 2**20, '(c) Peak MiB per 1,000 tokens'), ('flops', 1e9, '(d) GFLOPs per 1,000 tokens'))
 
 def plot_efficiency(table: pd.DataFrame,       # of `measure_fusions`
@@ -443,7 +452,7 @@ def plot_efficiency(table: pd.DataFrame,       # of `measure_fusions`
                    ):                          # matplotlib's figure, 7 inches wide
     "Figure 5: the radar with its values, and cost against length."
     import matplotlib.pyplot as plt
-    tokens = sizes(fusion_config('Mamba (tokens)', p.dataset, p.preset))
+    tokens = sizes(fusion_configs(p)['Mamba (tokens)'])
     marks = {p.config.preset: tokens.patches + tokens.words, 'paper': PAPER_LENGTH}
     with plt.rc_context(STYLE):
         fig = plt.figure(figsize=(7, 5.6), dpi=dpi, layout='constrained')

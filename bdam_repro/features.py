@@ -160,7 +160,7 @@ def settle(fig) -> None:
     "Let the layout come to rest, and keep it: a second draw would move it by a hair."
     dpi = fig.dpi
     fig.set_dpi(200)
-    for _ in range(2): fig.canvas.draw()
+    for _ in range(2): fig.draw_without_rendering()
     fig.set_layout_engine('none'); fig.set_dpi(dpi)
 
 def write_caption(fig, words: str) -> None:

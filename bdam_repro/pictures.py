@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
+from PIL import ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,30 +106,31 @@ def features_of(model: Model, images: Tensor   # uint8 [N, 3, H, W]
     g = model.eval().encode_image(images.to(next(model.parameters()).device))
     return {k: F.normalize(f.float(), dim=-1).cpu() for k in ('f_id', 'f_clo') if (f := getattr(g, k)).shape[1]}
 
-def turned(a: Tensor, b: Tensor) -> Tensor:    # 1 - cos for vectors of length 1, without cancellation
-    return (a - b).square().sum(-1)/2
+def turned(a: Tensor, b: Tensor) -> Tensor:    # [N, D], [D], of length 1 -> [N]
+    "The angles between vectors, in degrees; by the chord, which is exact where the cosine is close to 1."
+    return torch.rad2deg(2*torch.asin(((a - b).norm(dim=-1)/2).clamp(max=1)))
 
-# %% ../nbs/71_pictures.ipynb #710024
+# %% ../nbs/71_pictures.ipynb #710025
 def patch_shares(model: Model, image: Tensor   # uint8 [3, H, W]
                 ) -> dict[str, np.ndarray]:    # feature -> [h, w] windows, sums to 1
-    "How much of a feature's direction hangs on each window of the image."
+    "How much of a feature's direction hangs on each window of the image (an even share each, where nothing turns it)."
     n, corners = windows(model.vision.grid)
     f = features_of(model, torch.stack([image, *(hide(model, image, [c]) for c in corners)]))
     shape = [-(-g//n) for g in model.vision.grid]
     shares = {k: turned(v[1:], v[0]).view(shape).numpy() for k, v in f.items()}
     return {k: s/s.sum() if s.sum() > 0 else np.full_like(s, 1/s.size) for k, s in shares.items()}
 
-# %% ../nbs/71_pictures.ipynb #710025
+# %% ../nbs/71_pictures.ipynb #710026
 def images_of(run: Run, rows: list[int]) -> Tensor:   # uint8 [N, 3, H, W]
     "Images of the run's dataset in the size that its model takes."
     return ImageStore(run.dataset, (run.config.image_height, run.config.image_width), rows, cache=False)[rows]
 
-# %% ../nbs/71_pictures.ipynb #710030
+# %% ../nbs/71_pictures.ipynb #710031
 def map_check(model: Model, images: Tensor,   # uint8 [N, 3, H, W]
               share: float = .25,             # of the windows to hide
               seed: int = 0                   # of the random windows
              ) -> pd.DataFrame:               # feature x: highest, any, lowest; means over the images
-    "How far each feature turns (1 - cos) when a part of the windows is hidden, chosen by the feature's map."
+    "How far each feature turns, in degrees, when a part of the windows is hidden, chosen by the feature's map."
     rng, (_, corners) = np.random.default_rng(seed), windows(model.vision.grid)
     k, rows = max(1, round(share*len(corners))), []
     for image in images:
@@ -144,7 +146,7 @@ def map_likeness(model: Model, images: Tensor) -> np.ndarray:   # [N] correlatio
     both = [list(patch_shares(model, x).values()) for x in images]
     return np.array([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in (m for m in both if len(m) == 2)])
 
-# %% ../nbs/71_pictures.ipynb #710033
+# %% ../nbs/71_pictures.ipynb #710034
 @dataclass
 class Example:
     "A query under two models."
@@ -155,7 +157,7 @@ class Example:
     own: int                        # row of the query's own image
     maps: list[tuple[str, str, np.ndarray]]  # (model, feature, [h, w])
 
-# %% ../nbs/71_pictures.ipynb #710034
+# %% ../nbs/71_pictures.ipynb #710035
 def find_examples(runs: tuple[Run, Run],            # baseline, BDAM
                   kept: tuple[dict, dict],          # of `kept_answers`
                   score: str = 'dual',
@@ -171,9 +173,9 @@ def find_examples(runs: tuple[Run, Run],            # baseline, BDAM
         return Example(kind, len(rows[kind]), sum(map(len, rows.values())), tuple(next(x for x in xs if x.score == score) for xs in ranked), own, maps)
     return [one(kind) for kind in [k for k in KINDS if len(rows[k])][:2]]
 
-# %% ../nbs/71_pictures.ipynb #710037
+# %% ../nbs/71_pictures.ipynb #710038
 STYLE = {'font.size': 7.5, 'axes.linewidth': .6, 'mathtext.fontset': 'dejavusans'}
-DARK, LIGHT, BASE = '#1f4e8c', '#b5621b', '#4d4d4d'     # identity, clothing, baseline: dark enough for gray
+DARK, LIGHT, BASE = '#1f4e8c', '#94480f', '#4d4d4d'     # identity, clothing, baseline: dark enough for gray
 WIDTH = 7.                                              # inches, both columns
 
 def made_from(configs: list[Config], codes: list[str], score: str = '') -> str:
@@ -188,7 +190,7 @@ def run_code(folder: Path) -> str:
     "The version of the code that made a run."
     return read_json(folder/'provenance.json').get('code', 'unknown')
 
-# %% ../nbs/71_pictures.ipynb #710039
+# %% ../nbs/71_pictures.ipynb #710040
 def place(fig, x: float, y: float, w: float, h: float):   # inches from the upper left corner
     "Axes at a place of the page."
     W, H = fig.get_size_inches()
@@ -203,12 +205,13 @@ def draw_map(ax, image, shares: np.ndarray, color: str) -> None:
     "A picture in light gray, darker where a window has a larger share."
     from matplotlib.colors import to_rgb
     box = (0, image.width, image.height, 0)
-    ax.imshow(.68 + .32*np.asarray(image.convert('L'))/255, cmap='gray', vmin=0, vmax=1, extent=box)
+    light = ImageOps.autocontrast(image.convert('L').resize((24, 48)), cutoff=1)
+    ax.imshow(.68 + .32*np.asarray(light)/255, cmap='gray', vmin=0, vmax=1, extent=box, interpolation='bilinear')
     ax.imshow(np.dstack([np.full((*shares.shape, 3), to_rgb(color)), .88*shares/shares.max()]), extent=box, interpolation='nearest')
     ax.set(xticks=[], yticks=[])
     for s in ax.spines.values(): s.set(color='0.75', linewidth=.6)
 
-# %% ../nbs/71_pictures.ipynb #710040
+# %% ../nbs/71_pictures.ipynb #710041
 HIGH = 2.66      # inches of an example
 
 def draw_ranked(fig, y: float, x: Example, run: Run) -> None:
@@ -216,7 +219,9 @@ def draw_ranked(fig, y: float, x: Example, run: Run) -> None:
     for i, (name, r) in enumerate(zip(('baseline', 'BDAM'), x.ranked)):
         top = y + 1.05*i
         write(fig, .13, top + .5, f'{name}\nfirst hit: {r.place:.0f}', 7, rotation=90, va='center', ha='center', linespacing=1.3)
-        for j, (row, hit) in enumerate(zip(r.rows, r.hits)): show_image(place(fig, .3 + .565*j, top, .5, 1), run.dataset.image(int(row)), hit)
+        for j, (row, hit) in enumerate(zip(r.rows, r.hits)):
+            show_image(ax := place(fig, .3 + .565*j, top, .5, 1), run.dataset.image(int(row)), hit)
+            if hit: ax.text(0, 1, '✓', transform=ax.transAxes, color='white', weight='bold', ha='center', va='center', bbox=dict(boxstyle='circle,pad=.15', facecolor='black', edgecolor='white', lw=.6))
 
 def draw_maps(fig, y: float, x: Example, run: Run) -> None:
     "The query's own image, and where each feature of it comes from."
@@ -234,10 +239,10 @@ def draw_example(fig, y: float, x: Example, letter: str, run: Run) -> None:
     "One query: its text, what both models rank first, and the maps."
     write(fig, .02, y, f'({letter})  {x.kind}', 8, weight='bold')
     write(fig, 6.98, y + .01, f'{x.count:,} of {x.of:,} queries', 7, ha='right')
-    write(fig, .02, y + .17, textwrap.fill(f'“{x.ranked[0].text}”', 128, max_lines=2, placeholder=' …”'), 7, style='italic', linespacing=1.15)
+    write(fig, .02, y + .17, textwrap.fill(f'“{x.ranked[0].text}”', 140, max_lines=2, placeholder=' …”'), 7, style='italic', linespacing=1.15)
     draw_ranked(fig, y + .5, x, run); draw_maps(fig, y + .5, x, run)
 
-# %% ../nbs/71_pictures.ipynb #710041
+# %% ../nbs/71_pictures.ipynb #710042
 def plot_examples(examples: list[Example], run: Run,   # whose dataset holds the images
                   words: str,                          # caption
                   dpi: int = 75                        # on the screen
@@ -252,14 +257,17 @@ def plot_examples(examples: list[Example], run: Run,   # whose dataset holds the
     plt.close(fig)
     return fig
 
-def caption1(runs: tuple[Run, Run], score: str = 'dual') -> str:
+def caption1(runs: tuple[Run, Run],
+             likeness: np.ndarray,    # of `map_likeness`
+             score: str = 'dual') -> str:
     "The caption of Figure 1."
-    return ('Figure 1. The same query under the baseline and under BDAM. Left: the five images ranked first; a wide frame: the person asked for. Each is the first query of its kind in the test split. '
-            'Right: how much of the direction of a feature hangs on each patch of the image described (painted gray, it turns the feature; darker: more), in shares of the sum; '
-            f'an even one is {100/len(windows(runs[1].model.vision.grid)[1]):.0f} %. '
+    alike = f'; over {len(likeness)} images of the test the maps of f_id and f_clo correlate with {likeness.mean():.2f} ± {likeness.std(ddof=1):.2f}'
+    return ('Figure 1. The same query under the baseline and under BDAM. Left: the five images ranked first; a wide frame and a tick: the person asked for. Each is the first query of its kind in the test split. '
+            'Right: how much of the direction of a feature hangs on each patch of the image described (painted gray, it turns the feature; darker: more), in shares of the sum (an even one '
+            f'is {100/len(windows(runs[1].model.vision.grid)[1]):.0f} %){alike}. '
             + made_from([r.config for r in runs], [run_code(r.folder) for r in runs], score))
 
-# %% ../nbs/71_pictures.ipynb #710044
+# %% ../nbs/71_pictures.ipynb #710045
 MODULES = {
     'vision': ('vision',), 'text': ('text',), 'text.proj': ('proj_t',), 'pool': ('bdam.norm', 'bdam.proj'),
     **{f'{b}.{k}': tuple(f'bdam.branches.{m}_{b}' for m in ms) for b in ('id', 'clo')
@@ -268,7 +276,7 @@ MODULES = {
     'align.image': ('fusion.align_img',), 'align.text': ('fusion.align_txt',), 'weights': ('fusion.gate',),
     'mixer': ('fusion.layers',), 'final': ('fusion.norm', 'fusion.out'), 'match': ('fusion.match',)}
 
-# %% ../nbs/71_pictures.ipynb #710045
+# %% ../nbs/71_pictures.ipynb #710046
 @dataclass(frozen=True)
 class Part:
     "A box of the drawing: what it makes, and its parameters."
@@ -283,7 +291,7 @@ class Traced:
     inputs: dict[str, Part]    # image, caption, identity, clothing, where they are read
     total: int                 # parameters
 
-# %% ../nbs/71_pictures.ipynb #710046
+# %% ../nbs/71_pictures.ipynb #710047
 def random_batch(model: Model, people: int = 2) -> Batch:
     "Two images a person, of random pixels, with random words as long as the model takes; the texts that its configuration reads."
     c, words, gen = model.config, model.text.config['network']['vocab_size'], torch.Generator().manual_seed(0)
@@ -294,7 +302,7 @@ def random_batch(model: Model, people: int = 2) -> Batch:
     images = torch.randint(256, (B, 3, c.image_height, c.image_width), generator=gen, dtype=torch.uint8)
     return Batch(torch.arange(B), torch.arange(people).repeat_interleave(2), images, **{f'{k}_{n}': v for k in read for n, v in text().items()})
 
-# %% ../nbs/71_pictures.ipynb #710047
+# %% ../nbs/71_pictures.ipynb #710048
 def find_modules(model: Model, names: tuple[str, ...]) -> list[nn.Module]:
     "Those of some names that the model has, a list of layers by its layers."
     def get(name):
@@ -320,7 +328,7 @@ def trace(model: Model) -> Traced:
     inputs = {k: Part(('B', *map(str, t.shape[1:])), 0) for k, t in seen.items() if t is not None}
     return Traced(parts, tuple(losses), inputs, count([model]))
 
-# %% ../nbs/71_pictures.ipynb #710052
+# %% ../nbs/71_pictures.ipynb #710053
 TOWERS = {'vit': 'ViT', 'bert': 'BERT', 'clip_vision_model': 'CLIP', 'clip_text_model': 'CLIP'}
 
 def counted(n: int) -> str:
@@ -342,8 +350,8 @@ def loss_words(c: Config) -> dict[str, str]:
                 clothing={'literal': 'literal (1)', 'matching': 'matching', 'matching_grl': 'matching, GRL', 'both': 'match + (1)'}[c.clothing],
                 decouple='HSIC (2)', gate='gate reg.', fusion={'match': 'match', 'triplet': 'triplet (4)', 'infonce': 'InfoNCE'}[c.fusion_loss])
 
-# %% ../nbs/71_pictures.ipynb #710055
-FILL = dict(data='#ffffff', tower='#e9e9e9', id='#cddff2', clo='#fdeee0', fusion='#e3eedd')
+# %% ../nbs/71_pictures.ipynb #710056
+FILL = dict(data='#ffffff', tower='#e9e9e9', id='#cddff2', clo='#fceadb', fusion='#e3eedd')
 EDGE = dict(data='0.55', tower='0.3', id=DARK, clo=LIGHT, fusion='#3c6e37')
 
 class Page:
@@ -390,7 +398,7 @@ class Page:
         self.ax.text(.03, self.low - .08, '\n'.join(lines), fontsize=7, color='0.25', va='top', linespacing=1.25)
         return self.fig
 
-# %% ../nbs/71_pictures.ipynb #710056
+# %% ../nbs/71_pictures.ipynb #710057
 def draw_loss(g: Page, x: float, y: float, text: str, *sources: tuple[float, float]) -> None:
     "A term of the loss: white on dark, with a dashed line from each thing it reads."
     for s in sources: g.ax.plot((s[0], x), (s[1], y), color='0.25', linewidth=.8, linestyle=(0, (2.5, 1.5)), zorder=1)
@@ -411,7 +419,7 @@ def draw_frame(g: Page, x0: float, y0: float, x1: float, y1: float, title: str) 
     g.ax.text(x0 + .05, y1 - .04, title, fontsize=7.5, ha='left', va='top', zorder=3)
     g.extent((y0 + y1)/2, y1 - y0)
 
-# %% ../nbs/71_pictures.ipynb #710058
+# %% ../nbs/71_pictures.ipynb #710059
 LANE = dict(clo_text=4.5, clo=3.3, image=2.75, id=2.2, text=1.1)
 COLUMN = dict(input=.42, tower=1.27, proj=2.09, self=2.855, cross=3.62, gate=4.6, feature=5.22, left=6.03, right=6.67)
 
@@ -424,7 +432,7 @@ def weight_of(t: Traced, *keys: str) -> str:
     "The parameters of all boxes whose key begins with one of these."
     return counted(sum(x.params for k, x in t.parts.items() if k.startswith(keys)))
 
-# %% ../nbs/71_pictures.ipynb #710060
+# %% ../nbs/71_pictures.ipynb #710061
 def draw_image_side(g: Page, t: Traced, model: Model) -> None:
     "Image, encoder, BDAM or mean, features."
     c, X, y = model.config, COLUMN, LANE['image' if model.config.bdam else 'id']
@@ -436,7 +444,7 @@ def draw_image_side(g: Page, t: Traced, model: Model) -> None:
     g.box(X['proj'] + .12, y, .82, words_of(t, 'pool', 'project, mean'), 'id')
     g.arrow((X['tower'] + .36, y), (X['proj'] - .29, y)); g.arrow((X['proj'] + .53, y), (X['feature'] - .25, y))
 
-# %% ../nbs/71_pictures.ipynb #710061
+# %% ../nbs/71_pictures.ipynb #710062
 def draw_bdam(g: Page, t: Traced, c: Config) -> None:
     "The two branches, their cross-attention, and the gate between them."
     X, Y = COLUMN, LANE
@@ -454,7 +462,7 @@ def draw_bdam(g: Page, t: Traced, c: Config) -> None:
         g.arrow((x, ends[low]), (x, ends[high]))
     if c.bdam_gate: draw_gate(g, t)
 
-# %% ../nbs/71_pictures.ipynb #710062
+# %% ../nbs/71_pictures.ipynb #710063
 def draw_gate(g: Page, t: Traced) -> None:
     "g and 1 − g, from both features before them."
     x, Y = COLUMN['gate'], LANE
@@ -465,7 +473,7 @@ def draw_gate(g: Page, t: Traced) -> None:
         g.ax.text(x + .08, Y['image'] + .31*up, text, fontsize=7, ha='right', va='center')
     g.box(x, Y['image'], .52, words_of(t, 'gate', 'gate g'), 'tower')
 
-# %% ../nbs/71_pictures.ipynb #710064
+# %% ../nbs/71_pictures.ipynb #710065
 def draw_text_side(g: Page, t: Traced, model: Model) -> None:
     "Texts, encoder and projection, up to the text features."
     c, X = model.config, COLUMN
@@ -481,7 +489,7 @@ def draw_text_side(g: Page, t: Traced, model: Model) -> None:
         g.box(X['feature'], y, .5, [symbol, f'B×{c.dim}'], 'tower')
         for a, z in ((X['input'] + .38, X['tower'] - .39), (X['tower'] + .39, X['proj'] - .31), (X['proj'] + .55, X['feature'] - .25)): g.arrow((a, y), (z, y))
 
-# %% ../nbs/71_pictures.ipynb #710065
+# %% ../nbs/71_pictures.ipynb #710066
 def draw_fusion(g: Page, t: Traced, c: Config) -> None:
     "Alignment, weights and layers, up the right margin to the match head."
     X, Y, left, right = COLUMN, LANE, COLUMN['left'], COLUMN['right']
@@ -506,7 +514,7 @@ def draw_fusion(g: Page, t: Traced, c: Config) -> None:
         g.box(right, y, .6, words_of(t, k, *names[k]), 'fusion')
         g.arrow((right, at), (right, y - .215)); at = y + .215
 
-# %% ../nbs/71_pictures.ipynb #710067
+# %% ../nbs/71_pictures.ipynb #710068
 def draw_losses(g: Page, t: Traced, c: Config) -> None:
     "The terms that the model has, with arrows from what they read."
     X, Y, words = COLUMN, LANE, loss_words(c)
@@ -525,7 +533,7 @@ def draw_losses(g: Page, t: Traced, c: Config) -> None:
         y = Y['id'] + .2 + .57*(sum(k in t.parts for k in ('mixer', 'final', 'match')) - 1)
         draw_loss(g, X['right'], y + .37, words['fusion'], (X['right'], y + .2))
 
-# %% ../nbs/71_pictures.ipynb #710069
+# %% ../nbs/71_pictures.ipynb #710070
 def running_model(p: ArtifactParameters, variant: str = 'full') -> tuple[Model, str]:   # the model, and where it is from
     "The model of the first finished run, with the vocabulary that it was trained with; an untrained one of the same configuration where there is none. Raises `UserError`."
     runs = finished_runs(p, variant)
@@ -548,7 +556,7 @@ def plot_model(model: Model, t: Traced, words: str, dpi: int = 100):   # matplot
     plt.close(fig)
     return fig
 
-# %% ../nbs/71_pictures.ipynb #710070
+# %% ../nbs/71_pictures.ipynb #710071
 def caption2(t: Traced, c: Config, source: str) -> str:
     "The caption of Figure 2."
     wrong = min(c.fusion_negatives, c.ids_per_batch*c.images_per_id - 1)
@@ -559,7 +567,7 @@ def caption2(t: Traced, c: Config, source: str) -> str:
             + ('; two bars: no gradient passes' if c.fusion and not c.fusion_grad else '')
             + f'. {dual}. {source}')
 
-# %% ../nbs/71_pictures.ipynb #710073
+# %% ../nbs/71_pictures.ipynb #710074
 def collisions(fig) -> list[tuple[str, str]]:   # (text, what it runs into)
     "The texts of a figure that touch another one, leave the page, or leave the box that they stand in."
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_attention.py [--batch 64] [--heads 4] [--width 32] [--lengths 32 96 196] [--threads 1] [--rounds 7]
 
-The two take turns, each round a forward and a backward pass on the same tensors. What counts is the median of the rounds, in seconds of
-the process's own clock, so that a machine busy with other work adds little. The ratio is fused / plain: above 1 the plain products are
-faster.
+The two take turns, each round a forward and a backward pass on the same tensors. What counts is the median of the rounds, in
+seconds of the process's own clock, so that a machine busy with other work adds little. The ratio is fused / plain: above 1 the
+plain products are faster.
 """
 import argparse
 import statistics

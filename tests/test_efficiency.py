@@ -58,6 +58,14 @@ def test_a_default_that_moves_takes_its_reading_with_it(monkeypatch):
     assert E.fusion_config('Simple').fusion_input == 'tokens'
 
 
+def test_what_is_measured_is_what_was_trained(tmp_path):
+    c = E.fusion_config('Mamba (pooled)', preset='smoke', fusion_dim=24, epochs=1)
+    demo_run(run_dir(c, tmp_path), c)
+    found = E.fusion_configs(E.ArtifactParameters(preset='smoke', runs=str(tmp_path)))
+    assert {c.fusion_dim for c in found.values()} == {24} and list(found) == list(E.FUSIONS)
+    assert [c.fusion_input for c in found.values()] == ['pooled', 'pooled', 'tokens', 'pooled', 'pooled', 'pooled']
+
+
 def test_sizes_of_a_checkpoint_come_from_its_config_alone(tmp_path):
     (tmp_path/'v').mkdir(), (tmp_path/'t').mkdir()
     (tmp_path/'v'/'config.json').write_text('{"model_type": "vit", "hidden_size": 40, "patch_size": 8}')
@@ -198,8 +206,8 @@ def test_figure_is_small_and_the_same_twice(table, costs, p, tmp_path):
 
 def test_caption_says_what_a_reader_needs(table, costs, p):
     said = E.words(table, costs, p, CPU)
-    for word in ('SynthPEDES', 'no photographs', 'preset smoke', 'seeds 0, 1', 'Transformer ×4: no run yet', 'code of the runs demo',
-                 'one core', 'float32', 'width 256', code_version()): assert word in said
+    for word in ('SynthPEDES', 'no photographs', 'preset smoke', 'seeds 0, 1', 'Transformer ×4: no run yet',
+                 'code of the runs demo', 'one core', 'float32', 'width 256', code_version()): assert word in said
     assert 'Left out' not in said
     few = costs.copy()
     few.loc[(few['length'] == 1024) & (few['layers'] != 'Mamba'), ['seconds', 'memory']] = np.nan
@@ -221,7 +229,8 @@ def test_radar_puts_the_worst_on_the_inner_ring_and_the_best_on_the_rim(table):
 
 def test_growth_and_crossing_of_made_curves():
     cost = dict(zip(E.LAYERS, (lambda L: 100.*L, lambda L: 1.*L*L, lambda L: 10.*L)))
-    made = pd.DataFrame([dict(layers=n, length=L) | dict.fromkeys(E.COSTS, f(L)) for L in E.LENGTHS for n, f in cost.items()])
+    rows = [dict(layers=n, length=L) | dict.fromkeys(E.COSTS, f(L)) for L in E.LENGTHS for n, f in cost.items()]
+    made = pd.DataFrame(rows)
     assert E.growth(made)['seconds'].round(6).tolist() == [1, 2, 1]
     assert E.crossing(made, 'Transformer, plain attention', 'seconds') == 128
     assert E.crossing(made, 'Transformer, fused attention', 'seconds') is None

@@ -106,7 +106,7 @@ def test_shares_sum_to_one_and_come_from_the_right_place(size):
     gray = P.hide(model, image, corners[:2])
     for name, s in P.patch_shares(model, gray).items():
         assert s.shape == tuple(-(-g//n) for g in model.vision.grid) and s.sum() == pytest.approx(1, abs=1e-5), name
-        assert (s.ravel()[:2] < 1e-8).all() and (s.ravel()[2:] > 1e-8).all(), name
+        assert (s.ravel()[:2] < 1e-4).all() and (s.ravel()[2:] > 1e-4).all(), name
 
 
 def test_a_feature_that_nothing_moves_has_an_even_map():
@@ -183,7 +183,7 @@ def test_without_a_run_the_drawing_says_untrained(made):
 def figures(made, pair):
     (runs, kept), (model, source) = pair, P.running_model(made)
     t = P.trace(model)
-    yield 'fig1', P.plot_examples(P.find_examples(runs, kept), runs[0], P.caption1(runs))
+    yield 'fig1', P.plot_examples(P.find_examples(runs, kept), runs[0], P.caption1(runs, np.array([.5, .7])))
     yield 'fig2', P.plot_model(model, t, P.caption2(t, model.config, source))
 
 
@@ -191,13 +191,13 @@ def test_files_are_small_and_the_same_again(made, pair):
     first = {f.name: f.read_bytes() for name, fig in figures(made, pair) for f in save_figure(fig, name, made)}
     again = {f.name: f.read_bytes() for name, fig in figures(made, pair) for f in save_figure(fig, name, made)}
     assert first == again and set(first) == {'fig1.pdf', 'fig1.png', 'fig2.pdf', 'fig2.png'}
-    assert max(map(len, first.values())) < 2**20
+    assert max(map(len, first.values())) < 10**6
     for n in (1, 2): assert Image.open(made.figures_path/f'fig{n}.png').width == 200*P.WIDTH
 
 
 def test_captions_say_where_it_is_from(pair):
-    words = P.caption1(pair[0])
-    for part in ('SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code '): assert part in words
+    words = P.caption1(pair[0], np.array([.5, .7]))
+    for part in ('SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code ', '2 images', '0.60 ± 0.14'): assert part in words
 
 
 def test_a_hit_is_told_by_more_than_its_color():
