@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'NUMBERS', 'NOT_RUN', 'NOT_HERE', 'NO_OPTION', 'DECIDES', 'BESIDE', 'Side', 'FULL', 'BASELINE', 'DEMO',
            'HEAD', 'SHOWN', 'READING_RULE', 'RADII', 'PROTOCOL_RULE', 'FACE_AND_BODY', 'KNOWN', 'OWN_CLAIMS',
            'ALL_CLAIMS', 'LOSSES', 'REMOVALS', 'BETTER', 'RIVAL_STYLES', 'SLACK', 'PROBES', 'PLACES', 'GALLERIES',
-           'NEAR', 'LEAST_SPREAD', 'LAYERS', 'NEEDS_FACTORS', 'finding', 'judge', 'settle', 'side_name', 'Evidence',
+           'NEAR', 'LEAST_SPREAD', 'RIVAL', 'NEEDS_FACTORS', 'finding', 'judge', 'settle', 'side_name', 'Evidence',
            'gather', 'demo_audit', 'read', 'once', 'query_values', 'source', 'compare', 'interval', 'within',
            'validation', 'reading_findings', 'all_readings', 'ties', 'gates', 'histories', 'chosen', 'selections',
            'small_differences', 'nested', 'style_scores', 'style_readings', 'part_a', 'sides_of', 'pair_result',
@@ -14,29 +14,27 @@ __all__ = ['COLUMNS', 'NUMBERS', 'NOT_RUN', 'NOT_HERE', 'NO_OPTION', 'DECIDES', 
            'gallery_rows', 'agreement', 'Heard', 'mentioned', 'captions_heard', 'other_pictures', 'perfect', 'part_e',
            'ceilings', 'above_identity', 'without', 'deciding', 'versus', 'accuracy', 'styles', 'sota', 'probe',
            'probed', 'gallery_people', 'features', 'dependence', 'one_hot', 'independence', 'draw_test', 'changed',
-           'place_values', 'robust', 'widening', 'gate_claims', 'branch_silhouettes', 'regions', 'lengths',
-           'layer_flops', 'layer_seconds', 'costs', 'growth', 'efficiency', 'part_b', 'build_audit', 'caption_of',
-           'span', 'md_table', 'readings_table', 'points_table', 'claims_table', 'findings_table', 'to_markdown',
-           'write_audit', 'plot_readings', 'plot_noise']
+           'place_values', 'robust', 'widening', 'gate_claims', 'branch_silhouettes', 'regions', 'lengths', 'costs',
+           'below', 'linear', 'tradeoff', 'efficiency', 'part_b', 'build_audit', 'caption_of', 'span', 'md_table',
+           'readings_table', 'points_table', 'claims_table', 'findings_table', 'to_markdown', 'write_audit',
+           'plot_readings', 'plot_noise']
 
 # %% ../nbs/80_audit.ipynb #800004
 import copy
 import functools
-import io
 import json
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import silhouette_samples
@@ -48,18 +46,18 @@ from sklearn.preprocessing import StandardScaler
 from .artifacts import (ArtifactParameters, collect_runs, number, own_options, read_csv, run_folder, write_csv, DIFFERENCES, METRICS)
 from .batches import load_tokenizer
 from .config import Config, UserError, atomic_path, config_hash, make_config
-from .fusion import mixer_layers
+from .efficiency import fusion_configs, fusion_flops, growth, layer_costs, one_core, sizes
+from .features import load_features, unit, untrained
 from .grid import CLOTHES, NAMES, NOISE, OPTIONS, READINGS, Reading, layout_options, reading_reference, reading_run
-from .losses import hsic
-from .mamba import mamba_flops
+from .losses import _rbf, hsic
 from .metrics import Positives, bootstrap_ci, metrics_from_scores, paired_bootstrap, per_query, rank_metrics, rerank_metrics, topk
-from .model import ImageFeatures, Model, TextFeatures, build_model, from_pretrained, fuse, invalid_pair_scores, read_tensors, rescore
+from .model import ImageFeatures, Model, TextFeatures, from_pretrained, invalid_pair_scores, read_tensors, rescore
 from .paper import CLAIMS, OPEN_POINTS, Claim
 from .pedes import PedesDataset, load_pedes
 from .style import cluster_styles, embed_styles, eps_sweep, generalize
 from .synth import (CAPTION, CAPTIONS, CLOTHING_FACTORS, IDENTITY_FACTORS, LAYOUTS, Say, Spec, annotation, caption, image_factors, mistaken, render,
                               rows_of, stream, visible)
-from .training import embed_images, evaluate, load_data, pick_device, pick_dtype, save_features, train
+from .training import evaluate, load_data, pick_device, pick_dtype, save_features, train
 
 # %% ../nbs/80_audit.ipynb #800008
 COLUMNS = ['part', 'item', 'reading', 'default', 'metric', 'value', 'diff', 'lo', 'hi', 'seeds', 'verdict', 'rule', 'evidence']
@@ -617,9 +615,10 @@ def features(e: Evidence) -> list[dict]:
 # %% ../nbs/80_audit.ipynb #800095
 def dependence(x: np.ndarray, y: np.ndarray, shuffles: int = 200) -> tuple[float, float, float]:  # HSIC over its mean under shuffling; the 95 % point of that; share of shuffles as large
     "How much more two features depend on each other than shuffled ones."
-    x, y, rng = torch.from_numpy(x).double(), torch.from_numpy(y).double(), np.random.default_rng(0)
-    real = float(hsic(x, y, 'rbf'))
-    null = np.array([float(hsic(x, y[torch.from_numpy(rng.permutation(len(y)))], 'rbf')) for _ in range(shuffles)])
+    K, L, rng = _rbf(torch.from_numpy(x).double()), _rbf(torch.from_numpy(y).double()), np.random.default_rng(0)
+    orders = [torch.arange(len(y)), *(torch.from_numpy(rng.permutation(len(y))) for _ in range(shuffles))]
+    real, *null = [float((K*L[i][:, i]).sum())/(len(y) - 1)**2 for i in orders]          # Eq. 2 with the RBF kernel
+    null = np.array(null)
     return real/null.mean(), float(np.quantile(null, .95))/null.mean(), float((1 + (null >= real).sum())/(1 + shuffles))
 
 def one_hot(records: pd.DataFrame, factors: Iterable[str]) -> np.ndarray: return pd.get_dummies(records[[f'f_{k}' for k in factors]].astype(str)).to_numpy(float)
@@ -660,8 +659,7 @@ def changed(e: Evidence, side: Side) -> None:
     for f in e.folders(side):
         out, model = f/'features-clothes_change.safetensors', from_pretrained(f/'best.safetensors')
         if out.exists() and read_tensors(out)[1].get('config_hash') == config_hash(model.config): continue
-        folder = once(e, 'folder', tempfile.TemporaryDirectory)
-        ds = once(e, 'changed', lambda: draw_test(e.base, Path(folder.name)/'SynthPEDES'))
+        ds = once(e, 'changed', lambda: draw_test(e.base, Path(once(e, 'folder', tempfile.TemporaryDirectory).name)/'SynthPEDES'))
         device = pick_device(model.config)
         dtype = pick_dtype(model.config, device)
         amp = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
@@ -678,8 +676,7 @@ def place_values(e: Evidence, side: Side, clothes: str, gallery: str) -> tuple[n
         image = np.searchsorted(t['g_rows'], t['q_rows'])
         if gallery == 'all': out.append(100*t['fused.R1' if 'fused.R1' in t else 'dual.R1'].astype(float)); continue
         pids = once(e, 'test pids', lambda: e.dataset.split('test').records['pid'].to_numpy())
-        unit = lambda x: torch.nn.functional.normalize(torch.from_numpy(x).double(), dim=-1)
-        out.append(100*other_pictures(unit(t['t']) @ unit(t['f_id']).T, image, pids)['R1'])
+        out.append(100*other_pictures(torch.from_numpy(unit(t['t'].astype(float)) @ unit(t['f_id'].astype(float)).T), image, pids)['R1'])
     return np.stack(out), image
 
 # %% ../nbs/80_audit.ipynb #800105
@@ -735,76 +732,57 @@ def gate_claims(e: Evidence) -> list[dict]:
 def branch_silhouettes(f_id: np.ndarray, f_clo: np.ndarray) -> np.ndarray:   # [N]
     "How far a picture's two features lie in the regions of their branches, of −1 to 1, mean of both."
     x = np.concatenate([f_id, f_clo])
-    s = silhouette_samples(x/np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12), np.repeat([0, 1], len(f_id)))
-    return s.reshape(2, -1).mean(0)
+    return silhouette_samples(unit(x), np.repeat([0, 1], len(f_id))).reshape(2, -1).mean(0)
 
 def regions(e: Evidence) -> list[dict]:
     "The claim `tsne`: trained against untrained."
     if not e.folders(FULL): return [deciding('tsne', 'full − untrained', 'silhouette', source(e, FULL))]
     trained = np.stack([branch_silhouettes(read(e, f)['f_id'], read(e, f)['f_clo']) for f in e.folders(FULL)])
-    torch.manual_seed(0)
-    g, _ = embed_images(build_model(e.base).eval(), e.dataset, 'test')
-    bare = branch_silhouettes(g.f_id.numpy(), g.f_clo.numpy())[None]
+    bare = branch_silhouettes(**untrained(load_features(e.folders(FULL)[0]), e.dataset))[None]
     d = dict(value=trained.mean()) | interval(paired_bootstrap(trained, bare, n=e.draws, groups=gallery_people(e))) | source(e, FULL)
     return [deciding('tsne', 'full − untrained', 'silhouette', d), finding('b', 'tsne', 'untrained', 'silhouette', value=bare.mean(), rule=BESIDE, evidence='regions()')]
 
 # %% ../nbs/80_audit.ipynb #800112
-LAYERS = {'mamba': ('mamba', 2), 'transformer 2': ('transformer', 2), 'transformer 4': ('transformer', 4), 'simple': ('simple', 2)}
+RIVAL = 'Transformer, fused attention'      # of as many layers; the quicker of two kernels
 
-def lengths(c: Config) -> tuple[int, int, int]:   # pooled; tokens; a long one
-    "The sequences that occur, and one that shows the growth."
-    patch = c.vision['patch'] if isinstance(c.vision, dict) else 16
-    return 1, (c.image_height//patch)*(c.image_width//patch) + c.max_length, 512
+def lengths(c: Config) -> tuple[int, ...]:
+    "One vector a pair; patches and words; two that show how the cost grows."
+    s = sizes(c.model_copy(update=dict(fusion_input='tokens')))
+    return 1, s.patches + s.words, 512, 1024
 
-def layer_flops(name: str, length: int, c: Config) -> int:
-    "Of one sequence through the layers of a fusion, forward."
-    kind, n = LAYERS[name]
-    d = c.fusion_dim
-    if kind == 'mamba': return n*mamba_flops(1, length, d, c.d_state, c.d_conv)
-    return n*length*8*d*d if kind == 'simple' else n*(24*length*d*d + 4*length*length*d)
-
-# %% ../nbs/80_audit.ipynb #800115
-@torch.no_grad()
-def layer_seconds(name: str, length: int, c: Config, batch: int = 4, repeats: int = 4) -> float:
-    "The quickest of some forward passes through the layers of a fusion, on the CPU with one thread."
-    threads, (kind, n) = torch.get_num_threads(), LAYERS[name]
-    layers = mixer_layers(kind, n, c.fusion_dim, 0., c.d_state, c.d_conv, c.fusion_heads).eval()
-    x, best = torch.randn(batch, length, c.fusion_dim), math.inf
-    torch.set_num_threads(1)
-    try:
-        for _ in range(repeats + 1):
-            start, y = time.perf_counter(), x
-            for layer in layers: y = layer(y)
-            best = min(best, time.perf_counter() - start)
-    finally: torch.set_num_threads(threads)
-    return best/batch
-
-def costs(e: Evidence) -> pd.DataFrame:   # columns layers, length, flops, seconds
+def costs(e: Evidence) -> pd.DataFrame:   # as of `efficiency.layer_costs`
     "`costs.csv` in the runs' folder, measured where it is not there."
     path = e.p.runs_path/e.base.dataset/e.base.preset/'costs.csv'
     if not path.exists():
-        write_csv(pd.DataFrame([dict(layers=k, length=L, flops=layer_flops(k, L, e.base), seconds=layer_seconds(k, L, e.base)) for k in LAYERS for L in lengths(e.base)]), path)
+        with one_core(): write_csv(layer_costs(torch.device('cpu'), lengths(e.base), e.base, budget=15., each=.2), path)
     return pd.read_csv(path)
 
-# %% ../nbs/80_audit.ipynb #800116
-def growth(t: pd.Series) -> float:   # length -> cost
-    "The exponent with which a cost grows from the second length to the last: 1 is linear."
-    return float(np.log(t.iloc[-1]/t.iloc[1])/np.log(t.index[-1]/t.index[1]))
+# %% ../nbs/80_audit.ipynb #800113
+def below(item: str, reading: str, metric: str, value: float, than: float) -> dict:
+    "A deciding finding that compares two numbers without an interval."
+    return finding('b', item, reading, metric, value=value, hi=than, verdict=NOT_RUN if math.isnan(value + than) else 'for' if value < than else 'against',
+                   rule=f'{DECIDES}: for where the value is below the number beside it (hi), else against', evidence='costs.csv')
 
-def efficiency(e: Evidence) -> list[dict]:
-    "The claims `linear` and `tradeoff`."
-    t, where = costs(e).set_index(['layers', 'length']), dict(evidence='costs.csv')
-    rule = f'{DECIDES}: for where it is below the number beside it (hi), else against'
-    def less(item, reading, metric, value, than): return finding('b', item, reading, metric, value=value, hi=than, verdict='for' if value < than else 'against', rule=rule, **where)
-    out = [less('linear', 'exponent of seconds in the length: mamba, transformer 2', 'growth', growth(t['seconds']['mamba']), growth(t['seconds']['transformer 2']))]
+def linear(e: Evidence) -> list[dict]:
+    "Growth below attention's, and no more seconds or FLOPs than attention of as many layers at the lengths that occur."
+    t = costs(e)
+    out = [below('linear', f'exponent of the seconds in the length: Mamba, {RIVAL}', 'growth', *growth(t)['seconds'][['Mamba', RIVAL]])]
+    of = t.set_index(['length', 'layers'])
     for L in lengths(e.base)[:2]:
-        out += [less('linear', f'mamba, transformer 2 at length {L}', m, t[k]['mamba'][L]*f, t[k]['transformer 2'][L]*f) for k, m, f in (('seconds', 'µs a pair', 1e6), ('flops', 'kFLOPs a pair', 1e-3))]
-    L = lengths(e.base)[0 if e.base.fusion_input == 'pooled' else 1]
-    out += [less('tradeoff', f'mamba, transformer 4 at length {L}', m, t[k]['mamba'][L]*f, t[k]['transformer 4'][L]*f) for k, m, f in (('seconds', 'µs a pair', 1e6), ('flops', 'kFLOPs a pair', 1e-3))]
-    out += versus(e, 'tradeoff', FULL, ('fusion_transformer4', ''), bound=-1.)
-    return out + versus(e, 'tradeoff', FULL, ('fusion_simple', ''))
+        out += [below('linear', f'{L} tokens: Mamba, {RIVAL}', m, *(of.loc[[(L, 'Mamba'), (L, RIVAL)], k]*f)) for k, m, f in (('seconds', 'µs a pair', 1e6), ('flops', 'kFLOPs a pair', 1e-3))]
+    return out
 
-# %% ../nbs/80_audit.ipynb #800119
+# %% ../nbs/80_audit.ipynb #800114
+def tradeoff(e: Evidence) -> list[dict]:
+    "Four Transformer layers' accuracy (a point of R-1 is forgiven), fewer FLOPs than they take, and more accuracy than a simple fusion."
+    flops = {k: sum(fusion_flops(c))/1e3 for k, c in fusion_configs(e.p).items()}
+    usual = f'Mamba ({e.base.fusion_input})'
+    return [below('tradeoff', f'{usual}, Transformer ×4', 'kFLOPs a pair', flops[usual], flops['Transformer ×4']) | dict(evidence='fusion_flops()'),
+            *versus(e, 'tradeoff', FULL, ('fusion_transformer4', ''), bound=-1.), *versus(e, 'tradeoff', FULL, ('fusion_simple', ''))]
+
+def efficiency(e: Evidence) -> list[dict]: return linear(e) + tradeoff(e)
+
+# %% ../nbs/80_audit.ipynb #800117
 NEEDS_FACTORS = ('purity', 'clothing_branch', 'descriptions', 'robust')
 
 def part_b(e: Evidence) -> list[dict]:
@@ -821,7 +799,7 @@ def part_b(e: Evidence) -> list[dict]:
         out += [finding('b', c.id, '', verdict=verdict, rule=rule, evidence='the rows below'), *own]
     return out
 
-# %% ../nbs/80_audit.ipynb #800122
+# %% ../nbs/80_audit.ipynb #800120
 def build_audit(e: Evidence) -> pd.DataFrame:   # columns `COLUMNS`
     "All findings."
     return pd.DataFrame([f for part in (part_a, part_b, part_c, part_d, part_e) for f in part(e)], columns=COLUMNS)
@@ -836,7 +814,7 @@ def caption_of(e: Evidence) -> str:
             f'Intervals: 95 %, paired bootstrap over query images and seeds; where a side has one seed, its interval does not know how much another seed would differ. Seeds: {listed(main, "seed")} of the tables\' runs, '
             f'{listed(others, "seed")} of runs with a tag. Code {listed(e.runs, "code_version")}.')
 
-# %% ../nbs/80_audit.ipynb #800123
+# %% ../nbs/80_audit.ipynb #800121
 def span(r) -> str:   # r: a row of the audit
     "The difference with its interval, or the interval alone."
     both = '' if math.isnan(r.lo) or math.isnan(r.hi) else f'[{number(r.lo)}, {number(r.hi)}]'
@@ -848,7 +826,7 @@ def md_table(heads: list[str], rows: Iterable[Iterable[str]]) -> str:
     clean = lambda x: str(x).replace('|', '/').replace('\n', ' ')
     return '\n'.join(['| ' + ' | '.join(heads) + ' |', '| ' + ' | '.join(['---']*len(heads)) + ' |', *('| ' + ' | '.join(map(clean, r)) + ' |' for r in rows)])
 
-# %% ../nbs/80_audit.ipynb #800125
+# %% ../nbs/80_audit.ipynb #800123
 def readings_table(t: pd.DataFrame) -> str:
     "Part a, the readings that are runs: a line a reading."
     t = t[(t['part'] == 'a') & t['metric'].isin(['val R-1', HEAD, 'mAP', 'dual R-1'])]
@@ -869,7 +847,7 @@ def points_table(t: pd.DataFrame) -> str:
         return NO_OPTION if {*rows['verdict']} == {NO_OPTION} else '; '.join(said) or '; '.join({*rows['verdict']})
     return md_table(['#', 'where', 'open point', 'our default', 'why', 'measured'], [(p.n, p.where, p.point, p.default, p.why, measured(p.n)) for p in OPEN_POINTS])
 
-# %% ../nbs/80_audit.ipynb #800126
+# %% ../nbs/80_audit.ipynb #800124
 def claims_table(t: pd.DataFrame) -> str:
     "Part b: a line a claim."
     b, lines = t[t['part'] == 'b'], []
@@ -887,7 +865,7 @@ def findings_table(t: pd.DataFrame, *parts: str) -> str:
     return md_table(['item', 'finding', 'metric', 'value', 'difference, 95 %', 'seeds', 'verdict'],
                     [(r.item, r.reading, r.metric, number(r.value), span(r), r.seeds.replace('|', '/'), mark(r)) for r in t.itertuples()])
 
-# %% ../nbs/80_audit.ipynb #800127
+# %% ../nbs/80_audit.ipynb #800125
 def to_markdown(t: pd.DataFrame, words: str, left_out: Iterable[str] = ()) -> str:
     "The audit to read."
     used = lambda part: '\n'.join(f'- {r}' for r in dict.fromkeys(x for x in t[t['part'] == part]['rule'] if x.startswith(('better', 'for:'))))
@@ -909,10 +887,9 @@ def write_audit(p: ArtifactParameters, draws: int = 2000) -> tuple[pd.DataFrame,
     with atomic_path(files[1]) as tmp: tmp.write_text(to_markdown(table, caption_of(e), e.left_out), encoding='utf-8')
     return table, files
 
-# %% ../nbs/80_audit.ipynb #800130
+# %% ../nbs/80_audit.ipynb #800128
 def plot_readings(t: pd.DataFrame):
     "What each reading is worth: the difference to the default in R-1, with its interval."
-    import matplotlib.pyplot as plt
     r = t[(t['part'] == 'a') & (t['metric'] == HEAD) & t['diff'].notna() & t['lo'].notna()].iloc[::-1]
     fig, ax = plt.subplots(figsize=(6, .5 + .17*max(1, len(r))), dpi=75, layout='constrained')
     look = {'better': dict(marker='^', color='#1b7837'), 'worse': dict(marker='v', color='#762a83'), 'open': dict(marker='o', color='0.45')}
@@ -926,7 +903,6 @@ def plot_readings(t: pd.DataFrame):
 
 def plot_noise(t: pd.DataFrame):
     "mAP against the share of wrong attributes in the descriptions."
-    import matplotlib.pyplot as plt
     d = t[(t['part'] == 'd') & (t['metric'] == 'mAP') & t['value'].notna()]
     x = [float(r.split()[1].rstrip('%')) for r in d['reading']]
     fig, ax = plt.subplots(figsize=(3.6, 2), dpi=75, layout='constrained')

@@ -448,7 +448,7 @@ def _split_one(caption: str, ethnicity: bool) -> tuple[str, str]:
     for sides in map(_divide, _pieces(caption)):
         who = ' '.join(sides['identity'])
         if not ethnicity: who = re.sub(r'\s+', ' ', _COMPILED['identity']['skin'].sub('', who))
-        if re.match(r'\s*(?:has|have|is)\b', who, re.I): who = f'the person {who.strip()}'
+        if lead := re.match(r'\s*(?:has|have|is|with)\b', who, re.I): who = f"{'a' if lead[0].strip() == 'with' else 'the'} person {who.strip()}"
         if spoken_of(who, 'identity'): identity.append(_sentence(who if ' ' in who.strip() else f'a {who.strip()}'))
         clothing += sides['clothing']
     return ' '.join(identity), _clothing_text(clothing)

@@ -204,7 +204,7 @@ def map_of(c: Config, runs: pd.DataFrame) -> dict[str, float | int | str]:
 
 def measure_fusions(p: ArtifactParameters,
                     device: torch.device,
-                    budget: float = .5        # seconds for a measurement
+                    budget: float = .4        # seconds for a measurement
                    ) -> pd.DataFrame:         # a row a fusion
     "The five axes, mAP from the finished runs of `p`. Raises `UserError` where a run folder is broken."
     runs, configs = collect_runs(p.runs_path, [p.config.dataset], p.config.preset), fusion_configs(p)
@@ -268,8 +268,8 @@ def layer_step(kind: str, length: int, c: Config, device: torch.device) -> tuple
 def layer_costs(device: torch.device,
                 lengths: Iterable[int] = LENGTHS,    # ascending
                 c: Config | None = None,             # whose fusion; None: the paper's
-                budget: float = 40.,                 # seconds for all
-                each: float = .8                     # seconds for the repeats of one
+                budget: float = 36.,                 # seconds for all
+                each: float = .4                     # seconds for the repeats of one
                ) -> pd.DataFrame:                    # a row a kind and length; NaN where it was left out
     "FLOPs (forward), peak bytes and seconds (forward and backward) of one sequence."
     c, begin, last, rows = c or make_config('cuhk', 'paper'), clock(device), {}, []
