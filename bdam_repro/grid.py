@@ -112,7 +112,7 @@ READINGS: tuple[Reading, ...] = tuple(Reading(n, {k: v}) for n, o in OPTIONS.ite
     Reading(12, {}, variant='bdam_shallow', than='bdam'),
     Reading(22, dict(c_clothing=0.0, c_decouple=0.0, c_gate=0.0)),
     Reading(22, {}, variant='fusion'),
-    Reading(29, dict(image_height=96, image_width=96)),
+    Reading(29, dict(image_height=80, image_width=80)),
     Reading(38, {}, variant='style_random'),
     Reading(44, {}, variant='style_none'),
     Reading(44, {}, variant='no_adversarial'),

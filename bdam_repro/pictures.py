@@ -123,7 +123,7 @@ def patch_shares(model: Model, image: Tensor   # uint8 [3, H, W]
 # %% ../nbs/71_pictures.ipynb #710026
 def images_of(run: Run, rows: list[int]) -> Tensor:   # uint8 [N, 3, H, W]
     "Images of the run's dataset in the size that its model takes."
-    return ImageStore(run.dataset, (run.config.image_height, run.config.image_width), rows, cache=False)[rows]
+    return ImageStore(run.dataset, (run.config.image_height, run.config.image_width), rows, cache=False, columns=run.config.columns)[rows]
 
 # %% ../nbs/71_pictures.ipynb #710031
 def map_check(model: Model, images: Tensor,   # uint8 [N, 3, H, W]
