@@ -417,7 +417,7 @@ def _divide(pieces: list[str]) -> dict[str, list[str]]:
         if side == 'neither' and sides['clothing'] and re.match(r'in\b', piece, re.I) and 'color' in spoken_of(piece, 'shared'):
             sides['clothing'][-1] += f' {piece}'     # 'a coat', 'in red'
             continue
-        if side == 'neither' and spoken_of(piece, 'shared') or set(spoken_of(piece, 'clothing')) == {'worn'} and spoken_of(piece, 'shared'): waiting = piece
+        if (side == 'neither' and spoken_of(piece, 'shared')) or (set(spoken_of(piece, 'clothing')) == {'worn'} and spoken_of(piece, 'shared')): waiting = piece
         elif side in sides: sides[side].append(piece)
         elif side == 'mixed':
             for part in re.split(r'\s+and\s+', piece):

@@ -17,7 +17,7 @@ from bdam_repro.grid import CLOTHES, DATA, READINGS, audit_grid, grid, layout_op
 from bdam_repro.paper import OPEN_POINTS
 
 CKA = ('full', 'hsic_kernel=cka')
-VERDICTS = {'', 'default', 'better', 'worse', 'open', 'for', 'against', 'invalid', 'holds', 'does not', U.NOT_RUN, U.NOT_HERE, U.NO_OPTION}
+VERDICTS = {'', 'default', 'better', 'worse', 'open', 'for', 'against', 'invalid', 'holds', 'does not', U.NOT_RUN, U.NOT_HERE, U.NO_OPTION}  # noqa: E501
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +34,7 @@ def drawn(tmp_path):
     for variant, tag in (U.FULL, U.BASELINE, CKA):
         c = make_config('synth', 'smoke', variant, tag=tag or None, **layout_options('smoke', tag))
         demo_run(run_dir(c, tmp_path/'runs'), c)
-    return ArtifactParameters(preset='smoke', runs=str(tmp_path/'runs'), tables=str(tmp_path/'tables'), data_root=str(tmp_path/'data'))
+    return ArtifactParameters(preset='smoke', runs=str(tmp_path/'runs'), tables=str(tmp_path/'tables'), data_root=str(tmp_path/'data'))  # noqa: E501
 
 
 def results(p, side, change):
@@ -93,19 +93,19 @@ def test_every_path_is_a_run_and_every_mean_is_that_of_runs(made):
     assert paths and paths <= known
     own = runs.sort_values('score').drop_duplicates(['variant', 'tag', 'seed'], keep='last').set_index(['variant', 'tag'])
     for metric, column in ((U.HEAD, 'R1'), ('mAP', 'mAP'), ('val R-1', 'val_R1')):
-        for r in t[(t['part'] == 'a') & (t['metric'] == metric) & t['evidence'].str.startswith('synth/smoke/full-hsic')].itertuples():
+        for r in t[(t['part'] == 'a') & (t['metric'] == metric) & t['evidence'].str.startswith('synth/smoke/full-hsic')].itertuples():  # noqa: E501
             assert r.value == pytest.approx(own.loc[CKA, column], abs=1e-3)
 
 
 def test_markdown_reads_alone(made):
-    p, t, files = made
+    p, t, files = made  # noqa: RUF059
     text = files[1].read_text()
-    for part in ('SynthPEDES', 'preset smoke', 'no reproduction', 'Seeds: 0', 'Code ', '## a.', '## b.', '## c.', '## d.', '## e.', '(invalid)'): assert part in text
+    for part in ('SynthPEDES', 'preset smoke', 'no reproduction', 'Seeds: 0', 'Code ', '## a.', '## b.', '## c.', '## d.', '## e.', '(invalid)'): assert part in text  # noqa: E501
     for c in U.ALL_CLAIMS: assert f'| {c.id} | {c.where} |' in text
     for point in OPEN_POINTS: assert re.search(rf'(?m)^\| {point.n} \| {re.escape(point.where)} \|', text)
     assert str(p.runs_path) not in text + files[0].read_text() and 'nan' not in text
     for block in text.split('\n\n'):
-        if block.startswith('|'): assert len({len(re.findall(r'(?<!\\)\|', line)) for line in block.splitlines()}) == 1, block[:200]
+        if block.startswith('|'): assert len({len(re.findall(r'(?<!\\)\|', line)) for line in block.splitlines()}) == 1, block[:200]  # noqa: E501
 
 
 def test_same_runs_same_bytes_and_no_litter(made):
@@ -118,7 +118,7 @@ def test_same_runs_same_bytes_and_no_litter(made):
 
 
 def test_an_old_audit_survives_a_full_disk(made, monkeypatch):
-    p, _, files = made
+    p, _, files = made  # noqa: RUF059
     before = [f.read_bytes() for f in files]
     def full(*_, **__): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(pd.DataFrame, 'to_csv', full)
@@ -153,7 +153,7 @@ def test_a_run_with_other_options_is_left_out_and_named(drawn):
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(margin=.9)))
     e = U.gather(drawn)
     assert e.left_out == ['synth/smoke/full-hsic_kernel=cka/seed0'] and set(verdict(drawn).values()) == {U.NOT_RUN}
-    assert 'Left out, since trained with other options: synth/smoke/full-hsic' in U.to_markdown(pd.DataFrame(columns=U.COLUMNS, data=[
+    assert 'Left out, since trained with other options: synth/smoke/full-hsic' in U.to_markdown(pd.DataFrame(columns=U.COLUMNS, data=[  # noqa: E501
         U.finding('b', c.id, '', verdict=U.NOT_RUN) for c in U.ALL_CLAIMS]), '', e.left_out)
 
 
@@ -169,16 +169,16 @@ def test_a_run_that_cannot_be_read_is_one_clear_line(drawn):
 
 
 def test_nothing_to_look_at(tmp_path):
-    with pytest.raises(UserError, match='no finished run of synth'): U.gather(ArtifactParameters(preset='smoke', runs=str(tmp_path)))
+    with pytest.raises(UserError, match='no finished run of synth'): U.gather(ArtifactParameters(preset='smoke', runs=str(tmp_path)))  # noqa: E501
 
 
 def test_test_metrics_in_the_history_are_used(drawn):
     folder = drawn.runs_path/'synth/smoke/full/seed0'
-    h = pd.DataFrame(dict(epoch=[1, 2, 3], val_fused_R1=[4., 6., 5.], val_fused_mAP=[4., 5., 6.], val_fused_R5=[9., 8., 9.], val_fused_R10=[9., 9., 9.]))
+    h = pd.DataFrame(dict(epoch=[1, 2, 3], val_fused_R1=[4., 6., 5.], val_fused_mAP=[4., 5., 6.], val_fused_R5=[9., 8., 9.], val_fused_R10=[9., 9., 9.]))  # noqa: E501
     h.to_csv(folder/'history.csv', index=False)
     e = U.gather(drawn)
     assert U.selection_on_test(e)[0]['verdict'] == U.NOT_RUN
-    assert {f['reading']: f['verdict'] for f in U.selections(e)} == {'R1': 'default', 'mAP': U.NOT_RUN, 'sum': ''}     # the sum chooses the same epoch
+    assert {f['reading']: f['verdict'] for f in U.selections(e)} == {'R1': 'default', 'mAP': U.NOT_RUN, 'sum': ''}     # the sum chooses the same epoch  # noqa: E501
     h.assign(test_fused_R1=[1., 2., 5.]).to_csv(folder/'history.csv', index=False)
     assert U.selection_on_test(e)[0]['diff'] == 3 and {f['reading']: f['diff'] for f in U.selections(e)}['mAP'] == 3
 

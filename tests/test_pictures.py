@@ -65,11 +65,11 @@ def test_seeds_that_only_one_has_are_left_out(copied):
 
 def test_a_tie_at_the_top_is_not_right():
     rows = P.outcomes(answers(1, 1, 0, .5, 0), answers(1, .5, 1, 1, 0))
-    assert {k: list(q) for k, q in rows.items()} == {'Only BDAM is right': [2, 3], 'Only the baseline is right': [1], 'Both are right': [0], 'Neither is right': [4]}
+    assert {k: list(q) for k, q in rows.items()} == {'Only BDAM is right': [2, 3], 'Only the baseline is right': [1], 'Both are right': [0], 'Neither is right': [4]}  # noqa: E501
 
 
 def test_other_queries_are_refused():
-    with pytest.raises(UserError, match='tested on different queries'): P.outcomes(answers(1, 0), answers(1, 0, rows=np.array([0, 2])))
+    with pytest.raises(UserError, match='tested on different queries'): P.outcomes(answers(1, 0), answers(1, 0, rows=np.array([0, 2])))  # noqa: E501
 
 
 def test_examples_are_the_first_of_their_kind(pair):
@@ -85,7 +85,7 @@ def test_examples_are_the_first_of_their_kind(pair):
 
 def test_models_that_agree_are_shown_agreeing(pair):
     runs, kept = pair
-    assert [x.kind for x in P.find_examples(runs, [kept[0], kept[0] | dict(top=kept[1]['top'])])] == ['Both are right', 'Neither is right']
+    assert [x.kind for x in P.find_examples(runs, [kept[0], kept[0] | dict(top=kept[1]['top'])])] == ['Both are right', 'Neither is right']  # noqa: E501
 
 
 # ---- maps
@@ -131,7 +131,7 @@ def test_each_parameter_stands_in_one_box(traced):
 def test_losses_and_boxes_follow_the_configuration(traced):
     losses = {v: set(t.losses) for v, (_, t) in traced.items()}
     assert losses['full'] == {'align', 'triplet', 'clothing', 'decouple', 'gate', 'fusion'}
-    for v, term in (('no_infonce', 'align'), ('no_triplet', 'triplet'), ('no_adversarial', 'clothing'), ('no_decoupling', 'decouple'), ('no_gate_reg', 'gate'), ('bdam', 'fusion')):
+    for v, term in (('no_infonce', 'align'), ('no_triplet', 'triplet'), ('no_adversarial', 'clothing'), ('no_decoupling', 'decouple'), ('no_gate_reg', 'gate'), ('bdam', 'fusion')):  # noqa: E501
         assert losses['full'] - losses[v] == {term}, v
     boxes = {v: set(t.parts) for v, (_, t) in traced.items()}
     assert boxes['fusion'] - boxes['fusion_no_gate'] == {'weights'} and boxes['fusion'] - boxes['fusion_no_mamba'] == {'mixer'}
@@ -146,8 +146,8 @@ def test_tracing_leaves_no_trace():
     assert not any(x._forward_hooks for x in m.modules()) and all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
 
 
-READINGS = [dict(fusion_input='tokens', fusion_text='identity', id_text='both'), dict(fusion_loss='triplet', clothing='matching_grl', fusion_grad=True), dict(id_text='generated', text_pool='cls'),
-            dict(fusion_text='clothing', bdam_order='between', clothing='both', keep_cls=True), dict(align_loss='sdm', fusion_loss='infonce', clothing='literal')]
+READINGS = [dict(fusion_input='tokens', fusion_text='identity', id_text='both'), dict(fusion_loss='triplet', clothing='matching_grl', fusion_grad=True), dict(id_text='generated', text_pool='cls'),  # noqa: E501
+            dict(fusion_text='clothing', bdam_order='between', clothing='both', keep_cls=True), dict(align_loss='sdm', fusion_loss='infonce', clothing='literal')]  # noqa: E501
 
 
 @pytest.mark.parametrize('options', READINGS, ids=lambda o: '-'.join(map(str, o.values())))
@@ -156,7 +156,7 @@ def test_readings_are_drawn_without_collisions(options):
     assert P.collisions(P.plot_model(m, P.trace(m), 'words')) == []
 
 
-@pytest.mark.parametrize('variant', ['full', 'baseline', 'bdam_no_cross', 'bdam_no_gate', 'fusion', 'fusion_no_gate', 'fusion_no_mamba', 'fusion_transformer4', 'tal'])
+@pytest.mark.parametrize('variant', ['full', 'baseline', 'bdam_no_cross', 'bdam_no_gate', 'fusion', 'fusion_no_gate', 'fusion_no_mamba', 'fusion_transformer4', 'tal'])  # noqa: E501
 def test_variants_are_drawn_without_collisions(variant, traced):
     m, t = traced[variant]
     fig = P.plot_model(m, t, P.caption2(t, m.config, 'source'))
@@ -197,7 +197,7 @@ def test_files_are_small_and_the_same_again(made, pair):
 
 def test_captions_say_where_it_is_from(pair):
     words = P.caption1(pair[0], np.array([.5, .7]))
-    for part in ('SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code ', '2 images', '0.60 ± 0.14'): assert part in words
+    for part in ('SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code ', '2 images', '0.60 ± 0.14'): assert part in words  # noqa: E501
 
 
 def test_a_hit_is_told_by_more_than_its_color():

@@ -59,7 +59,7 @@ def test_runs_of_the_audit_can_be_left_out_or_have_more_seeds(root):
                          (['variants=[full]'], len(grid(variants=['full'])))):
         code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth', *config])
         assert code == 0 and jobs(said)['train'] == runs, config
-    code, said = snakemake(root, '--configfile', str(REPO/'workflow'/'quick.yaml'), '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
+    code, said = snakemake(root, '--configfile', str(REPO/'workflow'/'quick.yaml'), '--dry-run', '--quiet', 'rules', config=['dataset=synth'])  # noqa: E501
     assert code == 0 and jobs(said)['train'] == len(grid(seeds=[0], layouts=False))
 
 
