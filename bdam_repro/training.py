@@ -269,9 +269,7 @@ class Trainer:
         self.steps = c.epochs*len(loader)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.names = self.term_names()
-        self.weights = make_weights(self.names, c, model, self.opts)
-        self.base_lr = [g['lr'] for opt in self.opts for g in opt.param_groups]
-        if two_cores(c, device): model.second = SecondThread()
+        self.weights, self.base_lr = make_weights(self.names, c, model, self.opts), [g['lr'] for opt in self.opts for g in opt.param_groups]
 
     def term_names(self) -> list[str]:
         "Which terms this run has; asked once, without touching the state of any generator."
@@ -312,9 +310,6 @@ class Trainer:
 
     def epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
         "One pass; means of the losses, the task weights at its end, speed."
-        with single_threaded(self.model.second is not None): return self._epoch(epoch, bar)
-
-    def _epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
         self.loader.set_epoch(epoch)
         self.step, start, sums, images = epoch*len(self.loader), time.perf_counter(), dict.fromkeys(self.names, 0.), 0
         for batch in self.loader:
@@ -468,6 +463,7 @@ def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDatase
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False                 # a debugging aid that costs 3 % of a `tiny` step
     model = build_model(c, len(tokenizer), described)
+    if two_cores(c, device): model.second = SecondThread()
     texts = 'both' if c.fusion_text == 'identity' and c.fusion else c.id_text           # which the loader has to bring
     loader = train_batches(dataset, tokenizer, size=(c.image_height, c.image_width), max_length=c.max_length, p=c.ids_per_batch, k=c.images_per_id,
                            seed=c.seed, id_text=texts, two_captions=c.two_captions, augmentation=dict(flip=c.flip, pad=c.pad, erase=c.erase), workers=c.workers,
@@ -503,7 +499,7 @@ def train(c: Config,                        # from `make_config`
 def one_epoch(epoch: int, trainer: Trainer, dataset: PedesDataset, tokenizer, folder: Path, state: dict, bar: tqdm) -> None:
     "Train, validate, keep the best, write the checkpoint."
     c, start = trainer.c, time.perf_counter()
-    row = trainer.epoch(epoch, bar)
+    with single_threaded(trainer.model.second is not None): row = trainer.epoch(epoch, bar)
     if (epoch + 1) % c.eval_every == 0 or epoch + 1 == c.epochs:
         val = summary(evaluate(trainer.model, dataset, tokenizer, 'val', trainer.amp()))
         row |= {f'val_{k}_{m}': v for k, r in val.items() for m, v in r.items()}

@@ -529,7 +529,7 @@ def test_a_second_core_changes_no_bit(home, optimizer, tmp_path):
         torch.set_num_threads(threads)
         trainer = prepare(c, tmp_path/f'{threads}', False)[2]
         assert (trainer.model.second is None) == (threads == 1)
-        trainer.epoch(0, training.tqdm(disable=True))
+        with training.single_threaded(trainer.model.second is not None): trainer.epoch(0, training.tqdm(disable=True))
         assert torch.get_num_threads() == threads
         torch.set_num_threads(1)
         return trainer.model.state_dict()
