@@ -84,7 +84,7 @@ def outcome_table(pairs: dict[int, tuple[Path, Path]], scores: tuple[str, str] =
     return pd.DataFrame({s: of(fs) for s, fs in pairs.items()}).T.rename_axis('seed')
 
 # %% ../nbs/71_pictures.ipynb #710021
-GRAY = 127     # of the training's erasing
+GRAY = 127     # as `batches.augment` erases
 
 def windows(grid: tuple[int, int]           # rows and columns of patches
            ) -> tuple[int, list[tuple[int, int]]]:  # patches a side, upper left patches
@@ -201,39 +201,42 @@ def write(fig, x: float, y: float, text: str, size: float = 7, **more):
     W, H = fig.get_size_inches()
     return fig.text(x/W, 1 - y/H, text, fontsize=size, **{'va': 'top', 'ha': 'left'} | more)
 
-def draw_map(ax, image, shares: np.ndarray, color: str) -> None:
-    "A picture in light gray, darker where a window has a larger share."
+def draw_map(ax, image, shares: np.ndarray, color: str,
+             columns: float = 1.   # the share of the width that the model reads, in the middle
+            ) -> None:
+    "A picture in light gray, darker where a window has a larger share; dashed lines where the model's picture ends."
     from matplotlib.colors import to_rgb
-    box = (0, image.width, image.height, 0)
+    W, H, margin = image.width, image.height, image.width*(1 - columns)/2
     light = ImageOps.autocontrast(image.convert('L').resize((24, 48)), cutoff=1)
-    ax.imshow(.68 + .32*np.asarray(light)/255, cmap='gray', vmin=0, vmax=1, extent=box, interpolation='bilinear')
-    ax.imshow(np.dstack([np.full((*shares.shape, 3), to_rgb(color)), .88*shares/shares.max()]), extent=box, interpolation='nearest')
-    ax.set(xticks=[], yticks=[])
+    ax.imshow(.68 + .32*np.asarray(light)/255, cmap='gray', vmin=0, vmax=1, extent=(0, W, H, 0), interpolation='bilinear')
+    ax.imshow(np.dstack([np.full((*shares.shape, 3), to_rgb(color)), .88*shares/shares.max()]), extent=(margin, W - margin, H, 0), interpolation='nearest')
+    for x in (margin, W - margin)*(columns < 1): ax.axvline(x, color='0.45', linewidth=.5, linestyle=(0, (4, 3)))
+    ax.set(xticks=[], yticks=[], xlim=(0, W), ylim=(H, 0))
     for s in ax.spines.values(): s.set(color='0.75', linewidth=.6)
 
 # %% ../nbs/71_pictures.ipynb #710041
-HIGH = 2.66      # inches of an example
+HIGH = 2.72      # inches of an example
 
 def draw_ranked(fig, y: float, x: Example, run: Run) -> None:
     "The first images of both models, a row each."
     for i, (name, r) in enumerate(zip(('baseline', 'BDAM'), x.ranked)):
-        top = y + 1.05*i
+        top = y + 1.08*i
         write(fig, .13, top + .5, f'{name}\nfirst hit: {r.place:.0f}', 7, rotation=90, va='center', ha='center', linespacing=1.3)
         for j, (row, hit) in enumerate(zip(r.rows, r.hits)):
-            show_image(ax := place(fig, .3 + .565*j, top, .5, 1), run.dataset.image(int(row)), hit)
+            show_image(ax := place(fig, .3 + .575*j, top, .5, 1), run.dataset.image(int(row)), hit)
             if hit: ax.text(0, 1, '✓', transform=ax.transAxes, color='white', weight='bold', ha='center', va='center', bbox=dict(boxstyle='circle,pad=.15', facecolor='black', edgecolor='white', lw=.6))
 
 def draw_maps(fig, y: float, x: Example, run: Run) -> None:
     "The query's own image, and where each feature of it comes from."
     image = run.dataset.image(x.own)
     for j, (name, feature, s) in enumerate([('image described', '', None), *x.maps]):
-        left = 3.26 + .945*j
-        ax = place(fig, left, y + .2, .88, 1.7)
+        left = 3.28 + .94*j
+        ax = place(fig, left, y + .2, .88, 1.74)
         if s is None: show_image(ax, image, False)
-        else: draw_map(ax, image, s, {'$f$': BASE, '$f_{id}$': DARK}.get(feature, LIGHT))
+        else: draw_map(ax, image, s, {'$f$': BASE, '$f_{id}$': DARK}.get(feature, LIGHT), run.config.columns)
         write(fig, left + (.5 if feature else .44), y + .1, name, 7, ha='right' if feature else 'center', va='baseline')
         write(fig, left + .55, y + .1, feature, 10, va='baseline')
-        if s is not None: write(fig, left + .44, y + 1.93, f'darkest: {100*s.max():.0f} %', 7, ha='center')
+        if s is not None: write(fig, left + .44, y + 1.97, f'darkest: {100*s.max():.0f} %', 7, ha='center')
 
 def draw_example(fig, y: float, x: Example, letter: str, run: Run) -> None:
     "One query: its text, what both models rank first, and the maps."
@@ -261,10 +264,11 @@ def caption1(runs: tuple[Run, Run],
              likeness: np.ndarray,    # of `map_likeness`
              score: str = 'dual') -> str:
     "The caption of Figure 1."
+    read = ' Dashed: what the model reads of the picture.' if runs[1].config.columns < 1 else ''
     alike = f'; over {len(likeness)} images of the test the maps of f_id and f_clo correlate with {likeness.mean():.2f} ± {likeness.std(ddof=1):.2f}'
     return ('Figure 1. The same query under the baseline and under BDAM. Left: the five images ranked first; a wide frame and a tick: the person asked for. Each is the first query of its kind in the test split. '
             'Right: how much of the direction of a feature hangs on each patch of the image described (painted gray, it turns the feature; darker: more), in shares of the sum (an even one '
-            f'is {100/len(windows(runs[1].model.vision.grid)[1]):.0f} %){alike}. '
+            f'is {100/len(windows(runs[1].model.vision.grid)[1]):.0f} %){alike}.{read} '
             + made_from([r.config for r in runs], [run_code(r.folder) for r in runs], score))
 
 # %% ../nbs/71_pictures.ipynb #710045
