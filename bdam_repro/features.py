@@ -165,14 +165,14 @@ def settle(fig) -> None:
 
 def write_caption(fig, words: str) -> None:
     "The caption, in the figure's lower margin."
-    fig.supxlabel(textwrap.fill(words, 142), fontsize=7, color='0.25', x=.01, ha='left', linespacing=1.25)
+    fig.supxlabel(textwrap.fill(words, 138), fontsize=7, color='0.25', x=.01, ha='left', linespacing=1.25)
 
 # %% ../nbs/72_features.ipynb #720033
 BINS = np.linspace(0, 1, 81)
 
 def draw_pair(ax, values: list[tuple[list[np.ndarray], str]]) -> None:
     "Two distributions on one axis: the first filled, the second hatched; a thin line for each seed."
-    for (arrays, label), color, fill in zip(values, (DARK, LIGHT), (dict(alpha=.45), dict(facecolor='none', hatch='//////', alpha=.9))):
+    for (arrays, label), color, fill in zip(values, (DARK, LIGHT), (dict(alpha=.3), dict(facecolor='none', hatch='//////', alpha=.9))):
         density = [np.histogram(a, BINS, density=True)[0] for a in arrays]
         ax.stairs(np.mean(density, 0), BINS, fill=True, **(dict(color=color) | fill if 'hatch' not in fill else dict(edgecolor=color, linewidth=0) | fill))
         for d in density: ax.stairs(d, BINS, color=color, linewidth=.7, linestyle='-' if 'hatch' not in fill else (0, (3, 1)))
@@ -201,7 +201,7 @@ def draw_reading(ax, arrays: list[np.ndarray], title: str) -> None:
     mid, half = all_.mean(), max(1.15*np.abs(all_ - all_.mean()).max(), .01)
     bins = np.linspace(mid - half, mid + half, 31)
     density = [np.histogram(a, bins)[0]/len(a) for a in arrays]
-    ax.stairs(np.mean(density, 0), bins, fill=True, color=DARK, alpha=.45)
+    ax.stairs(np.mean(density, 0), bins, fill=True, color=DARK, alpha=.3)
     for d in density: ax.stairs(d, bins, color=DARK, linewidth=.7)
     ax.set(title=title, xlim=(bins[0], bins[-1]), yticks=[], xlabel='weight')
     ax.set_ylim(0, 1.35*max(d.max() for d in density)); ax.spines['left'].set_visible(False)
@@ -210,12 +210,12 @@ def draw_reading(ax, arrays: list[np.ndarray], title: str) -> None:
 def draw_shares(ax, runs: list[Features]) -> None:
     "Where the gate's variance lies, a bar a seed."
     shares = pd.DataFrame([variance_shares(r['g']) for r in runs], index=[f'seed {r.config.seed}' for r in runs]).mul(100)
-    left = np.zeros(len(shares))
+    left, mean = np.zeros(len(shares)), shares.mean()
     for (part, x), color, hatch in zip(shares.items(), ('0.35', 'white', '0.8'), (None, '////', None)):
-        ax.barh(shares.index, x, left=left, color=color, hatch=hatch, edgecolor='0.2', linewidth=.6, height=.62, label=part)
+        ax.barh(shares.index, x, left=left, color=color, hatch=hatch, edgecolor='0.2', linewidth=.6, height=.62, label=f'{part}, {mean[part]:.1f} %')
         left += x.to_numpy()
-    ax.set(title='(e) Variance of g between', xlim=(0, 100), xlabel='%', ylim=(max(len(shares), 3) - .4, -1.6))
-    ax.legend(loc='upper left', bbox_to_anchor=(-.02, 1.02), ncols=3, frameon=False, handlelength=1, handletextpad=.4, columnspacing=.8, borderpad=0)
+    ax.set(title='(e) Variance of g between', xlim=(0, 100), xlabel='%', ylim=(max(len(shares), 3) - .4, -3))
+    ax.legend(loc='upper left', bbox_to_anchor=(-.02, 1.04), frameon=False, handlelength=1, handletextpad=.5, labelspacing=.25, borderpad=0)
     ax.tick_params(axis='y', length=0); ax.spines['left'].set_visible(False)
 
 def draw_worth(ax, runs: list[Features], pids: np.ndarray) -> None:
@@ -324,8 +324,8 @@ def probe_table(samples: list[Sample]) -> pd.DataFrame:  # layer, factor, featur
 
 # %% ../nbs/72_features.ipynb #720050
 def probe_summary(probes: pd.DataFrame) -> pd.DataFrame:  # layer → feature; percent
-    "How far above chance a layer is read from a feature: (accuracy − chance)/(100 − chance), mean over factors and seeds."
-    skill = 100*(probes['accuracy'] - probes['chance'])/(100 - probes['chance']).clip(lower=1e-9)
+    "How far above chance a layer is read from a feature: (accuracy − chance)/(100 − chance), at least 0, mean over factors and seeds."
+    skill = 100*((probes['accuracy'] - probes['chance'])/(100 - probes['chance']).clip(lower=1e-9)).clip(lower=0)
     return probes.assign(skill=skill).pivot_table(index='layer', columns='feature', values='skill', sort=False)
 
 # %% ../nbs/72_features.ipynb #720053
@@ -468,7 +468,7 @@ def draw_probes(ax, probes: pd.DataFrame) -> None:
     for layer, rows in probes.groupby('layer', sort=False):
         ticks[y] = layer
         for k, at in zip(FEATURES, (3, 37, 71)):
-            dot(ax, [at], y, k); ax.text(at + 4, y, f'{round(skill.loc[layer, k])} %'.replace('-', '−'), fontsize=7, weight='bold', va='center')
+            dot(ax, [at], y, k); ax.text(at + 4, y, f'{skill.loc[layer, k]:.0f} %', fontsize=7, weight='bold', va='center')
         for factor, of in rows.groupby('factor', sort=False):
             ticks[y := y + 1] = factor.replace('_', ' ')
             ax.plot(of['chance'].mean(), y, '|', color='black', ms=8, mew=1.2)
@@ -544,7 +544,7 @@ def measure(baselines: list[Features],
 
 # %% ../nbs/72_features.ipynb #720074
 FIGURE4 = ('Figure 4. t-SNE of image features: f of the baseline (a, c); f_id (filled in b) and f_clo (open in b) of the full model in one map (b, d). Gray: everybody else. '
-           '(e) Logistic regression on unseen people; beside a layer, the mean share of the way from chance to 100 %. (f) A row a perplexity, a column a random start, below each the trustworthiness. '
+           '(e) Logistic regression on unseen people; beside a layer, the mean share of the way from chance (below it: 0) to 100\u00a0%. (f) A row a perplexity, a column a random start, below each the trustworthiness. '
            '(g) f_id against f_clo as two groups: trained, untrained, each with its mean at the origin. (h) The bar: images dealt anew. Lines and crosses: seeds. ')
 
 def plot_features(m: Measured, dpi: int = 75):   # matplotlib's figure, 7 inches wide

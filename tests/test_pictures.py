@@ -87,7 +87,8 @@ def test_examples_are_the_first_of_their_kind(pair):
 
 def test_models_that_agree_are_shown_agreeing(pair):
     runs, kept = pair
-    assert [x.kind for x in P.find_examples(runs, [kept[0], kept[0] | dict(top=kept[1]['top'])])] == ['Both are right', 'Neither is right']
+    same = [kept[0], kept[0] | dict(top=kept[1]['top'])]
+    assert [x.kind for x in P.find_examples(runs, same)] == ['Both are right', 'Neither is right']
 
 
 # ---- maps
@@ -148,8 +149,8 @@ def test_each_parameter_stands_in_one_box(traced):
 def test_losses_and_boxes_follow_the_configuration(traced):
     losses = {v: set(t.losses) for v, (_, t) in traced.items()}
     assert losses['full'] == {'align', 'triplet', 'clothing', 'decouple', 'gate', 'fusion'}
-    without = dict(no_infonce='align', no_triplet='triplet', no_adversarial='clothing', no_decoupling='decouple', no_gate_reg='gate',
-                   bdam='fusion')
+    without = dict(no_infonce='align', no_triplet='triplet', no_adversarial='clothing', no_decoupling='decouple',
+                   no_gate_reg='gate', bdam='fusion')
     for v, term in without.items():
         assert losses['full'] - losses[v] == {term}, v
     boxes = {v: set(t.parts) for v, (_, t) in traced.items()}
@@ -178,7 +179,10 @@ def test_readings_are_drawn_without_collisions(options):
     assert P.collisions(P.plot_model(m, P.trace(m), 'words')) == []
 
 
-@pytest.mark.parametrize('variant', ['full', 'baseline', 'bdam_no_cross', 'bdam_no_gate', 'fusion_no_gate', 'fusion_no_mamba', 'tal'])
+DRAWN = 'full', 'baseline', 'bdam_no_cross', 'bdam_no_gate', 'fusion_no_gate', 'fusion_no_mamba', 'tal'
+
+
+@pytest.mark.parametrize('variant', DRAWN)
 def test_variants_are_drawn_without_collisions(variant, traced):
     m, t = traced[variant]
     fig = P.plot_model(m, t, P.caption2(t, m.config, 'source'))
