@@ -292,7 +292,7 @@ class Traced:
     "What one forward pass says of a model."
     parts: dict[str, Part]     # the boxes that this model has, by the keys of `MODULES`
     losses: tuple[str, ...]    # the terms of its loss
-    inputs: dict[str, Part]    # image, caption, identity, clothing, where they are read
+    inputs: dict[str, Part]    # image, caption, other (a second caption), identity, clothing, where they are read
     total: int                 # parameters
 
 # %% ../nbs/71_pictures.ipynb #710047
@@ -301,7 +301,7 @@ def random_batch(model: Model, people: int = 2) -> Batch:
     c, words, gen = model.config, model.text.config['network']['vocab_size'], torch.Generator().manual_seed(0)
     B = 2*people
     text = lambda: dict(ids=torch.randint(words, (B, c.max_length), generator=gen), mask=torch.ones(B, c.max_length, dtype=torch.bool))
-    read = [k for k, on in (('caption', True), ('id', c.id_text != 'caption' or (c.fusion and c.fusion_text == 'identity')),
+    read = [k for k, on in (('caption', True), ('other', c.two_captions and c.id_text != 'generated'), ('id', c.id_text != 'caption' or (c.fusion and c.fusion_text == 'identity')),
                             ('clo', model.proj_clo is not None or (c.fusion and c.fusion_text == 'clothing'))) if on]
     images = torch.randint(256, (B, 3, c.image_height, c.image_width), generator=gen, dtype=torch.uint8)
     return Batch(torch.arange(B), torch.arange(people).repeat_interleave(2), images, **{f'{k}_{n}': v for k in read for n, v in text().items()})
@@ -328,7 +328,7 @@ def trace(model: Model) -> Traced:
     symbol = lambda k: 'P' if k.startswith('align') or k in ('weights', 'mixer', 'final', 'match') else 'B'
     count = lambda ms: sum(q.numel() for m in ms for q in m.parameters())
     parts = {k: Part((symbol(k), *map(str, made[k][1:])), count(ms)) for k, ms in modules.items() if k in made}
-    seen = dict(image=batch.images, caption=batch.caption_ids, identity=batch.id_ids, clothing=batch.clo_ids)
+    seen = dict(image=batch.images, caption=batch.caption_ids, other=batch.other_ids, identity=batch.id_ids, clothing=batch.clo_ids)
     inputs = {k: Part(('B', *map(str, t.shape[1:])), 0) for k, t in seen.items() if t is not None}
     return Traced(parts, tuple(losses), inputs, count([model]))
 
@@ -482,7 +482,8 @@ def draw_text_side(g: Page, t: Traced, model: Model) -> None:
     "Texts, encoder and projection, up to the text features."
     c, X = model.config, COLUMN
     main = [k for k, on in (('caption', c.id_text != 'generated'), ('identity', c.id_text != 'caption')) if on and k in t.inputs] or ['caption']
-    name = dict(caption=['caption'], identity=['identity', 'description'])[main[0]] if len(main) < 2 else ['caption', '+ identity']
+    one = '2 captions' if 'other' in t.inputs else 'caption'
+    name = dict(caption=[one], identity=['identity', 'description'])[main[0]] if len(main) < 2 else [one, '+ identity']
     lanes = [('text', main[0], name, '$t$')] + [('clo_text', 'clothing', ['clothing', 'description'], '$t_{clo}$')]*('clothing' in t.losses)
     pool = 'mean, project' if c.text_pool == 'mean' else '[CLS], project'
     for lane, key, name, symbol in lanes:

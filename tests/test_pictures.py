@@ -158,6 +158,13 @@ def test_losses_and_boxes_follow_the_configuration(traced):
     assert boxes['bdam'] - boxes['bdam_no_gate'] == {'gate'}
 
 
+def test_inputs_are_those_that_are_read(traced):
+    read = lambda **o: set(P.trace(smoke(**o)).inputs) - {'image', 'clothing'}
+    assert set(traced['full'][1].inputs) == {'image', 'caption', 'other', 'clothing'}
+    assert set(traced['baseline'][1].inputs) == {'image', 'caption', 'other'}
+    assert read(two_captions=False) == {'caption'} and read(id_text='both') == {'caption', 'other', 'identity'}
+
+
 def test_tracing_leaves_no_trace():
     m, c = smoke().train(), make_config('synth', 'smoke')
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in m.state_dict().items()}
@@ -169,6 +176,7 @@ def test_tracing_leaves_no_trace():
 READINGS = [dict(fusion_input='tokens', fusion_text='identity', id_text='both'),
             dict(fusion_loss='triplet', clothing='matching_grl', fusion_grad=True),
             dict(id_text='generated', text_pool='cls'),
+            dict(two_captions=False, balance='fixed'),
             dict(fusion_text='clothing', bdam_order='between', clothing='both', keep_cls=True),
             dict(align_loss='sdm', fusion_loss='infonce', clothing='literal')]
 
@@ -209,16 +217,16 @@ def test_without_a_run_the_drawing_says_untrained(made):
 def figures(made, pair):
     (runs, kept), (model, source) = pair, P.running_model(made)
     t = P.trace(model)
-    yield 'fig1', P.plot_examples(P.find_examples(runs, kept), runs[0], P.caption1(runs, np.array([.5, .7])))
-    yield 'fig2', P.plot_model(model, t, P.caption2(t, model.config, source))
+    yield 'fig1', 180, P.plot_examples(P.find_examples(runs, kept), runs[0], P.caption1(runs, np.array([.5, .7])))
+    yield 'fig2', 200, P.plot_model(model, t, P.caption2(t, model.config, source))
 
 
 def test_files_are_small_and_the_same_again(made, pair):
-    first = {f.name: f.read_bytes() for name, fig in figures(made, pair) for f in save_figure(fig, name, made)}
-    again = {f.name: f.read_bytes() for name, fig in figures(made, pair) for f in save_figure(fig, name, made)}
+    first = {f.name: f.read_bytes() for name, dpi, fig in figures(made, pair) for f in save_figure(fig, name, made, dpi)}
+    again = {f.name: f.read_bytes() for name, dpi, fig in figures(made, pair) for f in save_figure(fig, name, made, dpi)}
     assert first == again and set(first) == {'fig1.pdf', 'fig1.png', 'fig2.pdf', 'fig2.png'}
     assert max(map(len, first.values())) < 10**6
-    for n in (1, 2): assert Image.open(made.figures_path/f'fig{n}.png').width == 200*P.WIDTH
+    assert [Image.open(made.figures_path/f'fig{n}.png').width for n in (1, 2)] == [180*P.WIDTH, 200*P.WIDTH]
 
 
 def test_captions_say_where_it_is_from(pair):
