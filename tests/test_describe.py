@@ -326,7 +326,8 @@ def test_kill_at_twenty_moments_then_resume(tmp_path):
 def test_interrupt_keeps_what_was_served(tmp_path):
     records = pictures(tmp_path / 'imgs', 900)  # 27 s of work: a busy machine does not end it before the signal
     code = (
-        "import sys, openai, pandas as pd; from bdam_repro.describe import describe; url, imgs, out = sys.argv[1:]\n"
+        "import signal, sys, openai, pandas as pd; from bdam_repro.describe import describe; url, imgs, out = sys.argv[1:]\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "describe(pd.DataFrame({'file': [f'{i:05}.png' for i in range(900)]}), "
         "openai.AsyncOpenAI(api_key='k', base_url=url, max_retries=0), out, images_dir=imgs,"
         " model='m', concurrency=10, progress=False)"

@@ -36,7 +36,7 @@ def ds(full, p): return X.load_dataset(full[0], p)
 
 
 @pytest.fixture(scope='module')
-def measured(baseline, full, ds): return X.measure(baseline, full, ds)
+def measured(baseline, full, ds): return X.measure(baseline, full, ds, full[:1])     # one run twice: as if without the loss
 
 
 def no_tsne(patch): patch.setattr(X, 'tsne_map', lambda x, *_: x[:, :2])
@@ -165,6 +165,12 @@ def test_dependence_tells_shared_from_separate():
     assert abs(apart['CKA'] - apart['CKA, dealt anew']) < .03 and shared['CKA'] > .4
     assert shared['HSIC'] > 3*shared['HSIC, dealt anew']
     assert X.dependence(a, b) == apart
+
+
+def test_each_model_has_its_dependence(measured):
+    t = measured.dependence.set_index(['model', 'seed'])
+    assert list(t.index) == [('full', 0), ('full', 1), ('w/o decoupling', 0), ('untrained', 0), ('untrained', 1)]
+    assert np.allclose(t.loc[('full', 0)], t.loc[('w/o decoupling', 0)])
 
 
 def test_regions_of_two_biases_vanish_with_their_means(full, ds, measured):

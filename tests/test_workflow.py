@@ -55,11 +55,12 @@ def test_dry_run_lists_the_grid(root):
 
 
 def test_runs_of_the_audit_can_be_left_out_or_have_more_seeds(root):
-    for config, runs in ((['audit=false'], len(grid())), (['audit_seeds=[0,1]'], len(grid()) + len(audit_grid(seeds=(0, 1)))),
-                         (['variants=[full]'], len(grid(variants=['full'])))):
-        code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth', *config])
-        assert code == 0 and jobs(said)['train'] == runs, config
-    code, said = snakemake(root, '--configfile', str(REPO/'workflow'/'quick.yaml'), '--dry-run', '--quiet', 'rules', config=['dataset=synth'])  # noqa: E501
+    more = grid() + audit_grid(seeds=(0, 1))
+    for config, runs in (('audit=false', grid()), ('audit_seeds=[0,1]', more), ('variants=[full]', grid(variants=['full']))):
+        code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth', config])
+        assert code == 0 and jobs(said)['train'] == len(runs), config
+    quick = '--configfile', str(REPO/'workflow'/'quick.yaml')
+    code, said = snakemake(root, *quick, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])  # noqa: E501
     assert code == 0 and jobs(said)['train'] == len(grid(seeds=[0], layouts=False))
 
 
