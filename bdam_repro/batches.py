@@ -9,6 +9,7 @@ __all__ = ['HUB_NAMES', 'TOKENIZER_FILES', 'MODEL_FILES', 'SPECIAL_TOKENS', 'hub
            'text_batches']
 
 # %% ../nbs/12_batches.ipynb #120004
+import hashlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -29,13 +31,15 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 # %% ../nbs/12_batches.ipynb #120006
-from .config import UserError
+from .config import UserError, atomic_path
 from .pedes import PedesDataset, load_image
 
 # %% ../nbs/12_batches.ipynb #120008
@@ -90,7 +94,7 @@ def wordpiece_vocab(texts: Sequence[str],  # the training captions
     tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    found = {c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()}
+    found = {c for raw in set().union(*texts) for c in tokenizer.normalizer.normalize_str(raw) if not c.isspace()}
     letters = sorted(found | set(string.ascii_lowercase + string.digits + string.punctuation))[:500]  # a new word can always be spelled
     fixed = [*SPECIAL_TOKENS, *letters, *(f'##{c}' for c in letters)]
     trainer = trainers.WordPieceTrainer(vocab_size=max(vocab_size, len(fixed)), special_tokens=fixed, min_frequency=2, show_progress=False)
@@ -129,8 +133,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase,
                  max_length: int,  # longer texts are cut, their closing token kept
                  ) -> tuple[torch.Tensor, torch.Tensor]:  # ids [N,L] int64, mask [N,L] bool (True at real tokens)
     "Tokenize all texts at once, padded on the right to the longest of them."
-    out = tokenizer([str(t) for t in texts], padding=True, truncation=True, max_length=max_length, return_tensors='pt')
-    return out['input_ids'].long(), out['attention_mask'].bool()
+    rows = tokenizer([str(t) for t in texts], truncation=True, max_length=max_length, return_token_type_ids=False, return_attention_mask=False)['input_ids']
+    n = torch.tensor([len(r) for r in rows])
+    ids = torch.tensor([r + [tokenizer.pad_token_id]*(int(n.max()) - len(r)) for r in rows])     # padded here: in half the time
+    return ids, torch.arange(ids.shape[1]) < n[:, None]
 
 def trim(ids: torch.Tensor,  # [B,L]
          mask: torch.Tensor,  # [B,L]
@@ -160,6 +166,7 @@ class ImageStore:
                  cache: bool | str = 'auto',  # True, False, or 'auto': when it fits `budget`
                  budget: int = 2**30,  # bytes of memory that decoded images may take
                  columns: float = 1.,  # see `decode_image`
+                 keep: int = 2000,  # more images than this are decoded once for all runs
                  ):
         if cache not in (True, False, 'auto'): raise UserError(f"cache={cache!r} is none of True, False, 'auto'")
         rows = np.arange(len(dataset.records)) if rows is None else np.asarray(rows)
@@ -168,7 +175,19 @@ class ImageStore:
         self.cached = len(rows)*3*size[0]*size[1] <= budget if cache == 'auto' else cache
         if self.cached:
             self.slot = {int(r): i for i, r in enumerate(rows)}
-            self.data = self._decode(list(self.paths.values()), show=len(rows) > 2000)
+            self.data = self._decoded(dataset.root) if len(rows) > keep else self._decode(list(self.paths.values()))
+
+    def _decoded(self, root: Path) -> torch.Tensor:
+        "All images, from a file of the last run that read the same ones. A disk that takes no such file costs time and nothing else."
+        paths = list(self.paths.values())
+        dates = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()]      # one that is not will be named below
+        files = hashlib.sha256(json.dumps([self.size, self.columns, dates]).encode()).hexdigest()
+        path = root/'.decoded'/f'{len(paths)}x{self.size[0]}x{self.size[1]}.safetensors'
+        with suppress(OSError, SafetensorError), safe_open(path, 'pt') as kept:
+            if (kept.metadata() or {}).get('files') == files: return kept.get_tensor('images')
+        images = self._decode(paths, show=True)
+        with suppress(UserError, SafetensorError), atomic_path(path) as tmp: save_file({'images': images}, tmp, {'files': files})
+        return images
 
     def _decode(self, paths: list[Path], show: bool = False) -> torch.Tensor:
         out = torch.empty(len(paths), 3, *self.size, dtype=torch.uint8)

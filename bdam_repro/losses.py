@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAU_MIN', 'full_precision', 'l2_normalize', 'similarity', 'same_label', 'masked_logsumexp', 'cross_entropy_rows',
-           'info_nce', 'triplet', 'mine_triplets', 'clothing_adversarial', 'text_ids', 'clothing_matching',
-           'grad_reverse', 'hsic', 'gate_regularization', 'match_loss', 'sdm', 'tal']
+           'info_nce', 'triplet', 'mine_triplets', 'batch_triplet', 'clothing_adversarial', 'text_ids',
+           'clothing_matching', 'grad_reverse', 'hsic', 'gate_regularization', 'match_loss', 'sdm', 'tal']
 
 # %% ../nbs/40_losses.ipynb #400003
 import math
@@ -133,6 +133,24 @@ def _hardest(x: Tensor, y: Tensor) -> Callable:
 def _any_of(generator: torch.Generator | None) -> Callable:
     "One allowed column a row, at random."
     return lambda a, mask, positive: torch.multinomial(mask.float(), 1, generator=generator)[:, 0] if len(a) else a
+
+# %% ../nbs/40_losses.ipynb #400s02
+@full_precision
+def batch_triplet(features: Tensor,  # [B, D]
+                  pids: Tensor,  # [B] identities
+                  margin: float = .3,  # m
+                  how: str = 'hard'  # as for `mine_triplets`
+                 ) -> Tensor:  # scalar
+    "Eq. 4 (Sec. 3.5) over the triplets of a batch. Raises `UserError` for an unknown `how`."
+    n2 = features.square().sum(1)
+    d = n2[:, None] + n2[None] - 2*features @ features.T                    # [B, B]
+    if how != 'all':
+        a, p, n = mine_triplets(features, pids, how)
+        return F.relu(d[a, p] - d[a, n] + margin).sum() / max(len(a), 1)
+    pos = same_label(pids, d)
+    a, p = (pos & ~torch.eye(len(pos), dtype=torch.bool, device=pos.device)).nonzero().T
+    wrong = ~pos[a]                                                         # [A, B]
+    return (F.relu(d[a, p][:, None] - d[a] + margin)*wrong).sum() / wrong.sum().clamp_min(1)
 
 # %% ../nbs/40_losses.ipynb #400037
 @full_precision

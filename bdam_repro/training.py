@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['data_root', 'load_data', 'write_styled', 'synth_folder', 'run_tokenizer', 'align_loss', 'triplet_loss',
            'clothing_loss', 'fusion_loss', 'batch_losses', 'forward', 'embed_texts', 'embed_images', 'evaluate',
-           'make_optimizers', 'lr_at', 'pick_device', 'pick_dtype', 'LiteralWeights', 'make_weights', 'two_cores',
-           'single_threaded', 'Trainer', 'optimizer_tensors', 'load_optimizers', 'save_checkpoint', 'load_checkpoint',
-           'shuffled', 'code_version', 'device_name', 'provenance', 'write_json', 'finished', 'same_run', 'open_run',
-           'summary', 'headline', 'save_features', 'own_weights', 'prepare', 'train', 'one_epoch', 'epoch_line',
-           'finish', 'plot_history']
+           'orthogonalize', 'Muon', 'make_optimizers', 'lr_at', 'pick_device', 'pick_dtype', 'LiteralWeights',
+           'make_weights', 'two_cores', 'single_threaded', 'Trainer', 'optimizer_tensors', 'load_optimizers',
+           'save_checkpoint', 'load_checkpoint', 'shuffled', 'code_version', 'device_name', 'provenance', 'write_json',
+           'finished', 'same_run', 'open_run', 'summary', 'headline', 'save_features', 'own_weights', 'prepare',
+           'train', 'one_epoch', 'epoch_line', 'finish', 'plot_history']
 
 # %% ../nbs/51_training.ipynb #510004
 import json
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -34,8 +35,8 @@ from . import __version__
 from .batches import Batch, image_batches, load_tokenizer, save_tokenizer, text_batches, train_batches, train_tokenizer
 from .config import ROOT, Config, UserError, atomic_path, config_hash, make_config, run_dir
 from .gradnorm import GradNorm, TaskWeights, literal_total
-from .losses import (clothing_adversarial, clothing_matching, gate_regularization, grad_reverse, hsic, info_nce,
-                               match_loss, mine_triplets, sdm, tal, text_ids, triplet)
+from .losses import (batch_triplet, clothing_adversarial, clothing_matching, gate_regularization, grad_reverse, hsic, info_nce,
+                               match_loss, sdm, tal, text_ids, triplet)
 from .metrics import RetrievalResult, bootstrap_ci, chance, rank_metrics, rerank_metrics, topk
 from .model import (ImageFeatures, Model, Outputs, SecondThread, TextFeatures, build_model, from_pretrained, fuse, read_tensors, rescore,
                               save_pretrained, write_tensors)
@@ -61,9 +62,11 @@ def load_data(config: Config, progress: bool = True) -> PedesDataset:
     return ds if c.descriptions in ('auto', 'none') else attach_descriptions(ds, ds.root/c.descriptions)
 
 def write_styled(c: Config) -> None:
-    "SynthPEDES's descriptions in the styles that DBSCAN finds among the captions, as the paper has them (3.3), where they are not yet."
-    with open(data_root(c)/synth_folder(c)/'descriptions.jsonl', encoding='utf-8') as f: first = json.loads(f.readline())
-    if first['prompt_hash'].endswith('-dbscan'): return
+    """SynthPEDES's descriptions in the styles that DBSCAN finds among the captions, as the paper has them (3.3), where they are not yet.
+
+    A file that was not drawn with the pictures is left to the loader, which says what is wrong with it."""
+    with open(data_root(c)/synth_folder(c)/'descriptions.jsonl', encoding='utf-8') as f: drawn = re.search(r'"prompt_hash": "(synth-[^"]*)"', f.readline())
+    if drawn is None or drawn[1].endswith('-dbscan'): return
     style_descriptions(load_pedes('synth', data_root(c), folder=synth_folder(c), descriptions=None), 'dbscan', error_rate=c.synth_error)
 
 def synth_folder(config: Config) -> str:
@@ -101,9 +104,7 @@ def align_loss(out: Outputs, pids: Tensor, c: Config) -> Tensor:
 
 def triplet_loss(out: Outputs, pids: Tensor, c: Config) -> Tensor:
     "Eq. 4 on the L2-normalized identity features."
-    f = F.normalize(out.image.f_id.float(), dim=-1)
-    a, p, n = mine_triplets(f, pids, c.mining)
-    return triplet(f[a], f[p], f[n], c.margin)
+    return batch_triplet(F.normalize(out.image.f_id.float(), dim=-1), pids, c.margin, c.mining)
 
 # %% ../nbs/51_training.ipynb #510013
 def clothing_loss(out: Outputs, clo_ids: Tensor, c: Config) -> Tensor:
@@ -185,9 +186,41 @@ def evaluate(model: Model, dataset: PedesDataset, tokenizer, split: str, amp=Non
     model.train(was)
     return dict(results=results, q=q, g=g, q_rows=q_rows, g_rows=g_rows, top=top, fused=fused)
 
+# %% ../nbs/51_training.ipynb #51m001
+def orthogonalize(x: Tensor,      # [N, a, b], a <= b
+                  steps: int = 5  # of the Newton-Schulz iteration
+                 ) -> Tensor:     # [N, a, b], singular values near 1
+    "The matrices' nearest orthogonal ones, roughly: a quintic that pulls every singular value towards 1, and no decomposition."
+    x = x/x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)                      # singular values in [0, 1]
+    for _ in range(steps):
+        gram = x @ x.mT                                                         # [N, a, a]
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+# %% ../nbs/51_training.ipynb #51m002
+class Muon(torch.optim.Optimizer):
+    "Momentum, orthogonalized (Keller Jordan's Muon, with its constants), for matrices; as `torch.optim.Muon`, in float32."
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            alike = {}                                                          # (short side, long side) -> matrices and their updates
+            for p in (p for p in group['params'] if p.grad is not None):
+                m = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)).lerp_(p.grad, 1 - group['momentum'])
+                update = p.grad.lerp(m, group['momentum'])                      # Nesterov's
+                alike.setdefault(tuple(sorted(p.shape)), []).append((p, update.mT if p.shape[0] > p.shape[1] else update))
+            for pairs in alike.values():
+                for (p, _), u in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs]).float())):
+                    tall = p.shape[0]/p.shape[1]
+                    p.mul_(1 - group['lr']*group['weight_decay']).add_(u.mT if tall > 1 else u, alpha=-group['lr']*max(1, tall)**.5)
+
+
 # %% ../nbs/51_training.ipynb #510022
 def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
-    "Adam (4.2) or AdamW, weight decay on matrices only; or Muon for the matrices and AdamW for the rest. Raises `UserError` where PyTorch has no Muon."
+    "Adam (4.2) or AdamW, weight decay on matrices only; or Muon for the matrices and AdamW for the rest."
     keep = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     plain = lambda n, p: p.ndim < 2 or id(p) in keep or getattr(p, '_no_weight_decay', False) or n.endswith(('cls_token', 'position_embeddings'))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -197,8 +230,7 @@ def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
     if c.optimizer != 'muon':
         groups = [{'params': matrices, 'weight_decay': c.weight_decay}, {'params': rest, 'weight_decay': 0.}]
         return [(torch.optim.AdamW if c.optimizer == 'adamw' else torch.optim.Adam)(groups, lr=c.lr)]
-    if not hasattr(torch.optim, 'Muon'): raise UserError(f'optimizer=muon needs PyTorch 2.9 or newer, this is {torch.__version__}: take optimizer=adamw')
-    halves = [torch.optim.Muon(m, lr=c.muon_lr, weight_decay=c.weight_decay) for m in (matrices[::2], matrices[1::2])]   # for two cores
+    halves = [Muon(m, lr=c.muon_lr, weight_decay=c.weight_decay) for m in (matrices[::2], matrices[1::2])]   # for two cores
     return [*halves, torch.optim.AdamW(rest, lr=c.lr, weight_decay=0.)]
 
 def lr_at(step: int,    # from 0
