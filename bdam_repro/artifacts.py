@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COLUMNS', 'KEY', 'TEXT', 'DIFFERENCES', 'STYLES', 'TABLE', 'LABEL', 'Column', 'MIN_POINTS', 'SMALL_FILES',
-           'read_json', 'run_rows', 'collect_runs', 'write_csv', 'read_csv', 'read_runs', 'demo_run', 'demo_runs',
-           'query_values', 'stacked', 'run_folder', 'pairs', 'differences', 'compare', 'own_options', 'check_budget',
-           'seed_values', 'cell', 'interval_of', 'printed_rows', 'style_rows', 'build_table', 'check_differences',
-           'caption', 'number', 'ours_cell', 'delta_cell', 'best', 'column', 'ablation_columns', 'place',
-           'place_columns', 'blocks', 'notes', 'to_markdown', 'tex', 'tex_block', 'to_latex', 'ArtifactParameters',
-           'artifact_parameters', 'small_texts', 'save_figure', 'collect', 'collect_styles', 'query_results',
-           'keep_runs', 'today', 'restore_runs', 'write_table', 'describe_styles', 'write_styles', 'demo']
+           'FEATURES', 'WHOLE', 'FIRST', 'Kept', 'read_json', 'run_rows', 'collect_runs', 'write_csv', 'read_csv',
+           'read_runs', 'demo_run', 'demo_runs', 'query_values', 'stacked', 'run_folder', 'pairs', 'differences',
+           'compare', 'own_options', 'check_budget', 'seed_values', 'cell', 'interval_of', 'printed_rows', 'style_rows',
+           'build_table', 'check_differences', 'caption', 'number', 'ours_cell', 'delta_cell', 'best', 'column',
+           'ablation_columns', 'place', 'place_columns', 'blocks', 'notes', 'to_markdown', 'tex', 'tex_block',
+           'to_latex', 'ArtifactParameters', 'artifact_parameters', 'small_texts', 'save_figure', 'collect',
+           'collect_styles', 'half', 'query_results', 'archive_of', 'read_kept', 'keep_runs', 'restore_runs',
+           'write_table', 'describe_styles', 'write_styles', 'demo']
 
 # %% ../nbs/70_artifacts.ipynb #700004
 import json
 import math
 import os
 import re
+import shutil
 import statistics
 import zipfile
 from collections.abc import Iterable
@@ -36,7 +38,7 @@ from .metrics import paired_bootstrap
 from .paper import TITLES
 from .paper import table as printed_table
 from .style import METHODS, cluster_styles, embed_styles, generalize, style_descriptions, style_prompts
-from .training import load_data
+from .training import load_data, same_run
 
 # %% ../nbs/70_artifacts.ipynb #700008
 METRICS = {'R1': 'R1', 'R5': 'R5', 'R10': 'R10', 'mAP': 'AP', 'mINP': 'INP'}      # name in tables -> name of the per-query values
@@ -467,7 +469,7 @@ def save_figure(fig,                       # matplotlib's
 # %% ../nbs/70_artifacts.ipynb #700057
 def collect(p: ArtifactParameters,      # of the notebook
             draws: int = 2000           # bootstrap replicates
-           ) -> list[Path]:             # runs.csv, differences.csv, styles.csv, kept-seed<k>.zip
+           ) -> list[Path]:             # runs.csv, differences.csv, styles.csv, the archives of `keep_runs`
     "Write what all tables are made of. Real datasets share their files, for Table 5. Raises `UserError` where there is no finished run."
     c = p.config
     runs = collect_runs(p.runs_path, ['synth'] if c.dataset == 'synth' else ['cuhk', 'icfg', 'rstp'], c.preset)
@@ -484,51 +486,74 @@ def collect_styles(p: ArtifactParameters) -> pd.DataFrame:
 
 # %% ../nbs/70_artifacts.ipynb #700059
 SMALL_FILES = 'config.json', 'metrics.json', 'provenance.json', 'history.csv'
+FEATURES = 't', 'f_id', 'f_clo', 'g', 'w'      # are read in half precision
+WHOLE = 'full', 'baseline'                     # whose features are kept
+FIRST = 10                                     # images of a ranking
 
-def query_results(path: Path) -> dict[str, np.ndarray]:
-    "Of `features.safetensors`, the results of each query alone. Raises `UserError`."
-    wanted = lambda k: k in ('q_rows', 'g_rows') or k.split('.')[-1] in METRICS.values()
+def half(x: np.ndarray) -> np.ndarray:
+    "Rounded to half precision."
+    return x.astype(np.float16).astype(np.float32)
+
+def query_results(path: Path, whole: bool = False) -> bytes:
+    "Of `features.safetensors` the results of each query, and if `whole` the features. Raises `UserError`."
+    wanted = lambda k: k in ('q_rows', 'g_rows') or k.split('.')[-1] in METRICS.values() or (whole and (k in (*FEATURES, 'top') or k.endswith('.rank')))
     try:
-        with safe_open(path, 'np') as f: return {k: f.get_tensor(k) for k in sorted(f.keys()) if wanted(k)}  # noqa: SIM118
+        with safe_open(path, 'np') as f: t, about = {k: f.get_tensor(k) for k in sorted(f.keys()) if wanted(k)}, f.metadata()  # noqa: SIM118
     except (OSError, SafetensorError) as e: raise UserError(f'{path} cannot be read ({e}): train the run again') from None
+    t |= {k: t[k].astype(np.float16) for k in FEATURES if k in t}
+    return save(t | ({'top': np.ascontiguousarray(t['top'][:, :FIRST], np.int32)} if 'top' in t else {}), about)
+
+def archive_of(variant: str, tag: str, seed: int) -> str:
+    "The file that keeps a run."
+    group = f'-{variant}' if variant in WHOLE and not tag else '' if tag in LAYOUTS else '-readings'
+    return f'kept-seed{seed}{group}.zip'
+
+# %% ../nbs/70_artifacts.ipynb #700060
+Kept = dict[str, dict[str, bytes]]      # folder of a run -> name of a file -> its content
+
+def read_kept(file: Path) -> Kept:
+    "An archive; empty where there is none. Raises `UserError`."
+    out: Kept = {}
+    if not file.exists(): return out
+    try:
+        with zipfile.ZipFile(file) as z:
+            for n in z.namelist(): out.setdefault(str(Path(n).parent), {})[Path(n).name] = z.read(n)
+    except (OSError, zipfile.BadZipFile) as e: raise UserError(f'{file} is no archive of runs ({e}): take it from the repository again') from None
+    return out
 
 def keep_runs(root: Path,            # folder of the runs
               runs: pd.DataFrame,    # of `collect_runs`
               out: Path              # folder of the archives
-             ) -> list[Path]:        # kept-seed<k>.zip
-    "Archive finished runs, the same bytes for the same runs."
-    files = []
-    for seed, part in runs.groupby('seed'):
-        files.append(out/f'kept-seed{seed}.zip')
-        with atomic_path(files[-1]) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED, compresslevel=9) as z:
-            for folder in sorted({run_folder(root, r) for r in part.itertuples()}):
-                content = {f: (folder/f).read_bytes() for f in SMALL_FILES if (folder/f).exists()}
-                content['features.safetensors'] = save(query_results(folder/'features.safetensors'))
-                for name, data in content.items(): z.writestr(zipfile.ZipInfo(f'{folder.relative_to(root).as_posix()}/{name}'), data, zipfile.ZIP_DEFLATED)
-    return files
+             ) -> list[Path]:        # the archives
+    "Archive finished runs, the same bytes for the same runs. What an archive has of other runs stays in it. Raises `UserError`."
+    files: dict[Path, Kept] = {}
+    for r in runs.drop_duplicates(KEY[:-1]).itertuples():
+        file, folder = out/archive_of(r.variant, r.tag, r.seed), run_folder(root, r)
+        if file not in files: files[file] = read_kept(file)
+        features = query_results(folder/'features.safetensors', r.dataset == 'synth' and r.variant in WHOLE and not r.tag)
+        small = [f for name in SMALL_FILES if (f := folder/name).exists()] + sorted(folder.glob('look-*.safetensors'))
+        files[file][folder.relative_to(root).as_posix()] = {f.name: f.read_bytes() for f in small} | {'features.safetensors': features}
+    for file, kept in files.items():
+        with atomic_path(file) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED, compresslevel=9) as z:
+            for folder, content in sorted(kept.items()):
+                for name, data in content.items(): z.writestr(zipfile.ZipInfo(f'{folder}/{name}'), data, zipfile.ZIP_DEFLATED)     # its date is fixed
+    return list(files)
 
-# %% ../nbs/70_artifacts.ipynb #700060
-def today(saved: dict, root: Path) -> Path | None:   # a run's config.json, the folder of the runs
-    "The folder of a run, if its options still exist and still mean the same."
-    try: c = Config(**{k: v for k, v in saved.items() if k != 'config_hash'})
-    except ValidationError: return None
-    return run_dir(c, root) if config_hash(c) == saved.get('config_hash') else None
-
-def restore_runs(root: Path,      # folder of the runs
-                 kept: Path       # folder of the archives
-                ) -> list[Path]:  # run folders that were put back
-    "Put back kept runs that are not here and whose options are those of today. Raises `UserError`."
-    back = []
+# %% ../nbs/70_artifacts.ipynb #700073
+def restore_runs(root: Path,                   # folder of the runs
+                 kept: Path,                   # folder of the archives
+                 configs: Iterable[Config]     # which runs, with which options
+                ) -> list[Path]:               # run folders that were put back
+    "Put back kept runs of these options. A run that was begun here with them stays; one of other options makes room. Raises `UserError`."
+    wanted, back = {run_dir(c, root): config_hash(c) for c in configs}, []
     for file in sorted(kept.glob('kept-seed*.zip')):
-        try:
-            with zipfile.ZipFile(file) as z: content = {n: z.read(n) for n in z.namelist()}
-        except (OSError, zipfile.BadZipFile) as e: raise UserError(f'{file} is no archive of runs ({e}): take it from the repository again') from None
-        for name in sorted(n for n in content if n.endswith('/config.json')):
-            folder = today(json.loads(content[name]), root)
-            if folder is None or folder.exists(): continue
-            inside = f'{folder.relative_to(root).as_posix()}/'
-            for f in sorted((n.removeprefix(inside) for n in content if n.startswith(inside)), key=lambda f: f == 'metrics.json'):   # last: where it is, a run is whole
-                with atomic_path(folder/Path(f).name) as tmp: tmp.write_bytes(content[inside + f])
+        for name, content in read_kept(file).items():
+            folder = root/name
+            if folder not in wanted or json.loads(content['config.json']).get('config_hash') != wanted[folder] or same_run(folder, wanted[folder]): continue
+            tmp = folder.with_name(f'.{folder.name}.back')                     # whole or not at all
+            shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+            for f, data in content.items(): (tmp/f).write_bytes(data)
+            shutil.rmtree(folder, ignore_errors=True); tmp.rename(folder)
             back.append(folder)
     return back
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bdam_repro import artifacts as A
-from bdam_repro.config import VARIANTS, UserError
+from bdam_repro.config import VARIANTS, UserError, make_config, run_dir
 from bdam_repro.grid import REFERENCE, grid, rows_of
 
 REPO = Path(__file__).resolve().parent.parent
@@ -72,6 +72,87 @@ def test_every_cell_resolves_to_rows_of_runs(made):
             values = rows[(rows['score'] == own) & rows['seed'].isin([int(s) for s in r.seeds.split()])][r.metric]
             assert len(values) == r.n
             np.testing.assert_allclose([r.ours, r.sd], [values.mean(), values.std()], rtol=1e-12)
+
+
+# ---- what is kept of runs
+
+@pytest.fixture
+def kept(tmp_path):
+    "Two finished runs with features, archived."
+    for c in (WHOLE, TAGGED): with_features(tmp_path/'runs', c)
+    files = A.keep_runs(tmp_path/'runs', A.collect_runs(tmp_path/'runs'), tmp_path/'tables')
+    assert [f.name for f in files] == ['kept-seed0-full.zip', 'kept-seed0-readings.zip']
+    return tmp_path
+
+
+WHOLE = make_config('synth', 'smoke', 'full')
+TAGGED = make_config('synth', 'smoke', 'full', tag='margin=0.5', margin=.5)
+
+
+def with_features(root, c):
+    A.demo_run(folder := run_dir(c, root), c)
+    rng, t = np.random.default_rng(0), load_file(folder/'features.safetensors')
+    t |= {k: rng.normal(size=(40, 8)).astype(np.float32) for k in A.FEATURES}
+    t['top'] = rng.permuted(np.tile(np.arange(20), (40, 1)), axis=1)
+    save_file(t | {'dual.rank': np.ones(40)}, folder/'features.safetensors', {'about': 'it'})
+    save_file(dict(x=np.ones(3)), folder/'look-something.safetensors')
+    (folder/'best.safetensors').write_bytes(b'weights')
+
+
+def names(folder): return {f.name for f in folder.iterdir()}
+
+
+def test_what_comes_back(kept):
+    back = A.restore_runs(kept/'back', kept/'tables', [WHOLE, TAGGED])
+    assert set(back) == {run_dir(c, kept/'back') for c in (WHOLE, TAGGED)}
+    for c in (WHOLE, TAGGED):
+        here, there = run_dir(c, kept/'runs'), run_dir(c, kept/'back')
+        assert names(there) == names(here) - {'best.safetensors'}
+        for f in names(there) - {'features.safetensors'}: assert (here/f).read_bytes() == (there/f).read_bytes()
+        t, u = load_file(here/'features.safetensors'), load_file(there/'features.safetensors')
+        for k in [k for k in t if k.endswith(('R1', 'AP', 'q_rows'))]: np.testing.assert_array_equal(t[k], u[k])
+        assert (set(A.FEATURES) <= set(u)) == (c is WHOLE)
+    t, u = (load_file(run_dir(WHOLE, kept/x)/'features.safetensors') for x in ('runs', 'back'))
+    for k in A.FEATURES: np.testing.assert_array_equal(A.half(t[k]), u[k].astype(np.float32))
+    np.testing.assert_array_equal(t['top'][:, :A.FIRST], u['top'])
+
+
+def test_keeping_what_came_back_changes_nothing(kept):
+    before = {f.name: f.read_bytes() for f in (kept/'tables').iterdir()}
+    A.restore_runs(kept/'back', kept/'tables', [WHOLE, TAGGED])
+    A.keep_runs(kept/'back', A.collect_runs(kept/'back'), kept/'tables')
+    assert {f.name: f.read_bytes() for f in (kept/'tables').iterdir()} == before
+
+
+def test_runs_of_other_machines_stay_in_the_archive(kept):
+    other = make_config('synth', 'smoke', 'full', tag='margin=0.7', margin=.7)
+    A.demo_run(run_dir(other, kept/'more'), other)
+    A.keep_runs(kept/'more', A.collect_runs(kept/'more'), kept/'tables')
+    assert len(A.restore_runs(kept/'back', kept/'tables', [WHOLE, TAGGED, other])) == 3
+
+
+def test_other_options_do_not_come_back(kept):
+    others = [make_config('synth', 'smoke', 'full', margin=.4), make_config('synth', 'smoke', 'baseline')]
+    assert A.restore_runs(kept/'back', kept/'tables', others) == []
+    assert not (kept/'back').exists()
+
+
+def test_what_was_begun_here_stays_and_other_options_make_room(kept):
+    here = run_dir(WHOLE, kept/'runs')
+    (here/'metrics.json').unlink(); (here/'last.ckpt').write_bytes(b'half way')
+    assert A.restore_runs(kept/'runs', kept/'tables', [WHOLE]) == [] and (here/'last.ckpt').exists()
+    (here/'config.json').write_text('{"config_hash": "of other options"}')
+    assert A.restore_runs(kept/'runs', kept/'tables', [WHOLE]) == [here]
+    assert (here/'metrics.json').exists() and not (here/'last.ckpt').exists()
+
+
+def test_a_cut_archive_is_one_clear_line(kept):
+    file = kept/'tables'/'kept-seed0-full.zip'
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(UserError, match='no archive of runs'): A.restore_runs(kept/'back', kept/'tables', [WHOLE])
+    with pytest.raises(UserError, match='no archive of runs'):
+        A.keep_runs(kept/'runs', A.collect_runs(kept/'runs'), kept/'tables')
+    assert file.stat().st_size > 1000
 
 
 # ---- the print

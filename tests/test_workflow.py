@@ -60,7 +60,7 @@ def test_runs_of_the_audit_can_be_left_out_or_have_more_seeds(root):
         code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth', config])
         assert code == 0 and jobs(said)['train'] == len(runs), config
     quick = '--configfile', str(REPO/'workflow'/'quick.yaml')
-    code, said = snakemake(root, *quick, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])  # noqa: E501
+    code, said = snakemake(root, *quick, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
     assert code == 0 and jobs(said)['train'] == len(grid(seeds=[0], layouts=False))
 
 
@@ -127,10 +127,36 @@ def test_another_option_runs_again(root, resumed):
     assert 'going by 2 finished runs' in said
 
 
-def test_deleted_runs_are_noticed_though_tables_are_there(root, resumed):
-    moved = (root/'runs').rename(root/'away')
-    _, said = snakemake(root, '--dry-run', '--quiet', 'rules')
-    moved.rename(root/'runs')
+@pytest.fixture
+def elsewhere(root, resumed, tmp_path):
+    "Another machine: what git has, and nothing else."
+    shutil.copytree(root/'tables', tmp_path/'tables')
+    return tmp_path
+
+
+def test_kept_runs_are_put_back(root, elsewhere):
+    code, said = snakemake(elsewhere, targets=[COLLECTED])
+    assert code == 0 and '2 finished runs put back' in said and '0 of 2 runs to train' in said, said
+    assert not list(elsewhere.glob('runs/**/seed*/*.ipynb')) and len(list(elsewhere.glob('runs/**/seed*/*.done'))) == 2
+    for f in (root/'tables/synth-smoke').iterdir():
+        assert f.read_bytes() == (elsewhere/'tables/synth-smoke'/f.name).read_bytes(), f.name
+    assert 'Nothing to be done' in snakemake(elsewhere, targets=[COLLECTED])[1]
+
+
+def test_only_missing_kept_runs_are_trained(elsewhere):
+    _, said = snakemake(elsewhere, '--dry-run', '--quiet', 'rules', config=[*TOY[:2], 'seeds=[0,1,2]', *TOY[3:]])
+    assert jobs(said)['train'] == 1 and '1 of 3 runs to train' in said
+
+
+def test_kept_runs_of_other_options_are_not(elsewhere):
+    (elsewhere/'own.yaml').write_text('options: {epochs: 3}\n')
+    _, said = snakemake(elsewhere, '--configfile', 'own.yaml', '--dry-run', '--quiet', 'rules', targets=[COLLECTED])
+    assert jobs(said)['train'] == 2 and 'put back' not in said and not list(elsewhere.glob('runs/**/seed*'))
+
+
+def test_deleted_runs_are_noticed_though_tables_are_there(elsewhere):
+    for f in elsewhere.glob('tables/**/kept-*.zip'): f.unlink()
+    _, said = snakemake(elsewhere, '--dry-run', '--quiet', 'rules')
     assert jobs(said)['train'] == 2 and jobs(said)['styles'] == 1
 
 
