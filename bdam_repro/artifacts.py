@@ -487,16 +487,16 @@ def collect_styles(p: ArtifactParameters) -> pd.DataFrame:
 # %% ../nbs/70_artifacts.ipynb #700059
 SMALL_FILES = 'config.json', 'metrics.json', 'provenance.json', 'history.csv'
 FEATURES = 't', 'f_id', 'f_clo', 'g', 'w'      # are read in half precision
-WHOLE = 'full', 'baseline'                     # whose features are kept
+WHOLE = {'full': FEATURES, 'baseline': ('t', 'f_id'), 'no_decoupling': ('f_id', 'f_clo')}     # whose features are kept, and which
 FIRST = 10                                     # images of a ranking
 
 def half(x: np.ndarray) -> np.ndarray:
     "Rounded to half precision."
     return x.astype(np.float16).astype(np.float32)
 
-def query_results(path: Path, whole: bool = False) -> bytes:
-    "Of `features.safetensors` the results of each query, and if `whole` the features. Raises `UserError`."
-    wanted = lambda k: k in ('q_rows', 'g_rows') or k.split('.')[-1] in METRICS.values() or (whole and (k in (*FEATURES, 'top') or k.endswith('.rank')))
+def query_results(path: Path, features: tuple[str, ...] = ()) -> bytes:
+    "Of `features.safetensors` the results of each query, and some features with their ranking. Raises `UserError`."
+    wanted = lambda k: k in ('q_rows', 'g_rows', *features) or k.split('.')[-1] in METRICS.values() or (features and (k == 'top' or k.endswith('.rank')))
     try:
         with safe_open(path, 'np') as f: t, about = {k: f.get_tensor(k) for k in sorted(f.keys()) if wanted(k)}, f.metadata()  # noqa: SIM118
     except (OSError, SafetensorError) as e: raise UserError(f'{path} cannot be read ({e}): train the run again') from None
@@ -530,7 +530,7 @@ def keep_runs(root: Path,            # folder of the runs
     for r in runs.drop_duplicates(KEY[:-1]).itertuples():
         file, folder = out/archive_of(r.variant, r.tag, r.seed), run_folder(root, r)
         if file not in files: files[file] = read_kept(file)
-        features = query_results(folder/'features.safetensors', r.dataset == 'synth' and r.variant in WHOLE and not r.tag)
+        features = query_results(folder/'features.safetensors', () if r.tag else WHOLE.get(r.variant, ()))
         small = [f for name in SMALL_FILES if (f := folder/name).exists()] + sorted(folder.glob('look-*.safetensors'))
         files[file][folder.relative_to(root).as_posix()] = {f.name: f.read_bytes() for f in small} | {'features.safetensors': features}
     for file, kept in files.items():

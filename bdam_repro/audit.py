@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'NUMBERS', 'NOT_RUN', 'NOT_HERE', 'NO_OPTION', 'DECIDES', 'BESIDE', 'Side', 'FULL', 'BASELINE', 'DEMO',
-           'HEAD', 'SHOWN', 'READING_RULE', 'RADII', 'PROTOCOL_RULE', 'FACE_AND_BODY', 'KNOWN', 'OWN_CLAIMS',
-           'ALL_CLAIMS', 'LOSSES', 'REMOVALS', 'BETTER', 'RIVAL_STYLES', 'SLACK', 'PROBES', 'PLACES', 'GALLERIES',
-           'NEAR', 'LEAST_SPREAD', 'RIVAL', 'NEEDS_FACTORS', 'finding', 'judge', 'settle', 'side_name', 'Evidence',
-           'gather', 'demo_audit', 'read', 'once', 'query_values', 'source', 'compare', 'interval', 'within',
-           'dual_ranking', 'validation', 'reading_findings', 'all_readings', 'ties', 'gates', 'histories', 'chosen',
-           'selections', 'small_differences', 'nested', 'style_scores', 'style_readings', 'part_a', 'sides_of',
-           'pair_result', 'match_words', 'rerank_ways', 'rerank_results', 'protocol', 'selection_on_test', 'part_c',
-           'noise_side', 'part_d', 'spec_of', 'gallery_rows', 'agreement', 'Heard', 'mentioned', 'captions_heard',
-           'other_pictures', 'perfect', 'part_e', 'ceilings', 'above_identity', 'without', 'deciding', 'versus',
-           'accuracy', 'styles', 'sota', 'probe', 'probed', 'gallery_people', 'features', 'dependence', 'one_hot',
-           'independence', 'draw_test', 'changed', 'place_values', 'robust', 'widening', 'gate_claims',
-           'branch_silhouettes', 'regions', 'lengths', 'costs', 'below', 'linear', 'tradeoff', 'efficiency', 'part_b',
-           'build_audit', 'caption_of', 'span', 'md_table', 'readings_table', 'points_table', 'claims_table', 'mark',
-           'runs_table', 'findings_table', 'claim_findings', 'to_markdown', 'write_audit', 'plot_readings',
+           'MODEL', 'LOOKS', 'HEAD', 'SHOWN', 'READING_RULE', 'RADII', 'PROTOCOL_RULE', 'FACE_AND_BODY', 'KNOWN',
+           'OWN_CLAIMS', 'ALL_CLAIMS', 'LOSSES', 'REMOVALS', 'BETTER', 'RIVAL_STYLES', 'SLACK', 'PROBES', 'PLACES',
+           'GALLERIES', 'NEAR', 'LEAST_SPREAD', 'LOOKED', 'RIVAL', 'NEEDS_FACTORS', 'finding', 'judge', 'settle',
+           'side_name', 'Evidence', 'gather', 'demo_audit', 'read', 'once', 'query_values', 'source', 'cited',
+           'compare', 'interval', 'within', 'dual_ranking', 'seen', 'look', 'validation', 'reading_findings',
+           'all_readings', 'ties', 'gates', 'histories', 'chosen', 'selections', 'small_differences', 'nested',
+           'style_scores', 'style_readings', 'part_a', 'sides_of', 'pair_result', 'match_words', 'rerank_ways',
+           'rerank_results', 'all_rankings', 'protocol', 'selection_on_test', 'part_c', 'noise_side', 'part_d',
+           'spec_of', 'gallery_rows', 'agreement', 'Heard', 'mentioned', 'captions_heard', 'other_pictures', 'perfect',
+           'part_e', 'ceilings', 'above_identity', 'without', 'deciding', 'versus', 'accuracy', 'styles', 'sota',
+           'probed', 'gallery_people', 'features', 'dependence', 'one_hot', 'of_branches', 'independence', 'draw_test',
+           'other_r1', 'changed', 'kept_clothes', 'place_runs', 'place_values', 'robust', 'widening', 'gate_claims',
+           'branch_silhouettes', 'regions', 'look_all', 'lengths', 'costs', 'below', 'linear', 'tradeoff', 'efficiency',
+           'part_b', 'build_audit', 'caption_of', 'span', 'md_table', 'readings_table', 'points_table', 'claims_table',
+           'mark', 'runs_table', 'findings_table', 'claim_findings', 'to_markdown', 'write_audit', 'plot_readings',
            'plot_noise']
 
 # %% ../nbs/80_audit.ipynb #800004
@@ -37,22 +38,18 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import silhouette_samples
-from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 # %% ../nbs/80_audit.ipynb #800005
-from .artifacts import (ArtifactParameters, collect_runs, number, own_options, read_csv, run_folder, write_csv, DIFFERENCES, METRICS)
+from .artifacts import (FEATURES, ArtifactParameters, collect_runs, half, number, own_options, read_csv, read_json, run_folder, write_csv, DIFFERENCES, METRICS)
 from .batches import load_tokenizer
 from .config import Config, UserError, atomic_path, config_hash, make_config
 from .efficiency import fusion_configs, fusion_flops, growth, layer_costs, one_core, sizes
-from .features import load_features, unit, untrained
+from .features import load_features, probe, probe_hits, unit, untrained
 from .grid import CLOTHES, NAMES, NOISE, OPTIONS, READINGS, Reading, layout_options, reading_reference, reading_run
 from .losses import _rbf
 from .metrics import Positives, RetrievalResult, bootstrap_ci, metrics_from_scores, paired_bootstrap, per_query, rank_metrics, rerank_metrics, topk
-from .model import ImageFeatures, Model, TextFeatures, from_pretrained, invalid_pair_scores, read_tensors, rescore
+from .model import ImageFeatures, Model, TextFeatures, from_pretrained, invalid_pair_scores, read_tensors, rescore, write_tensors
 from .paper import CLAIMS, OPEN_POINTS, Claim
 from .pedes import PedesDataset, load_pedes
 from .style import cluster_styles, embed_styles, eps_sweep, generalize
@@ -148,10 +145,10 @@ def demo_audit(folder: str | Path,                 # outside the repository's ow
 
 # %% ../nbs/80_audit.ipynb #800020
 def read(e: Evidence, folder: Path, name: str = 'features') -> dict[str, np.ndarray]:
-    "The tensors of a run's file. Raises `UserError`."
+    "The tensors of a run's file, features as `keep_runs` keeps them. Raises `UserError`."
     def tensors():
         try:
-            with safe_open(folder/f'{name}.safetensors', 'np') as f: return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            with safe_open(folder/f'{name}.safetensors', 'np') as f: return {k: half(f.get_tensor(k)) if k in FEATURES else f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as err: raise UserError(f'{folder}/{name}.safetensors cannot be read ({err}): train the run again') from None
     return once(e, (folder, name), tensors)
 
@@ -178,6 +175,11 @@ def source(e: Evidence, *sides: Side) -> dict[str, str]:   # columns seeds, evid
     paths = ' | '.join(' '.join(f.relative_to(e.p.runs_path).as_posix() for f in e.folders(s)) for s in sides)
     return dict(seeds='' if missing else seeds, evidence=f'no finished run of {", ".join(missing)}' if missing else paths)
 
+def cited(e: Evidence, *folders: list[Path]) -> dict[str, str]:   # columns seeds, evidence
+    "Where numbers of some of a side's runs come from."
+    join = lambda of: ' | '.join(' '.join(map(of, fs)) for fs in folders)
+    return dict(seeds=join(lambda f: f.name[4:]), evidence=join(lambda f: f.relative_to(e.p.runs_path).as_posix()))
+
 def compare(e: Evidence, a: Side, b: Side, metric: str = 'R1', score: str = 'own', share: float = 1.) -> dict[str, Any]:
     "The mean of `a`, and `share`·a − b with its interval over query images and each side's seeds."
     if not (e.folders(a) and e.folders(b)): return source(e, a, b) | (dict(value=query_values(e, a, metric, score)[0].mean()) if e.folders(a) else {})
@@ -199,6 +201,22 @@ def dual_ranking(e: Evidence, folder: Path) -> RetrievalResult:
     t = read(e, folder)
     ids = e.pids[t['q_rows']], e.pids[t['g_rows']]
     return once(e, ('ranking', folder), lambda: rank_metrics(torch.from_numpy(t['t']), torch.from_numpy(t['f_id']), *ids))
+
+# %% ../nbs/80_audit.ipynb #800202
+MODEL = 'best.safetensors'
+LOOKS: dict[str, tuple[str, Callable[[Evidence, Path], dict[str, np.ndarray]]]] = {}     # name -> the file or tensor that it needs, how to look; filled below
+
+def seen(e: Evidence, side: Side, name: str) -> list[Path]:
+    "The runs of a side that have been looked at, or can be."
+    needs = LOOKS[name][0]
+    return [f for f in e.folders(side) if (f/f'look-{name}.safetensors').exists() or ((f/needs).exists() if needs == MODEL else needs in read(e, f))]
+
+def look(e: Evidence, folder: Path, name: str) -> dict[str, np.ndarray]:
+    "What there is to see in a run; looked up where that was not done with its present options. Raises `UserError`."
+    path, h = folder/f'look-{name}.safetensors', read_json(folder/'config.json')['config_hash']
+    if not (path.exists() and read_tensors(path)[1].get('config_hash') == h):
+        write_tensors(path, {k: torch.as_tensor(np.asarray(v)) for k, v in LOOKS[name][1](e, folder).items()}, {'config_hash': h})
+    return read(e, folder, path.stem)
 
 # %% ../nbs/80_audit.ipynb #800029
 HEAD = 'R-1'        # under the headline score: fused where there is a fusion, else dual
@@ -373,18 +391,23 @@ def rerank_results(e: Evidence, folder: Path, model: Model) -> dict[str, np.ndar
 # %% ../nbs/80_audit.ipynb #800060
 PROTOCOL_RULE = 'better / worse: the interval of the difference to dual, of the same models, lies above / below 0; pair is invalid: each query sees its own image'
 
+def all_rankings(e: Evidence, folder: Path) -> dict[str, np.ndarray]:   # reading -> [Q] R-1 in percent
+    "`dual`, the ways to re-rank, and the invalid one; without the fusion's where its input, words and patches, is not kept."
+    t, c = read(e, folder), e.base
+    out = {'dual': 100*t['dual.R1']}
+    if not (c.fusion and c.fusion_input == 'pooled'): return out
+    model = from_pretrained(folder/MODEL)
+    return out | rerank_results(e, folder, model) | {'pair (invalid)': 100*pair_result(model, t, e.pids).R1}
+
+LOOKS['rerank'] = MODEL, all_rankings
+
 def protocol(e: Evidence) -> list[dict]:
     "Point 1: the scores, and what the invalid one would gain."
-    folders = e.folders(FULL)
-    if not folders: return [finding('c', 1, 'dual', HEAD, verdict=NOT_RUN, **source(e, FULL))]
-    dual, rows = query_values(e, FULL, 'R1', 'dual')
-    got = {'dual': dual}
-    if e.base.fusion_input == 'pooled' and e.base.fusion:       # the features of words and patches are not kept
-        models = [from_pretrained(f/'best.safetensors') for f in folders]
-        ways = [rerank_results(e, f, m) for f, m in zip(folders, models)]
-        got |= {k: np.stack([w[k] for w in ways]) for k in ways[0]}
-        got['pair (invalid)'] = 100*np.stack([pair_result(m, read(e, f), e.pids).R1 for f, m in zip(folders, models)])
-    out = [finding('c', 1, k, 'R-1', default='yes' if k == 'dual' else 'no', **_beside_default(e, x, dual, rows, k == 'dual'), **source(e, FULL), rule=PROTOCOL_RULE)
+    folders = seen(e, FULL, 'rerank')
+    if not folders: return [finding('c', 1, 'dual', HEAD, verdict=NOT_RUN, **source(e, FULL) if not e.folders(FULL) else dict(evidence='no run of full has its model'))]
+    ways, rows = [look(e, f, 'rerank') for f in folders], read(e, folders[0])['q_rows']
+    got = {k: np.stack([w[k] for w in ways]).astype(float) for k in ways[0]}
+    out = [finding('c', 1, k, 'R-1', default='yes' if k == 'dual' else 'no', **_beside_default(e, x, got['dual'], rows, k == 'dual'), **cited(e, folders), rule=PROTOCOL_RULE)
            for k, x in got.items()]
     return [f | (dict(verdict='invalid') if 'invalid' in f['reading'] else {}) for f in out]
 
@@ -589,23 +612,12 @@ def sota(e: Evidence) -> list[dict]:
 # %% ../nbs/80_audit.ipynb #800094
 PROBES = {'clothing': ('upper_color', 'lower_color'), 'identity': ('gender', 'build')}
 
-def probe(x: np.ndarray,       # [N, D]
-          y: np.ndarray,       # [N] labels
-          people: np.ndarray   # [N]
-         ) -> np.ndarray:      # [N] 100 where the label was found, else 0
-    "Cross-validated by person."
-    hits = np.zeros(len(y))
-    for fit, ask in GroupKFold(min(5, len(np.unique(people)))).split(x, y, people):
-        if len(set(y[fit])) < 2: hits[ask] = y[ask] == y[fit][0]; continue
-        hits[ask] = make_pipeline(StandardScaler(), RidgeClassifier(alpha=10.)).fit(x[fit], y[fit]).predict(x[ask]) == y[ask]
-    return 100*hits
-
 def probed(e: Evidence, side: Side, feature: str, kind: str) -> np.ndarray:   # [seeds, factors·N]
-    "Hits of the probes of a kind on a feature of the test gallery."
+    "Hits of the probes of a kind on a feature of the test gallery; their mean is the balanced accuracy."
     def one(f):
         t = read(e, f)
         r = e.dataset.records.iloc[t['g_rows']]
-        return np.concatenate([probe(t[feature], r[f'f_{k}'].astype(str).to_numpy(), r['pid'].to_numpy()) for k in PROBES[kind]])
+        return np.concatenate([100*probe_hits(t[feature], r[f'f_{k}'], r['pid'])[0] for k in PROBES[kind]])
     return once(e, ('probe', side, feature, kind), lambda: np.stack([one(f) for f in e.folders(side)]))
 
 # %% ../nbs/80_audit.ipynb #800096
@@ -617,15 +629,16 @@ def features(e: Evidence) -> list[dict]:
     people = gallery_people(e, 2)
     r = e.dataset.records.iloc[read(e, e.folders(FULL)[0])['g_rows']]
     p = {(s[0], f, k): probed(e, s, f, k) for s, f in ((BASELINE, 'f_id'), (FULL, 'f_id'), (FULL, 'f_clo')) for k in PROBES}
-    gap = lambda a, b: dict(value=p[b].mean(), **interval(paired_bootstrap(p[a], p[b], n=e.draws, groups=people)))
-    same = lambda a, b: within(e, p[a], p[b], people)
-    clo, idn, src = 'accuracy, colors of upper and lower', 'accuracy, gender and build', source(e, FULL, BASELINE)
-    chance = {k: np.mean([100*r[f'f_{f}'].value_counts(normalize=True).iloc[0] for f in fs]) for k, fs in PROBES.items()}
+    some = lambda a, b: np.isfinite(p[a]).all() and np.isfinite(p[b]).all()          # not where people are too few for a probe
+    gap = lambda a, b: dict(value=p[b].mean(), **interval(paired_bootstrap(p[a], p[b], n=e.draws, groups=people))) if some(a, b) else {}
+    same = lambda a, b: within(e, p[a], p[b], people) if some(a, b) else {}
+    clo, idn, src = 'balanced accuracy, colors of upper and lower', 'balanced accuracy, gender and build', source(e, FULL, BASELINE)
+    chance = {k: 100*np.mean([probe(np.ones((len(r), 1)), r[f'f_{f}'], r['pid'])[1] for f in fs]) for k, fs in PROBES.items()}
     return [deciding('purity', "baseline's feature − f_id", clo, gap(('baseline', 'f_id', 'clothing'), ('full', 'f_id', 'clothing')) | src),
             deciding('purity', "f_id − baseline's feature", idn, gap(('full', 'f_id', 'identity'), ('baseline', 'f_id', 'identity')) | src, decides=False),
             deciding('clothing_branch', 'f_clo − f_id', clo, same(('full', 'f_clo', 'clothing'), ('full', 'f_id', 'clothing')) | source(e, FULL)),
             deciding('clothing_branch', 'f_id − f_clo', idn, same(('full', 'f_id', 'identity'), ('full', 'f_clo', 'identity')) | source(e, FULL), decides=False),
-            *(finding('b', 'purity', 'the most frequent value', m, value=chance[k], rule=BESIDE, evidence='features()') for k, m in (('clothing', clo), ('identity', idn)))]
+            *(finding('b', 'purity', 'chance', m, value=chance[k], rule=BESIDE, evidence='features()') for k, m in (('clothing', clo), ('identity', idn)))]
 
 # %% ../nbs/80_audit.ipynb #800099
 def dependence(x: np.ndarray, y: np.ndarray, shuffles: int = 200) -> tuple[float, float, float]:  # HSIC over its mean under shuffling; the 95 % point of that; share of shuffles as large
@@ -639,17 +652,25 @@ def dependence(x: np.ndarray, y: np.ndarray, shuffles: int = 200) -> tuple[float
 def one_hot(records: pd.DataFrame, factors: Iterable[str]) -> np.ndarray: return pd.get_dummies(records[[f'f_{k}' for k in factors]].astype(str)).to_numpy(float)
 
 # %% ../nbs/80_audit.ipynb #800101
+def of_branches(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
+    "The dependence of the two features of each person's first picture."
+    t = read(e, folder)
+    first = np.unique(e.pids[t['g_rows']], return_index=True)[1]
+    return dict(hsic=np.array(dependence(t['f_id'][first], t['f_clo'][first])))
+
+LOOKS['dependence'] = 'f_clo', of_branches
+
 def independence(e: Evidence) -> list[dict]:
     "The claim on HSIC."
     rule = f'{DECIDES}: against where the dependence is above the 95 % point of shuffled pairs (hi) in any seed, else for'
     out = []
     for side in (FULL, ('no_decoupling', ''), ('full', 'hsic_kernel=linear')):
         decides = side == FULL
-        if not e.folders(side): out.append(finding('b', 'independent', side_name(side), 'HSIC / shuffled', verdict=NOT_RUN, rule=rule if decides else BESIDE, **source(e, side))); continue
-        first = [np.unique(e.pids[read(e, f)['g_rows']], return_index=True)[1] for f in e.folders(side)]
-        d = np.array([dependence(read(e, f)['f_id'][i], read(e, f)['f_clo'][i]) for f, i in zip(e.folders(side), first)])
+        folders = seen(e, side, 'dependence')
+        if not folders: out.append(finding('b', 'independent', side_name(side), 'HSIC / shuffled', verdict=NOT_RUN, rule=rule if decides else BESIDE, **source(e, side))); continue
+        d = np.stack([look(e, f, 'dependence')['hsic'] for f in folders])
         out.append(finding('b', 'independent', f'{side_name(side)}, p = {d[:, 2].min():.3f}', 'HSIC / shuffled', value=d[:, 0].mean(), hi=d[:, 1].mean(),
-                           verdict=('against' if (d[:, 0] > d[:, 1]).any() else 'for') if decides else '', rule=rule if decides else BESIDE, **source(e, side)))
+                           verdict=('against' if (d[:, 0] > d[:, 1]).any() else 'for') if decides else '', rule=rule if decides else BESIDE, **cited(e, folders)))
     if 'f_gender' in e.dataset.records:
         people = e.dataset.split('test').records.drop_duplicates('pid')
         v, hi, p = dependence(one_hot(people, IDENTITY_FACTORS), one_hot(people, CLOTHING_FACTORS))
@@ -669,30 +690,40 @@ def draw_test(c: Config, folder: Path) -> PedesDataset:
     (folder/'synth.json').write_text(json.dumps(asdict(s)))
     return load_pedes('synth', folder.parent, folder=folder.name, val_fraction=0., descriptions=None)
 
-def changed(e: Evidence, side: Side) -> None:
-    "Test a variant's runs on people who change clothes, where that was not done: `features-clothes_change.safetensors` in the run's folder."
-    for f in e.folders(side):
-        out, model = f/'features-clothes_change.safetensors', from_pretrained(f/'best.safetensors')
-        if out.exists() and read_tensors(out)[1].get('config_hash') == config_hash(model.config): continue
-        ds = once(e, 'changed', lambda: draw_test(e.base, Path(once(e, 'folder', tempfile.TemporaryDirectory).name)/'SynthPEDES'))
-        device = pick_device(model.config)
-        dtype = pick_dtype(model.config, device)
-        amp = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-        save_features(out, model, evaluate(model.to(device), ds, load_tokenizer(f/'tokenizer'), 'test', amp))
+def other_r1(t: np.ndarray, f_id: np.ndarray, image: np.ndarray, pids: np.ndarray) -> np.ndarray:   # [Q]
+    "Dual R-1 in percent by query, where the gallery holds other pictures of the person."
+    return 100*other_pictures(torch.from_numpy(unit(t.astype(float)) @ unit(f_id.astype(float)).T), image, pids)['R1']
+
+def changed(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
+    "A run's model tested on people who change clothes: all pictures under the headline score, and other pictures."
+    model = from_pretrained(folder/MODEL)
+    ds = once(e, 'changed', lambda: draw_test(e.base, Path(once(e, 'folder', tempfile.TemporaryDirectory).name)/'SynthPEDES'))
+    device = pick_device(model.config)
+    dtype = pick_dtype(model.config, device)
+    r = evaluate(model.to(device), ds, load_tokenizer(folder/'tokenizer'), 'test', torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None))
+    image, results = np.searchsorted(r['g_rows'], r['q_rows']), r['results']
+    other = other_r1(r['q'].t.cpu().numpy(), r['g'].f_id.cpu().numpy(), image, ds.records['pid'].to_numpy()[r['g_rows']])
+    return dict(all=100*np.asarray(results['fused' if 'fused' in results else 'dual'].R1), other=other, image=image)
+
+def kept_clothes(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
+    "A run's own test with the same two galleries."
+    t = read(e, folder)
+    image = np.searchsorted(t['g_rows'], t['q_rows'])
+    return dict(all=100*t['fused.R1' if 'fused.R1' in t else 'dual.R1'], other=other_r1(t['t'], t['f_id'], image, e.pids[t['g_rows']]), image=image)
+
+LOOKS |= {'clothes': (MODEL, changed), 'other': ('t', kept_clothes)}
 
 # %% ../nbs/80_audit.ipynb #800108
-def place_values(e: Evidence, side: Side, clothes: str, gallery: str) -> tuple[np.ndarray, np.ndarray]:   # [seeds, Q] percent; [Q]
-    "R-1 by query. `clothes`: 'kept', 'changed', or 'trained' on those who change. `gallery`: all pictures under the headline score, or other pictures (dual)."
-    side = (side[0], CLOTHES) if clothes == 'trained' else side
-    if clothes == 'changed': changed(e, side)
-    out = []
-    for f in e.folders(side):
-        t = read(e, f, 'features-clothes_change' if clothes == 'changed' else 'features')
-        image = np.searchsorted(t['g_rows'], t['q_rows'])
-        if gallery == 'all': out.append(100*t['fused.R1' if 'fused.R1' in t else 'dual.R1'].astype(float)); continue
-        pids = once(e, 'test pids', lambda: e.dataset.split('test').records['pid'].to_numpy())
-        out.append(100*other_pictures(torch.from_numpy(unit(t['t'].astype(float)) @ unit(t['f_id'].astype(float)).T), image, pids)['R1'])
-    return np.stack(out), image
+def place_runs(e: Evidence, variant: str, clothes: str) -> list[Path]:
+    "Runs to ask. `clothes`: 'kept', 'changed', or 'trained' on those who change. The first two are of the same runs, as their difference is asked."
+    if clothes == 'trained': return seen(e, (variant, CLOTHES), 'other')
+    both = [f for f in seen(e, (variant, ''), 'clothes') if f in seen(e, (variant, ''), 'other')]
+    return both or (seen(e, (variant, ''), 'other') if clothes == 'kept' else [])
+
+def place_values(e: Evidence, folders: list[Path], clothes: str, gallery: str) -> tuple[np.ndarray, np.ndarray]:   # [seeds, Q] percent; [Q]
+    "R-1 by query. `gallery`: 'all' pictures under the headline score, or 'other' pictures (dual)."
+    found = [look(e, f, 'clothes' if clothes == 'changed' else 'other') for f in folders]
+    return np.stack([x[gallery] for x in found]).astype(float), found[0]['image']
 
 # %% ../nbs/80_audit.ipynb #800109
 PLACES = {'kept': 'same clothes', 'changed': 'clothes change', 'trained': 'trained and tested on clothes change'}
@@ -706,25 +737,30 @@ def robust(e: Evidence) -> list[dict]:
         x = {}
         for clothes, name in PLACES.items():
             sides = [(v, CLOTHES if clothes == 'trained' else '') for v in ('full', 'baseline')]
-            if not all(map(e.folders, sides)): out.append(deciding('robust', name, metric, source(e, *sides), decides=False)); continue
-            (full, rows), (base, _) = (place_values(e, (v, ''), clothes, gallery) for v in ('full', 'baseline'))
+            folders = [place_runs(e, v, clothes) for v in ('full', 'baseline')]
+            if not all(folders): out.append(deciding('robust', name, metric, source(e, *sides), decides=False)); continue
+            (full, rows), (base, _) = (place_values(e, fs, clothes, gallery) for fs in folders)
             x[clothes] = full, base, rows
             d = dict(value=full.mean(), **interval(paired_bootstrap(full, base, n=e.draws, groups=rows)))
-            out.append(deciding('robust', f'{name}: full − baseline', metric, d | source(e, *sides), decides=False))
+            out.append(deciding('robust', f'{name}: full − baseline', metric, d | cited(e, *folders), decides=False))
         out += widening(e, x, metric)
     return out
 
 def widening(e: Evidence, x: dict, metric: str) -> list[dict]:
     "How much each model loses when the same people change clothes, and the difference of these losses."
-    both, decides = source(e, FULL, BASELINE), metric != HEAD
-    if not {'kept', 'changed'} <= x.keys(): return [deciding('robust', 'the gap widens', metric, both, decides=decides)]
+    decides = metric != HEAD
+    if not {'kept', 'changed'} <= x.keys(): return [deciding('robust', 'the gap widens', metric, source(e, FULL, BASELINE), decides=decides)]
+    folders = [place_runs(e, v, 'changed') for v in ('full', 'baseline')]
+    both = cited(e, *folders)
     loss, rows = [x['changed'][i] - x['kept'][i] for i in (0, 1)], x['kept'][2]
-    out = [deciding('robust', f'what the change costs: {name}', metric, dict(value=x['changed'][i].mean(), **interval(bootstrap_ci(loss[i], n=e.draws, groups=rows))) | source(e, s), decides=False)
-           for i, (name, s) in enumerate((('full', FULL), ('baseline', BASELINE)))]
+    out = [deciding('robust', f'what the change costs: {name}', metric, dict(value=x['changed'][i].mean(), **interval(bootstrap_ci(loss[i], n=e.draws, groups=rows))) | cited(e, folders[i]), decides=False)
+           for i, name in enumerate(('full', 'baseline'))]
     return [*out, deciding('robust', 'the gap widens', metric, interval(paired_bootstrap(*loss, n=e.draws, groups=rows)) | both, decides=decides)]
 
 # %% ../nbs/80_audit.ipynb #800112
 NEAR, LEAST_SPREAD = 10., 1.      # percent
+
+LOOKS['gate'] = 'g', lambda e, folder: dict(mean=read(e, folder)['g'].mean(1))
 
 def gate_claims(e: Evidence) -> list[dict]:
     "The claims `gate_mean` and `balance`."
@@ -732,9 +768,10 @@ def gate_claims(e: Evidence) -> list[dict]:
     people = gallery_people(e)
     out = []
     for side in (FULL, ('no_gate_reg', '')):
-        if not e.folders(side): out.append(deciding('gate_mean', side_name(side), 'mean of g − 50 %', source(e, side), decides=False)); continue
-        g = 100*np.stack([read(e, f)['g'].mean(1) for f in e.folders(side)])
-        out.append(deciding('gate_mean', side_name(side), 'mean of g − 50 %', dict(value=g.mean()) | interval(bootstrap_ci(g - 50, n=e.draws, groups=people)) | source(e, side), decides=side == FULL))
+        folders = seen(e, side, 'gate')
+        if not folders: out.append(deciding('gate_mean', side_name(side), 'mean of g − 50 %', source(e, side), decides=False)); continue
+        g = 100*np.stack([look(e, f, 'gate')['mean'] for f in folders]).astype(float)
+        out.append(deciding('gate_mean', side_name(side), 'mean of g − 50 %', dict(value=g.mean()) | interval(bootstrap_ci(g - 50, n=e.draws, groups=people)) | cited(e, folders), decides=side == FULL))
     t = [read(e, f) for f in e.folders(FULL)]
     if 'w' not in t[0]: return [*out, deciding('balance', 'image weight', 'mean', {})]
     w, src = 100*np.stack([x['w'][:, 0] for x in t]), source(e, FULL)
@@ -756,6 +793,18 @@ def regions(e: Evidence) -> list[dict]:
     bare = branch_silhouettes(**untrained(load_features(e.folders(FULL)[0]), e.dataset))[None]
     d = dict(value=trained.mean()) | interval(paired_bootstrap(trained, bare, n=e.draws, groups=gallery_people(e))) | source(e, FULL)
     return [deciding('tsne', 'full − untrained', 'silhouette, %', d), finding('b', 'tsne', 'untrained', 'silhouette, %', value=bare.mean(), rule=BESIDE, evidence='regions()')]
+
+# %% ../nbs/80_audit.ipynb #800203
+LOOKED: dict[Side, tuple[str, ...]] = {     # what the findings above ask of whom
+    FULL: ('rerank', 'dependence', 'clothes', 'other', 'gate'), BASELINE: ('clothes', 'other'), ('no_gate_reg', ''): ('gate',), ('no_decoupling', ''): ('dependence',),
+    ('full', 'hsic_kernel=linear'): ('dependence',), ('full', CLOTHES): ('other',), ('baseline', CLOTHES): ('other',)}
+
+def look_all(p: ArtifactParameters) -> int:   # looks that there are
+    "Look at all finished runs now, so that what is seen can be kept. Raises `UserError`."
+    e = gather(p)
+    todo = [(f, n) for s, names in LOOKED.items() for n in names if e.base.dataset == 'synth' or n not in ('clothes', 'other') for f in seen(e, s, n)]
+    for f, n in todo: look(e, f, n)
+    return len(todo)
 
 # %% ../nbs/80_audit.ipynb #800116
 RIVAL = 'Transformer, fused attention'      # of as many layers; the quicker of two kernels

@@ -7,11 +7,11 @@ __all__ = ['READINGS', 'SWAPS', 'STYLE', 'DARK', 'LIGHT', 'BASE', 'BINS', 'FIGUR
            'SHAPES', 'FEATURES', 'MAP_PEOPLE', 'FIGURE4', 'Features', 'load_features', 'find_features', 'load_dataset',
            'smoke_runs', 'gates', 'shape_of', 'gate_table', 'variance_shares', 'gate_worth', 'source', 'settle',
            'write_caption', 'draw_pair', 'draw_means', 'draw_reading', 'draw_shares', 'draw_worth', 'plot_gates',
-           'pick_people', 'Sample', 'unit', 'make_sample', 'make_samples', 'probe', 'factors_of', 'probe_table',
-           'probe_summary', 'dependence', 'outfit', 'silhouette', 'region', 'untrained', 'silhouette_table', 'tsne_map',
-           'trust', 'stability', 'bare', 'draw_people', 'draw_colors', 'name_regions', 'draw_maps', 'dot',
-           'draw_probes', 'draw_stability', 'draw_silhouettes', 'draw_dependence', 'Measured', 'measure',
-           'plot_features']
+           'pick_people', 'Sample', 'unit', 'make_sample', 'make_samples', 'probe_hits', 'probe', 'factors_of',
+           'probe_table', 'probe_summary', 'dependence', 'outfit', 'silhouette', 'region', 'untrained',
+           'silhouette_table', 'tsne_map', 'trust', 'stability', 'bare', 'draw_people', 'draw_colors', 'name_regions',
+           'draw_maps', 'dot', 'draw_probes', 'draw_stability', 'draw_silhouettes', 'draw_dependence', 'Measured',
+           'measure', 'plot_features']
 
 # %% ../nbs/72_features.ipynb #720004
 import textwrap
@@ -23,17 +23,16 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from sklearn.linear_model import LogisticRegression
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.manifold import TSNE, trustworthiness
 from sklearn.metrics import silhouette_score
-from sklearn.model_selection import GroupKFold
-from sklearn.preprocessing import StandardScaler
+from sklearn.model_selection import StratifiedGroupKFold
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 # %% ../nbs/72_features.ipynb #720005
+from .artifacts import FEATURES as HALVED
 from .artifacts import ArtifactParameters, read_json
-from .batches import load_tokenizer
 from .config import Config, UserError, config_hash, make_config, run_dir
 from .grid import NAMES
 from .losses import hsic
@@ -42,7 +41,7 @@ from .model import build_model, read_tensors
 from .paper import figure3
 from .pedes import PedesDataset
 from .synth import CLOTHING_FACTORS, COLORS, IDENTITY_FACTORS
-from .training import embed_images, load_data, train
+from .training import embed_images, load_data, run_tokenizer, train
 
 # %% ../nbs/72_features.ipynb #720008
 @dataclass(frozen=True)
@@ -59,13 +58,13 @@ class Features:
 
 def load_features(folder: str | Path  # a finished run's
                  ) -> Features:
-    "Read a run's features. Raises `UserError` where a file is missing, cut, or of another run."
+    "Read a run's features, rounded as `keep_runs` keeps them. Raises `UserError` where a file is missing, cut, or of another run."
     folder = Path(folder)
     options, made = read_json(folder/'config.json'), read_json(folder/'provenance.json')
     tensors, head = read_tensors(folder/'features.safetensors')
     h = options.pop('config_hash', None)
     if h is None or head.get('config_hash') != h: raise UserError(f'{folder}: config.json and features.safetensors are of different runs; train it again')
-    return Features(folder, make_config(**options), made.get('code', 'unknown'), tensors)
+    return Features(folder, make_config(**options), made.get('code', 'unknown'), {k: v.half().float() if k in HALVED else v for k, v in tensors.items()})
 
 # %% ../nbs/72_features.ipynb #720009
 def find_features(p: ArtifactParameters,
@@ -250,7 +249,7 @@ def plot_gates(runs: list[Features],  # of the whole model, a seed each
             draw_pair(ax, [([v[k].ravel() for v in values], l) for k, l in zip((a, b), labels)])
             up.set_title(title); ax.set_xlabel('weight'); ax.legend(frameon=False, loc='upper left', borderpad=0)
         ax = bottom.subplots(1, 4, width_ratios=[1, 1, 1.15, .9])
-        for axis, over, title in zip(ax, ('dimensions', 'images'), ('(c) Mean g of a dimension', '(d) Mean g of an image')):
+        for axis, over, title in zip(ax, ('dimensions', 'images'), ('(c) g by dimension', '(d) g by image')):
             draw_reading(axis, [READINGS[over](v['bdam_identity']) for v in values], title)
         draw_shares(ax[2], runs); draw_worth(ax[3], runs, pids)
         write_caption(fig, FIGURE3 + source(runs))
@@ -290,19 +289,27 @@ def make_samples(baselines: list[Features], fulls: list[Features], ds: PedesData
     return [make_sample(b, f, ds, people) for b, f in pairs]
 
 # %% ../nbs/72_features.ipynb #720044
-def probe(x: np.ndarray,         # [N, D]
-          y: np.ndarray,         # [N] classes
-          people: np.ndarray,    # [N] who
-          folds: int = 5
-         ) -> tuple[float, float]:  # accuracy and chance, in [0, 1]
-    "Cross-validated accuracy of logistic regression on people it has not seen, and of the most frequent class."
-    x, y = StandardScaler().fit_transform(x), np.asarray(y).astype(str)
-    right, chance = np.zeros(len(y), bool), np.zeros(len(y), bool)
-    for seen, new in GroupKFold(min(folds, len(np.unique(people)))).split(x, y, people):
-        classes, counts = np.unique(y[seen], return_counts=True)
-        chance[new] = y[new] == classes[counts.argmax()]
-        right[new] = y[new] == (LogisticRegression(C=.01, tol=.01, max_iter=500).fit(x[seen], y[seen]).predict(x[new]) if len(classes) > 1 else classes[0])
-    return float(right.mean()), float(chance.mean())
+def probe_hits(x: np.ndarray,         # [N, D]
+               y: np.ndarray,         # [N] classes
+               people: np.ndarray,    # [N] who
+               folds: int = 5
+              ) -> tuple[np.ndarray, int]:  # [N] whose mean is the balanced accuracy, in [0, 1]; classes
+    "What linear discriminants find on people they have not seen. NaN where fewer than two classes have as many people as there are folds."
+    y, people = np.asarray(y).astype(str), np.asarray(people)
+    count = pd.Series(people).groupby(y).nunique()
+    classes = count.index[count >= folds]
+    keep, k, hits = np.flatnonzero(np.isin(y, classes)), len(classes), np.zeros(len(y))
+    if k < 2: return np.full(len(y), np.nan), k
+    for seen, new in StratifiedGroupKFold(folds).split(x[keep], y[keep], people[keep]):
+        seen, new = keep[seen], keep[new]
+        n = len(np.unique(y[seen]))
+        hits[new] = y[new] == LinearDiscriminantAnalysis('lsqr', 'auto', priors=np.full(n, 1/n)).fit(x[seen], y[seen]).predict(x[new])
+    return hits*len(y)/(k*pd.Series(y).groupby(y).transform('size').to_numpy()), k
+
+def probe(x: np.ndarray, y: np.ndarray, people: np.ndarray, folds: int = 5) -> tuple[float, float]:  # in [0, 1]; NaN as above
+    "Balanced accuracy on unseen people, and chance."
+    hits, k = probe_hits(x, y, people, folds)
+    return float(hits.mean()), 1/k if k > 1 else float('nan')
 
 # %% ../nbs/72_features.ipynb #720047
 LAYERS = {'identity': IDENTITY_FACTORS, 'clothing': CLOTHING_FACTORS, 'image': ('view', 'camera', 'occlusion')}
@@ -311,7 +318,7 @@ def factors_of(known: pd.DataFrame) -> list[tuple[str, str]]:   # (layer, factor
     "Which factors a dataset knows, and draws in more than one way; none for photographs."
     return [(layer, k) for layer, names in LAYERS.items() for k in names if f'f_{k}' in known and known[f'f_{k}'].astype(str).nunique() > 1]
 
-def probe_table(samples: list[Sample]) -> pd.DataFrame:  # layer, factor, feature, seed, accuracy, chance (percent)
+def probe_table(samples: list[Sample]) -> pd.DataFrame:  # layer, factor, feature, seed, accuracy (balanced), chance (percent)
     "Each known factor from each feature."
     rows = []
     for s in samples:
@@ -320,12 +327,12 @@ def probe_table(samples: list[Sample]) -> pd.DataFrame:  # layer, factor, featur
             for name, x in s.features.items():
                 accuracy, chance = probe(x, s.known[f'f_{k}'].to_numpy(), people)
                 rows.append(dict(layer=layer, factor=k, feature=name, seed=s.seed, accuracy=100*accuracy, chance=100*chance))
-    return pd.DataFrame(rows, columns=['layer', 'factor', 'feature', 'seed', 'accuracy', 'chance'])
+    return pd.DataFrame(rows, columns=['layer', 'factor', 'feature', 'seed', 'accuracy', 'chance']).dropna(ignore_index=True)     # too few people to say
 
 # %% ../nbs/72_features.ipynb #720050
 def probe_summary(probes: pd.DataFrame) -> pd.DataFrame:  # layer → feature; percent
-    "How far above chance a layer is read from a feature: (accuracy − chance)/(100 − chance), at least 0, mean over factors and seeds."
-    skill = 100*((probes['accuracy'] - probes['chance'])/(100 - probes['chance']).clip(lower=1e-9)).clip(lower=0)
+    "How far above chance a layer is read from a feature: (accuracy − chance)/(100 − chance), mean over factors and seeds."
+    skill = 100*(probes['accuracy'] - probes['chance'])/(100 - probes['chance'])
     return probes.assign(skill=skill).pivot_table(index='layer', columns='feature', values='skill', sort=False)
 
 # %% ../nbs/72_features.ipynb #720053
@@ -361,7 +368,7 @@ def untrained(run: Features, ds: PedesDataset) -> dict[str, np.ndarray]:   # 'f_
     "The run's own model before its first step."
     c = run.config
     torch.manual_seed(c.seed)
-    model = build_model(c, len(load_tokenizer(run.folder/'tokenizer')), 'clo_text' in ds.records).eval()
+    model = build_model(c, len(run_tokenizer(c, ds, run.folder/'tokenizer')), 'clo_text' in ds.records).eval()
     g, rows = embed_images(model, ds, 'test')
     order = {int(r): i for i, r in enumerate(rows)}
     i = [order[int(r)] for r in run['g_rows']]
@@ -459,8 +466,8 @@ def dot(ax, values, y: float, feature: str, ms: float = 3.6) -> None:
     ax.plot(np.mean(values), y, marker, ms=ms, mec=edge, mfc=face, mew=.9, zorder=3)
 
 def draw_probes(ax, probes: pd.DataFrame) -> None:
-    "Accuracy of each probe, a row a factor, with chance as a bar."
-    ax.set_title('(e) Linear probes, accuracy (%)')
+    "Balanced accuracy of each probe, a row a factor, with chance as a bar."
+    ax.set_title('(e) Linear probes, balanced accuracy (%)')
     if probes.empty:
         ax.text(.5, .5, 'no factor of this dataset is known', ha='center', va='center', transform=ax.transAxes); ax.set_axis_off()
         return
@@ -532,7 +539,7 @@ def measure(baselines: list[Features],
     "What the features hold and how they depend on each other, for each seed that both variants have. Raises `UserError`."
     samples = make_samples(baselines, fulls, ds)
     seeds = {s.seed for s in samples}
-    used, without = [r for r in fulls if r.config.seed in seeds], [r for r in without if r.config.seed in seeds]
+    used, without = [r for r in fulls if r.config.seed in seeds], [r for r in without if r.config.seed in seeds and 'f_id' in r.tensors]
     keep = pick_people(ds.records['pid'].to_numpy()[used[0]['g_rows']])
     starts = [{k: x[keep] for k, x in untrained(r, ds).items()} for r in used]
     pairs = [('full', s.seed, s.features['f_id'], s.features['f_clo']) for s in samples]
@@ -544,7 +551,7 @@ def measure(baselines: list[Features],
 
 # %% ../nbs/72_features.ipynb #720074
 FIGURE4 = ('Figure 4. t-SNE of image features: f of the baseline (a, c); f_id (filled in b) and f_clo (open in b) of the full model in one map (b, d). Gray: everybody else. '
-           '(e) Logistic regression on unseen people; beside a layer, the mean share of the way from chance (below it: 0) to 100\u00a0%. (f) A row a perplexity, a column a random start, below each the trustworthiness. '
+           '(e) Linear discriminants on unseen people; the bar: one of the values by chance; beside a layer, the mean share of the way from there to 100\u00a0%. (f) A row a perplexity, a column a random start, below each the trustworthiness. '
            '(g) f_id against f_clo as two groups: trained, untrained, each with its mean at the origin. (h) The bar: images dealt anew. Lines and crosses: seeds. ')
 
 def plot_features(m: Measured, dpi: int = 75):   # matplotlib's figure, 7 inches wide

@@ -139,8 +139,20 @@ def test_a_class_that_a_fold_never_saw():
     people = np.repeat(np.arange(6), 2)
     x = np.random.default_rng(0).normal(size=(12, 3))
     only_one = np.where(people == 0, 'rare', 'usual')
-    assert X.probe(x, only_one, people)[1] == pytest.approx(10/12)
-    assert X.probe(x, np.full(12, True), people) == (1., 1.)
+    assert np.isnan(X.probe(x, only_one, people)).all()                   # one class is left
+    assert np.isnan(X.probe(x, np.full(12, True), people)).all()
+    two = np.where(people < 3, 'a', 'b')
+    two[people == 5] = 'rare'
+    hits, k = X.probe_hits(np.c_[x, 9*(two == 'a')], two, people, folds=2)
+    assert k == 2 and (hits[people == 5] == 0).all() and hits.mean() == pytest.approx(1)
+
+
+def test_what_is_not_there_is_read_at_chance_however_skewed():
+    rng, people = np.random.default_rng(3), np.repeat(np.arange(100), 3)
+    x, found = rng.normal(size=(100, 20))[people] + .2*rng.normal(size=(300, 20)), []
+    for share in (.1, .2, .5):
+        found += [X.probe(x, (rng.permutation(100) < 100*share)[people], people)[0] for _ in range(10)]
+    assert abs(np.mean(found) - .5) < .03
 
 
 def test_probe_does_not_depend_on_scale_or_order():

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bdam_repro import pictures as P
-from bdam_repro.artifacts import save_figure
+from bdam_repro.artifacts import collect_runs, keep_runs, restore_runs, save_figure
 from bdam_repro.config import VARIANTS, UserError, make_config
 from bdam_repro.model import build_model
 from bdam_repro.ranked import HIT, MISS, load_run
@@ -59,7 +59,26 @@ def test_seeds_that_only_one_has_are_left_out(copied):
     (folder/'full'/'seed0'/'metrics.json').unlink()                     # unfinished
     assert list(P.run_pairs(copied)) == [10]
     (folder/'full'/'seed10'/'best.safetensors').unlink()                # kept without its weights
-    with pytest.raises(UserError, match='no seed has finished runs with weights of both baseline and full'): P.run_pairs(copied)
+    with pytest.raises(UserError, match='no seed has finished runs'): P.run_pairs(copied)
+
+
+def test_the_figure_is_drawn_again_without_the_models(made, copied):
+    runs = P.open_pair(P.run_pairs(copied), made.data_root)
+    kept = tuple(P.kept_answers(r.folder) for r in runs)
+    seen = P.see_pair(runs, kept)
+    first = save_figure(P.plot_examples(P.find_examples(runs, kept, seen), runs[0], P.caption1(runs, seen[1])), 'fig1', copied)
+    before = [f.read_bytes() for f in first]
+    archive = copied.runs_path.parent/'tables'
+    keep_runs(copied.runs_path, collect_runs(copied.runs_path), archive)
+    shutil.rmtree(copied.runs_path)
+    assert len(restore_runs(copied.runs_path, archive, [r.config for r in runs])) == 2
+    again = P.open_pair(P.run_pairs(copied), made.data_root)
+    assert [r.model for r in again] == [None, None] and P.see_first(copied) == 0
+    kept = tuple(P.kept_answers(r.folder) for r in again)
+    seen = P.see_pair(again, kept)
+    fig = P.plot_examples(P.find_examples(again, kept, seen), again[0], P.caption1(again, seen[1]))
+    assert [f.read_bytes() for f in save_figure(fig, 'fig1', copied)] == before
+    with pytest.raises(UserError, match='another run'): P.see(again[0], [0, 1, 2], [])
 
 
 # ---- which queries
@@ -77,7 +96,7 @@ def test_other_queries_are_refused():
 def test_examples_are_the_first_of_their_kind(pair):
     runs, kept = pair
     rows = P.outcomes(*kept)
-    examples = P.find_examples(runs, kept)
+    examples = P.find_examples(runs, kept, P.see_pair(runs, kept))
     assert [x.kind for x in examples] == [k for k in P.KINDS if len(rows[k])][:2]
     for x in examples:
         q = rows[x.kind][0]
@@ -88,7 +107,7 @@ def test_examples_are_the_first_of_their_kind(pair):
 def test_models_that_agree_are_shown_agreeing(pair):
     runs, kept = pair
     same = [kept[0], kept[0] | dict(top=kept[1]['top'])]
-    assert [x.kind for x in P.find_examples(runs, same)] == ['Both are right', 'Neither is right']
+    assert [x.kind for x in P.find_examples(runs, same, P.see_pair(runs, same))] == ['Both are right', 'Neither is right']
 
 
 # ---- maps
@@ -216,8 +235,8 @@ def test_without_a_run_the_drawing_says_untrained(made):
 
 def figures(made, pair):
     (runs, kept), (model, source) = pair, P.running_model(made)
-    t = P.trace(model)
-    yield 'fig1', 180, P.plot_examples(P.find_examples(runs, kept), runs[0], P.caption1(runs, np.array([.5, .7])))
+    t, seen = P.trace(model), P.see_pair(runs, kept)
+    yield 'fig1', 180, P.plot_examples(P.find_examples(runs, kept, seen), runs[0], P.caption1(runs, seen[1]))
     yield 'fig2', 200, P.plot_model(model, t, P.caption2(t, model.config, source))
 
 
@@ -230,7 +249,8 @@ def test_files_are_small_and_the_same_again(made, pair):
 
 
 def test_captions_say_where_it_is_from(pair):
-    words = P.caption1(pair[0], np.array([.5, .7]))
+    seen = {'map.f_id': torch.ones(1, 4, 2), 'likeness': torch.tensor([.5, .7])}
+    words = P.caption1(pair[0], seen)
     for part in ('SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code ', '2 images', '0.60 ± 0.14'):
         assert part in words
 
