@@ -141,10 +141,12 @@ def test_a_class_that_a_fold_never_saw():
     only_one = np.where(people == 0, 'rare', 'usual')
     assert np.isnan(X.probe(x, only_one, people)).all()                   # one class is left
     assert np.isnan(X.probe(x, np.full(12, True), people)).all()
-    two = np.where(people < 3, 'a', 'b')
-    two[people == 5] = 'rare'
-    hits, k = X.probe_hits(np.c_[x, 9*(two == 'a')], two, people, folds=2)
-    assert k == 2 and (hits[people == 5] == 0).all() and hits.mean() == pytest.approx(1)
+    many = np.repeat(np.arange(40), 2)
+    y = np.where(many < 12, 'a', 'b')
+    y[many == 39] = 'rare'
+    x = np.c_[np.random.default_rng(0).normal(size=(80, 3)), 9*(y == 'a')]
+    hits, k = X.probe_hits(x, y, many)
+    assert k == 2 and (hits[many == 39] == 0).all() and hits.mean() == pytest.approx(1)
 
 
 def test_what_is_not_there_is_read_at_chance_however_skewed():
