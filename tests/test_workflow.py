@@ -1,4 +1,5 @@
 "The workflow as it is started: what it lists, and that a killed one goes on where it stopped."
+import importlib.util
 import os
 import re
 import shutil
@@ -74,6 +75,20 @@ def test_dry_run_of_real_data(root):
 def test_a_mistake_is_one_clear_line(root):
     code, said = snakemake(root, '--dry-run', config=['dataset=market'])
     assert code != 0 and 'market' in said and 'Traceback' not in said
+
+
+def test_the_picture_shows_the_rules(root, tmp_path):
+    spec = importlib.util.spec_from_file_location('graph', REPO/'workflow'/'graph.py')
+    spec.loader.exec_module(graph := importlib.util.module_from_spec(spec))
+    command = [*SNAKEMAKE, '--rulegraph', '--quiet', 'all', '--config', 'dataset=synth']
+    dot = subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True).stdout
+    names, edges = graph.boxes(*graph.read_graph(dot))
+    assert set(names) == {'styles', 'train', 'collect', 'table1-5', 'fig1-5', 'audit'}
+    last = {('collect', x) for x in ('audit', 'fig1-5', 'table1-5')}
+    assert edges == {('styles', 'train'), ('styles', 'collect'), ('train', 'collect'), *last}
+    assert [graph.layers(names, edges)[n] for n in ('styles', 'train', 'collect', 'audit')] == [0, 1, 2, 3]
+    graph.draw(names, edges, tmp_path/'graph.png')
+    assert (tmp_path/'graph.png').stat().st_size > 10_000 and (REPO/'workflow'/'graph.png').exists()
 
 
 # ---- a grid of two runs

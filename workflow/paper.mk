@@ -1,4 +1,4 @@
-# make paper | paper-quick | paper-plan: tables, figures and audit from training runs (Snakemake, see workflow/Snakefile)
+# make paper | paper-quick | paper-plan | paper-graph: tables, figures and audit from training runs (Snakemake, see workflow/Snakefile)
 #   DATASET=cuhk PRESET=paper     real data          SEEDS=0,1,2,3,4    other seeds
 #   PROFILE=slurm                 a cluster          JOBS=2             jobs at once (on a cluster: in the queue)
 #   CONFIG="variants=[full,sdm]"  any value of workflow/config.yaml
@@ -18,7 +18,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 ONE_PAPER = mkdir -p runs && flock -n runs/.paper.lock sh -c '"$$@" --unlock >/dev/null 2>&1; exec "$$@"' paper
 OR_SAY = || { echo 'not done: where another make paper is running, wait for it; else start again, it goes on where it stopped'; exit 1; }
 
-.PHONY: paper paper-quick paper-plan
+.PHONY: paper paper-quick paper-plan paper-graph
 
 paper: $(STAMP)
 	@$(ONE_PAPER) $(SNAKEMAKE) $(PAPER_CONFIG) $(ARGS) $(OR_SAY)
@@ -28,3 +28,6 @@ paper-quick: $(STAMP)
 
 paper-plan: $(STAMP)
 	@$(SNAKEMAKE) $(PAPER_CONFIG) --dry-run --quiet rules $(ARGS)
+
+paper-graph: $(STAMP)
+	@$(SNAKEMAKE) $(PAPER_CONFIG) --rulegraph --quiet all 2>/dev/null | $(BIN)/python workflow/graph.py workflow/graph.png
