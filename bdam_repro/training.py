@@ -200,7 +200,7 @@ def orthogonalize(x: Tensor,      # [N, a, b], a <= b
 
 # %% ../nbs/51_training.ipynb #51m002
 class Muon(torch.optim.Optimizer):
-    "Momentum, orthogonalized (Keller Jordan's Muon, with its constants), for matrices; as `torch.optim.Muon`, in float32."
+    "Momentum, orthogonalized (Keller Jordan's Muon, with its constants), for matrices (a patch embedding's kernel is one); as `torch.optim.Muon`, in float32."
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -210,7 +210,7 @@ class Muon(torch.optim.Optimizer):
             alike = {}                                                          # (short side, long side) -> matrices and their updates
             for p in (p for p in group['params'] if p.grad is not None):
                 m = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)).lerp_(p.grad, 1 - group['momentum'])
-                update = p.grad.lerp(m, group['momentum'])                      # Nesterov's
+                update, p = p.grad.lerp(m, group['momentum']).flatten(1), p.flatten(1)        # Nesterov's; a view
                 alike.setdefault(tuple(sorted(p.shape)), []).append((p, update.mT if p.shape[0] > p.shape[1] else update))
             for pairs in alike.values():
                 for (p, _), u in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs]).float())):
@@ -224,7 +224,7 @@ def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
     keep = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     plain = lambda n, p: p.ndim < 2 or id(p) in keep or getattr(p, '_no_weight_decay', False) or n.endswith(('cls_token', 'position_embeddings'))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    rest = [p for n, p in named if plain(n, p) or p.ndim != 2] if c.optimizer == 'muon' else [p for n, p in named if plain(n, p)]
+    rest = [p for n, p in named if plain(n, p) or p.ndim == 3] if c.optimizer == 'muon' else [p for n, p in named if plain(n, p)]
     matrices = {id(p) for p in rest}
     matrices = [p for _, p in named if id(p) not in matrices]
     if c.optimizer != 'muon':
