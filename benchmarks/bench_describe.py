@@ -4,16 +4,18 @@
     python benchmarks/bench_describe.py rate            # 600 requests a minute; busiest sliding minute by the server's clock
     python benchmarks/bench_describe.py memory          # peak RSS after 500, 2,000 and 8,000 images
 
-The sequential loop is what a script does without this module: one request after another through the same client
-(that of `make_client`), answers parsed and checked, nothing written.
+The sequential loop is what a script does without this module: openai's plain client, one request after another,
+answers parsed and checked, nothing written. The server is a process of its own; the CPU time is that of the
+describing process, which is what bounds the speed where other work keeps the cores busy.
 """
 
-import asyncio
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import openai
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / 'tests')]
 
@@ -22,25 +24,25 @@ from test_describe import QUICK, SPAWN, _peak, busiest, pictures, serving  # noq
 from bdam_repro.describe import Policy, describe, first_messages, image_url, judge  # noqa: E402
 
 
-async def sequential(client, files, imgs):
-    async with client:
+def sequential(server, files, imgs):
+    with openai.OpenAI(api_key='k', base_url=server.url, max_retries=0) as client:
         start = time.perf_counter()
         for f in files:
-            body = {
-                'model': 'm',
-                'messages': first_messages(Policy(), (), image_url(imgs / f)),
-                'response_format': {'type': 'json_object'},
-            }
-            judge(await client.post('/chat/completions', body=body, cast_to=object), Policy())
+            answer = client.chat.completions.create(
+                model='m',
+                messages=first_messages(Policy(), (), image_url(imgs / f)),
+                response_format={'type': 'json_object'},
+            )
+            judge(answer.model_dump(), Policy())
         return (time.perf_counter() - start) / len(files)
 
 
-def throughput(tmp, n=1000, some=50, rounds=3):
+def throughput(tmp, n=1000, some=50, rounds=5):
     "The two one after the other in each round, so that a busy machine slows both. All settings are the defaults."
     records, ratios = pictures(tmp / 'imgs', n, size=32), []
     for k in range(rounds):
         with serving(tmp / f'server{k}', latency=0.1) as server:
-            one = asyncio.run(sequential(server.client(), records['file'][:some], tmp / 'imgs'))
+            one = sequential(server, records['file'][:some], tmp / 'imgs')
         with serving(tmp / f'server{k}b', latency=0.1) as server:
             start, cpu = time.perf_counter(), time.process_time()
             report = describe(records, server.client(), tmp / f'{k}.jsonl', images_dir=tmp / 'imgs', **QUICK)

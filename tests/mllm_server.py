@@ -91,7 +91,7 @@ class Server:
         self.s = DEFAULTS | settings
         self.log = open(log_path, 'a', buffering=1)  # noqa: SIM115
         self.asked, self.files, self.batches = {}, {}, {}
-        self.good = self.calls = 0
+        self.good = self.calls = self.uploads = 0
 
     # ---- HTTP -------------------------------------------------------------------------------------------------------
     async def serve(self, reader, writer):
@@ -254,7 +254,8 @@ class Server:
             boundary = headers['content-type'].split('boundary=')[1].encode()
             parts = [p.partition(b'\r\n\r\n') for p in body.split(b'--' + boundary)]
             data = next(rest[:-2] for head, _, rest in parts if b'filename=' in head)
-            name = f'file-{len(self.files)}'
+            self.uploads += 1  # a number of its own: files are deleted, their names stay used
+            name = f'file-{self.uploads}'
             self.files[name] = data
             return await self.send(
                 writer,
