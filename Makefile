@@ -46,7 +46,7 @@ lab: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags=remove_input --TagRemovePreprocessor.remove_cell_tags=remove_cell \
-	  --stdout nbs/index.ipynb | cat -s > $(README).tmp
+	  --stdout nbs/index.ipynb | cat -s | sed "s,](\.\./,](," > $(README).tmp
 	@mv $(README).tmp $(README)
 
 clean:

@@ -180,7 +180,9 @@ class TrainOptions(Options):
     weight_decay: float = opt(1e-3, 'weight decay', '1e-3 (4.2)', ge=0)
     optimizer: Literal['adam', 'adamw', 'muon'] = opt('adam', 'muon: orthogonalized momentum for the matrices, AdamW for the rest', 'Adam (4.2)')
     muon_lr: float = opt(0.01, 'learning rate of the matrices, where muon', gt=0)
-    warmup: float = opt(5, 'epochs of linear warm-up before the cosine', 'not printed', ge=0)
+    schedule: Literal['cosine', 'hold'] = opt('cosine', 'of the learning rate after the warm-up: half a cosine to zero; or all of it for two thirds of the steps, '
+        'then straight to zero', 'cosine (4.2)')
+    warmup: float = opt(5, 'epochs of linear warm-up', 'not printed', ge=0)
     grad_clip: float = opt(1.0, 'largest gradient norm; 0: no limit', ge=0)
     amp: Literal['auto', 'bf16', 'fp16', 'off'] = opt('auto', 'mixed precision; auto: bf16 where the device is quick at it')
     eval_every: int = opt(1, 'epochs between two validations', ge=1)
@@ -198,10 +200,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     'paper': {},
     'tiny': dict(
         image_height=128, image_width=48, columns=0.7, max_length=64, flip=0.0, pad=0, ids_per_batch=32, images_per_id=2, two_captions=True,
-        vision={'type': 'vit', 'hidden': 128, 'layers': 4, 'heads': 4, 'patch': 16},
-        text={'type': 'bert', 'hidden': 128, 'layers': 2, 'heads': 4, 'mlp': 2}, text_pool='mean', dim=128, bdam_depth=2, bdam_heads=4,
+        vision={'type': 'vit', 'hidden': 96, 'layers': 4, 'heads': 3, 'patch': 16},
+        text={'type': 'bert', 'hidden': 96, 'layers': 2, 'heads': 3, 'mlp': 2}, text_pool='mean', dim=96, bdam_depth=2, bdam_heads=3,
         fusion_dim=64, fusion_negatives=7, tau=0.07, tau_decay=0.3, mining='all',
-        erase=0.0, dropout=0.0, epochs=4, optimizer='muon', lr=1e-3, weight_decay=0.02, warmup=0.25, gradnorm_every=10, workers=0),
+        erase=0.0, dropout=0.0, epochs=3, optimizer='muon', lr=6e-3, muon_lr=0.009, weight_decay=0.02, schedule='hold', warmup=0.25, amp='off',
+        gradnorm_every=10, workers=0),
     'smoke': dict(
         image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2, two_captions=True, text_pool='mean', folder='SynthPEDES-smoke',
         synth_train_ids=32, synth_val_ids=8, synth_test_ids=8, vocab_size=600,

@@ -168,7 +168,7 @@ _MODEL = (
               'the query', 'at test time there is nothing else; the text discards clothing on purpose', ('fusion_text',)),
     OpenPoint(28, '3.2, Fig. 4', 'f_i is a token tensor in 3.2 and an entangled global feature elsewhere; the gated features go by two names',
               ('tokens', 'pooled'), 'tokens into BDAM, means out', 'the shapes in 3.2'),
-    OpenPoint(29, '4.2', 'images are 224×224, people are about 1:2 and get squeezed', ('square', '384×128', '256×128'), 'square for `paper`, 128×64 for `tiny`',
+    OpenPoint(29, '4.2', 'images are 224×224, people are about 1:2 and get squeezed', ('square', '384×128', '256×128'), 'square for `paper`, 128×48 of the middle for `tiny`',
               'as printed; the pretrained positions fit', ('image_height', 'image_width')),
     OpenPoint(30, '3.1, 4.2', 'one text encoder for captions, identity and clothing texts or several; trained or frozen; [CLS] or mean',
               ('one, trained', 'several', 'frozen'), 'one, trained', 'one BERT is named, with one learning rate'),

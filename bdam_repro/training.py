@@ -235,10 +235,12 @@ def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
 
 def lr_at(step: int,    # from 0
           steps: int,   # of the whole run
-          warmup: int   # steps
+          warmup: int,  # steps
+          schedule: str = 'cosine'   # or 'hold'
          ) -> float:    # factor in (0, 1]
-    "Linear warm-up, then half a cosine to zero."
+    "Linear warm-up, then half a cosine to zero (4.2); or the full rate for two thirds of the steps, then straight to zero."
     if step < warmup: return (step + 1)/(warmup + 1)
+    if schedule == 'hold': return min(1., 3*(1 - step/steps))
     return .5*(1 + np.cos(np.pi*(step - warmup)/max(1, steps - warmup)))
 
 # %% ../nbs/51_training.ipynb #510025
@@ -322,7 +324,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         "Losses, task weights, backward, step. Raises `UserError` when a loss is no number any more."
         for group, lr in zip((g for opt in self.opts for g in opt.param_groups), self.base_lr):
-            group['lr'] = lr*lr_at(self.step, self.steps, round(self.c.warmup*len(self.loader)))
+            group['lr'] = lr*lr_at(self.step, self.steps, round(self.c.warmup*len(self.loader)), self.c.schedule)
         terms = self.losses(batch.to(self.device))
         self.weights.step(terms, self.model.shared_parameters(), scale=self.scaler.get_scale())
         total = self.weights.total(terms)

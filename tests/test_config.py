@@ -137,7 +137,7 @@ def test_a_config_is_frozen_and_shares_nothing_with_its_preset():
     c = make_config()
     with pytest.raises(ValueError): c.epochs = 3
     c.vision['hidden'] = 7
-    assert PRESETS['tiny']['vision']['hidden'] == make_config().vision['hidden'] == 128
+    assert PRESETS['tiny']['vision']['hidden'] == make_config().vision['hidden'] == 96
 
 
 # --- the hash --------------------------------------------------------------------------------------------------------
