@@ -138,13 +138,14 @@ class GradNorm(TaskWeights):
                  log_reg: float = 1e-3,  # λ of λ Σ (log w)² (Sec. 4.2)
                  ema: float = .9,  # averaging of losses over updates; 0: the last one alone
                  eps: float = 1e-3,  # a loss below this counts as solved: (L + ε)/(L0 + ε)
-                 optimizer: str = 'adam'  # 'adam' | 'sgd', on s
+                 optimizer: str = 'adam',  # 'adam' | 'sgd', on s
+                 apart: Sequence[str] = ()  # tasks that shall not reach the shared layer: no warning
                 ):
         "Raises `UserError` for settings that make no sense."
         super().__init__(names)
         _check(ref, optimizer, clip, every, ema)
         self.alpha, self.every, self.clip, self.ref, self.renormalize = alpha, every, clip, ref, renormalize
-        self.log_reg, self.ema, self.eps = log_reg, ema, eps
+        self.log_reg, self.ema, self.eps, self.apart = log_reg, ema, eps, apart
         self.opt = (torch.optim.Adam if optimizer == 'adam' else torch.optim.SGD)([self.s], lr=lr)
         self.first, self.mean = torch.full_like(self.s, math.nan), torch.full_like(self.s, math.nan)
         self.calls = self.skipped = 0
@@ -172,8 +173,7 @@ class GradNorm(TaskWeights):
 def _update(gn: GradNorm, g: Tensor, L: Tensor, here: Tensor) -> None:
     "One step of s; all [K], `here` says which tasks take part."
     new = here & gn.first.isnan()
-    if not gn.norms and not here.all():
-        away = [k for k, h in zip(gn.names, here) if not h]
+    if not gn.norms and (away := [k for k, h in zip(gn.names, here) if not h and k not in gn.apart]):
         warnings.warn(f'GradNorm: {", ".join(away)} did not reach the shared layer and keep their weight', stacklevel=3)
     gn.first, gn.mean = torch.where(new, L, gn.first), torch.where(new, L, gn.mean)                   # L0 and the average start at the first value
     gn.mean = torch.where(here, gn.ema*gn.mean + (1 - gn.ema)*L, gn.mean)

@@ -279,7 +279,7 @@ def make_weights(names: list[str], c: Config, model: Model, opts: list[torch.opt
     "The task weights that the configuration asks for. One task needs none."
     if c.balance == 'fixed' or len(names) < 2: return TaskWeights(names)
     if c.balance == 'literal': return LiteralWeights(names, c, opts, model.shared_parameters())
-    return GradNorm(names, c.gradnorm_alpha, c.gradnorm_lr, c.gradnorm_every, ref=c.gradnorm_ref, log_reg=c.log_reg)
+    return GradNorm(names, c.gradnorm_alpha, c.gradnorm_lr, c.gradnorm_every, ref=c.gradnorm_ref, log_reg=c.log_reg, apart=() if c.fusion_grad else ('fusion',))
 
 # %% ../nbs/51_training.ipynb #510030
 def two_cores(c: Config, device: torch.device) -> bool:
