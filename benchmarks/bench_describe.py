@@ -2,7 +2,7 @@
 
     python benchmarks/bench_describe.py throughput      # 1,000 images, a server of 100 ms; sequential measured on 50 and scaled
     python benchmarks/bench_describe.py rate            # 600 requests a minute; busiest sliding minute by the server's clock
-    python benchmarks/bench_describe.py memory          # peak RSS after 500, 2,000 and 8,000 images
+    python benchmarks/bench_describe.py memory          # peak RSS after 1,000 and 8,000 images
 
 The sequential loop is what a script does without this module: openai's plain client, one request after another,
 answers parsed and checked, nothing written. The server is a process of its own; the CPU time is that of the
@@ -67,7 +67,7 @@ def rate(tmp, n=1300):
     )
 
 
-def memory(tmp, sizes=(500, 2000, 8000)):
+def memory(tmp, sizes=(1000, 8000)):
     "Each size in a process of its own. The 100 images before let it import and connect; what is left is what grows."
     pictures(tmp / 'imgs', sizes[-1], size=64)
     with serving(tmp / 'server') as server:
