@@ -890,7 +890,7 @@ def _record(run: _Run, image: str, d: Description | None, reason: str | None, **
 
 # %% ../nbs/20_describe.ipynb #200088
 async def _picture(path: Path, max_side: int) -> str:
-    "The data URL. A small file is read at once: a thread and the way back cost many times what reading it does, and stop everybody."
+    "The data URL. A small file is read at once: handing it to a thread and back would take longer."
     return image_url(path, max_side) if path.stat().st_size <= 50_000 else await asyncio.to_thread(image_url, path, max_side)
 
 async def _describe_image(run: _Run, image: str) -> None:
