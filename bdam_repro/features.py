@@ -467,7 +467,7 @@ def dot(ax, values, y: float, feature: str, ms: float = 3.6) -> None:
 
 def draw_probes(ax, probes: pd.DataFrame) -> None:
     "Balanced accuracy of each probe, a row a factor, with chance as a bar."
-    ax.set_title('(e) Linear probes, balanced accuracy (%)')
+    ax.set_title('(e) Linear probes, accuracy (%)')
     if probes.empty:
         ax.text(.5, .5, 'no factor of this dataset is known', ha='center', va='center', transform=ax.transAxes); ax.set_axis_off()
         return
@@ -551,7 +551,7 @@ def measure(baselines: list[Features],
 
 # %% ../nbs/72_features.ipynb #720074
 FIGURE4 = ('Figure 4. t-SNE of image features: f of the baseline (a, c); f_id (filled in b) and f_clo (open in b) of the full model in one map (b, d). Gray: everybody else. '
-           '(e) Linear discriminants on unseen people; the bar: one of the values by chance; beside a layer, the mean share of the way from there to 100\u00a0%. (f) A row a perplexity, a column a random start, below each the trustworthiness. '
+           '(e) Linear discriminants on unseen people, balanced accuracy; the bar: one of the values by chance; beside a layer, the mean share of the way from there to 100\u00a0%. (f) A row a perplexity, a column a random start, below each the trustworthiness. '
            '(g) f_id against f_clo as two groups: trained, untrained, each with its mean at the origin. (h) The bar: images dealt anew. Lines and crosses: seeds. ')
 
 def plot_features(m: Measured, dpi: int = 75):   # matplotlib's figure, 7 inches wide
