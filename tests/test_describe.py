@@ -289,7 +289,8 @@ def test_kill_at_twenty_moments_then_resume(tmp_path):
     n, rng = 500, random.Random(0)
     records = pictures(tmp_path / 'imgs', n)
     of = digests(tmp_path / 'imgs', records)
-    faults = dict(faults=0.2, kinds=['429', '500', '502', 'cut', 'bad-envelope', 'slow'], latency=0.02, slow=0.08)
+    # 500 images by six at 0.1 s are 8 s of work: more than the 20 lives together, so that none ends by itself
+    faults = dict(faults=0.2, kinds=['429', '500', '502', 'cut', 'bad-envelope', 'slow'], latency=0.1, slow=0.2)
     settings, out, snapshots = dict(concurrency=6, styles=[['a man'], ['a woman walks']]), tmp_path / 'killed.jsonl', []
     with serving(tmp_path / 'server', **faults) as server:
         for k in range(20):
