@@ -56,7 +56,7 @@ def load_data(config: Config, progress: bool = True) -> PedesDataset:
         n = c.synth_train_ids + c.synth_val_ids + c.synth_test_ids
         make_synth(data_root(c), c.synth_layout, n, c.synth_images, c.synth_seed, c.clothes_change, folder=synth_folder(c),
                    val_ids=c.synth_val_ids, test_ids=c.synth_test_ids, error_rate=c.synth_error, progress=progress)
-        write_styled(c)
+        if c.descriptions == 'auto': write_styled(c)
     folder = synth_folder(c) if c.dataset == 'synth' else c.folder or None
     ds = load_pedes(c.dataset, data_root(c), folder=folder, val_fraction=c.val_fraction, descriptions='auto' if c.descriptions == 'auto' else None)
     return ds if c.descriptions in ('auto', 'none') else attach_descriptions(ds, ds.root/c.descriptions)
