@@ -140,7 +140,7 @@ class FusionOptions(Options):
     fusion_text: Literal['query', 'identity', 'clothing'] = opt('query', 'which text is fused in training: the one of Eq. 3, the '
         'generated identity or clothing text', 'f_id^t in 3.4, f_clo^t in Fig. 2')
     fusion_loss: Literal['match', 'triplet', 'infonce'] = opt('match', 'what trains f_final', 'none (3.5)')
-    fusion_grad: bool = opt(False, "the fusion's loss trains the towers too; on `tiny` it made all features equal within 100 steps", 'not printed')
+    fusion_grad: bool = opt(False, "the fusion's loss trains the towers too; the audit has what it costs on `tiny`", 'not printed')
     fusion_negatives: int = opt(3, 'hardest wrong images a text is fused with in training', ge=1)
     rerank: int = opt(32, 'K: how many of `dual` the fusion re-scores', ge=1)
     rerank_weight: float = opt(1.0, 'λ of dual/τ + λ · match', ge=0)

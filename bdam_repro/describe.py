@@ -22,7 +22,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import re
 import tempfile
 import threading
@@ -42,10 +41,8 @@ import openai
 import pandas as pd
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 from tqdm import tqdm
-
-try: import httpx2 as httpx     # what openai is built on, since its version 3
-except ImportError: import httpx
 
 # %% ../nbs/20_describe.ipynb #200006
 from .config import ROOT, UserError, atomic_path, given_names
@@ -599,30 +596,13 @@ class _Place:
     used: int
 
 # %% ../nbs/20_describe.ipynb #200065
-class _Client(openai.AsyncOpenAI):
-    "openai's client, with a short way for chat completions that are wanted as they came."
-    @functools.cached_property
-    def _ready(self) -> tuple[httpx.URL, list]:  # address, headers
-        headers = httpx.Headers(self._client.headers)     # of the connection; those of the service go over them
-        headers.update({k: v for k, v in {**self.auth_headers, **self.default_headers}.items() if isinstance(v, str)})
-        return httpx.URL(f'{self.base_url}chat/completions'), headers.multi_items()
-
-    async def post(self, path, *, cast_to, body=None, options=None, **rest):
-        if path != '/chat/completions' or cast_to is not object or rest or set(options or ()) != {'timeout'}:
-            return await super().post(path, cast_to=cast_to, body=body, options=options or {}, **rest)
-        address, headers = self._ready
-        timeout = dict.fromkeys(('connect', 'read', 'write', 'pool'), options['timeout'])
-        response = await self._client.send(httpx.Request('POST', address, headers=headers, content=json.dumps(body), extensions={'timeout': timeout}))
-        if not response.is_success: raise self._make_status_error_from_response(response) from None
-        return response.json()
-
 def make_client() -> openai.AsyncOpenAI:
     "A client for the server of `$OPENAI_BASE_URL` (OpenAI's own where unset) with the key of `$OPENAI_API_KEY`. Raises `UserError` without a key or with a wrong address."
     key, url = os.environ.get('OPENAI_API_KEY', '').strip(), os.environ.get('OPENAI_BASE_URL', '').strip() or None
     if not key: raise UserError('OPENAI_API_KEY is not set: export it first (any word will do for a local server that asks for none).')
     if url and not re.match(r'https?://[^/]', url): raise UserError('OPENAI_BASE_URL is not an address: it begins with http:// or https:// and mostly ends in /v1.')
-    return _Client(api_key=key, base_url=url, max_retries=0,   # repeating is ours, so that it is counted
-                   http_client=openai.DefaultAioHttpClient())  # half the processor time of the usual one, which looks at every idle connection
+    return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0,   # repeating is ours, so that it is counted
+                              http_client=openai.DefaultAioHttpClient())  # half the processor time of the usual one, which looks at every idle connection
 
 def redact(text: str, key: str = '') -> str:
     "`text` without the key, without anything that looks like one, and without credentials in an address."
@@ -652,9 +632,10 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         return float(value) if re.fullmatch(r'[\d.]+', value) else max(parsedate_to_datetime(value).timestamp() - time.time(), 0)
     except (ValueError, TypeError): return 0.0
 
-def _backoff(failures: int, scale: float) -> float:
-    "Seconds to wait after so many failures: exponential with full jitter."
-    return random.uniform(0, scale * min(60, 2 ** (failures - 1)))
+def _backoff(seconds: float):
+    "tenacity's wait: exponential with full jitter, never less than the server asked for."
+    exponential = wait_random_exponential(multiplier=seconds, max=60 * seconds)
+    return lambda state: state.outcome.exception().after + exponential(state)
 
 # %% ../nbs/20_describe.ipynb #200070
 @dataclass
@@ -779,7 +760,7 @@ async def _post(run: _Run, body: dict) -> dict:
         problem = _Transient('the answer is not a chat completion (is it the right address? it mostly ends in /v1)')
     except openai.APIStatusError as e:
         problem = _status_problem(run, e, mode)
-    except (openai.APIConnectionError, httpx.HTTPError, aiohttp.ClientError, TimeoutError) as e:
+    except (openai.APIConnectionError, aiohttp.ClientError, TimeoutError) as e:
         problem = _Transient(_silence(e))
     except (openai.APIError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         problem = _Transient('the answer is not a chat completion')
@@ -789,7 +770,7 @@ async def _post(run: _Run, body: dict) -> dict:
 # %% ../nbs/20_describe.ipynb #200079
 def _silence(e: BaseException) -> str:
     "Why nothing came. openai's aiohttp transport calls every lost connection a timeout: the cause behind it tells."
-    late, cause = isinstance(e, openai.APITimeoutError | httpx.TimeoutException | TimeoutError), e
+    late, cause = isinstance(e, openai.APITimeoutError | TimeoutError), e
     while cause := cause.__cause__: late &= isinstance(cause, TimeoutError) or not isinstance(cause, aiohttp.ClientError)
     return 'no answer in time' if late else 'no connection to the server'
 
@@ -834,15 +815,17 @@ def _adapt(run: _Run, said: str, mode: str) -> bool:
 # %% ../nbs/20_describe.ipynb #200083
 async def _send(run: _Run, messages: list[dict]) -> dict:
     "One answer, whatever it takes within reason. Raises `_Transient` after six failures that this image is to blame for, `_Refused`, `_Stop`."
-    failures = blamed = 0
-    while True:
-        try: return await _request(run, messages)
-        except _Transient as e:
-            failures, blamed = failures + 1, blamed + e.blame
-            if run.stop.is_set(): raise _Stop from None
-            if run.proven and blamed >= 6: raise
-            wait = e.after + _backoff(failures, run.settings['backoff'])   # never less than the server asked for
-        await asyncio.sleep(wait)
+    blamed = 0
+    def enough(state: RetryCallState) -> bool:
+        nonlocal blamed
+        blamed += state.outcome.exception().blame
+        return run.stop.is_set() or (run.proven and blamed >= 6)
+    retrying = AsyncRetrying(retry=retry_if_exception_type(_Transient), wait=_backoff(run.settings['backoff']), stop=enough, reraise=True)
+    try:
+        return await retrying(_request, run, messages)
+    except _Transient:
+        if run.stop.is_set(): raise _Stop from None
+        raise
 
 # %% ../nbs/20_describe.ipynb #200084
 def judge(answer: dict,  # a chat completion

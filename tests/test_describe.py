@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from hashlib import sha1
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -520,7 +521,7 @@ def _batch_in_child(url, folder, out, n):
 
 def test_batches_survive_kills_without_being_paid_twice(tmp_path):
     n, rng = 60, random.Random(1)
-    records = pictures(tmp_path / 'imgs', n)
+    records, lines_at = pictures(tmp_path / 'imgs', n), []
     with serving(tmp_path / 'server', batch_polls=12, faults=0.2, kinds=['impure']) as server:
         for _ in range(8):
             child = SPAWN.Process(target=_batch_in_child, args=(server.url, tmp_path / 'imgs', tmp_path / 'b.jsonl', n))
@@ -528,6 +529,7 @@ def test_batches_survive_kills_without_being_paid_twice(tmp_path):
             child.join(rng.uniform(0.1, 0.6))
             child.kill()
             child.join()
+            lines_at.append((time.time(), set(read_journal(tmp_path / 'b.jsonl').image)))
         report = describe_batch(
             records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', max_requests=8, **BATCH
         )
@@ -537,6 +539,8 @@ def test_batches_survive_kills_without_being_paid_twice(tmp_path):
     # the first image goes alone: a kill between its answer and its line costs that one answer, as it does without batches
     first = next(i for i, e in enumerate(log) if e['kind'] == 'batch')
     alone = [e for e in log[:first] if e['image'] == of['00000.png'] and e['kind'] == 'good']
+    kills = [when for when, there in lines_at if '00000.png' not in there]
+    assert len(alone) <= 1 + len(kills) and all(any(a['t'] <= k <= b['t'] for k in kills) for a, b in pairwise(alone))
     check_ledger([e for e in log if e not in alone[1:]], table, of)
 
 
