@@ -87,7 +87,7 @@ class DataOptions(Options):
     ids_per_batch: int = opt(32, 'P: identities in a batch', ge=1)
     images_per_id: int = opt(2, 'K: images of each in a batch; the triplet loss needs 2', ge=1)
     val_fraction: float = opt(0.1, 'ICFG-PEDES has no validation split: identities held out of train', 'none printed', gt=0, lt=1)
-    id_text: Literal['caption', 'generated', 'both'] = opt('caption', 't_i of Eq. 3: the human caption (what queries are), the '
+    id_text: Literal['caption', 'generated', 'both'] = opt('both', 't_i of Eq. 3: the human caption (what queries are), the '
         'generated identity description, or both', 'ambiguous (3.3)')
     two_captions: bool = opt(False, 'a batch has a second caption of each image, where there is one', 'not printed')
     descriptions: str = opt('auto', "descriptions file; 'auto': `descriptions.jsonl` beside the images where it exists, 'none'")
@@ -214,7 +214,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # %% ../nbs/00_config.ipynb #000030
-_bdam_only, _fusion_only = dict(fusion=False), dict(bdam=False)
+_bdam_only, _fusion_only = dict(fusion=False), dict(bdam=False, id_text='caption')      # descriptions come with BDAM
 VARIANTS: dict[str, dict[str, Any]] = {
     'full': {},
     'baseline': _bdam_only | _fusion_only,

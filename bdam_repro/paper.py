@@ -184,7 +184,7 @@ _MODEL = (
 
 # %% ../nbs/01_paper.ipynb #010050
 _LOSSES = (
-    OpenPoint(2, '3.3, Eq. 3', 'which text t_i is', ('caption', 'generated', 'both'), 'caption', 'queries are captions', ('id_text',)),
+    OpenPoint(2, '3.3, Eq. 3', 'which text t_i is', ('caption', 'generated', 'both'), 'both', 'queries are captions; left out, the identity descriptions train nothing', ('id_text',)),
     OpenPoint(4, '3.4-3.5', 'no loss names f_final: as printed the fusion gets no gradient', ('match head', 'Eq. 4 with f_final', 'InfoNCE with f_final'),
               'match head', 'it is what re-scoring a pair needs', ('fusion_loss', 'fusion_negatives')),
     OpenPoint(5, 'Eq. 1, 4.3', 'Eq. 1 pushes the clothing feature from its own text, while 4.3 has the clothing branch learn appearance by a matching loss '

@@ -139,7 +139,8 @@ def batch_losses(out: Outputs, batch: Batch, c: Config) -> dict[str, Tensor]:
 def forward(model: nn.Module, batch: Batch, c: Config) -> Outputs:
     "The model's outputs of a batch; a text that no term of this configuration reads is not encoded."
     clo = batch.clo_ids is not None and (model.proj_clo is not None or (c.fusion and c.fusion_text == 'clothing'))
-    idt, other = batch.id_ids is not None, batch.other_ids is not None and c.id_text != 'generated' and c.c_align > 0
+    idt = batch.id_ids is not None and (c.c_align > 0 or (c.fusion and (c.fusion_text == 'identity' or c.id_text == 'generated')))
+    other = batch.other_ids is not None and c.id_text != 'generated' and c.c_align > 0
     return model(batch.images, batch.pids, (batch.caption_ids, batch.caption_mask),
                  (batch.id_ids, batch.id_mask) if idt else None, (batch.clo_ids, batch.clo_mask) if clo else None,
                  (batch.other_ids, batch.other_mask) if other else None)
@@ -499,6 +500,7 @@ def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDatase
     model = build_model(c, len(tokenizer), described)
     if two_cores(c, device): model.second = SecondThread()
     texts = 'both' if c.fusion_text == 'identity' and c.fusion else c.id_text           # which the loader has to bring
+    if texts == 'both' and not described: texts = 'caption'
     loader = train_batches(dataset, tokenizer, size=(c.image_height, c.image_width), max_length=c.max_length, p=c.ids_per_batch, k=c.images_per_id,
                            seed=c.seed, id_text=texts, two_captions=c.two_captions, augmentation=dict(flip=c.flip, pad=c.pad, erase=c.erase), workers=c.workers,
                            budget=int(c.cache_gb*2**30), columns=c.columns)
