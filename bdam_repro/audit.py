@@ -586,6 +586,7 @@ def accuracy(e: Evidence) -> list[dict]:
     out.append(deciding('infonce', '½ full − no_infonce', HEAD, half))
     for r in ('fixed', 'literal'): out += versus(e, 'gradnorm', FULL, ('full', f'balance={r}'), decides=r == 'fixed')
     out += versus(e, 'descriptions', noise_side(e, 0.), noise_side(e, max(NOISE)))
+    for v in ('full', 'bdam'): out += versus(e, {'full': 'whole'}.get(v, v), (v, ''), ('baseline_described', ''), decides=False)   # what the texts alone would do
     return out + versus(e, 'descriptions', FULL, ('no_adversarial', ''), decides=False)
 
 # %% ../nbs/80_audit.ipynb #800091
@@ -607,7 +608,7 @@ def styles(e: Evidence) -> list[dict]:
 
 def sota(e: Evidence) -> list[dict]:
     "Only real data can test Table 5; what can be said here is whether a plain loss of the field does as well."
-    return [f for v in ('sdm', 'tal') for f in versus(e, 'sota', FULL, (v, ''), decides=False)]
+    return [f for v in ('baseline_described', 'sdm', 'tal') for f in versus(e, 'sota', FULL, (v, ''), decides=False)]
 
 # %% ../nbs/80_audit.ipynb #800094
 PROBES = {'clothing': ('upper_color', 'lower_color'), 'identity': ('gender', 'build')}

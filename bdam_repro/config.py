@@ -218,6 +218,7 @@ _bdam_only, _fusion_only = dict(fusion=False), dict(bdam=False, id_text='caption
 VARIANTS: dict[str, dict[str, Any]] = {
     'full': {},
     'baseline': _bdam_only | _fusion_only,
+    'baseline_described': _bdam_only | _fusion_only | dict(id_text='both'),      # the plain model with the identity descriptions as texts
     'bdam': _bdam_only,
     'bdam_no_cross': _bdam_only | dict(bdam_cross=False),
     'bdam_no_gate': _bdam_only | dict(bdam_gate=False),
