@@ -179,9 +179,9 @@ def test_losses_and_boxes_follow_the_configuration(traced):
 
 def test_inputs_are_those_that_are_read(traced):
     read = lambda **o: set(P.trace(smoke(**o)).inputs) - {'image', 'clothing'}
-    assert set(traced['full'][1].inputs) == {'image', 'caption', 'other', 'clothing'}
+    assert set(traced['full'][1].inputs) == {'image', 'caption', 'other', 'identity', 'clothing'}
     assert set(traced['baseline'][1].inputs) == {'image', 'caption', 'other'}
-    assert read(two_captions=False) == {'caption'} and read(id_text='both') == {'caption', 'other', 'identity'}
+    assert read(two_captions=False) == {'caption', 'identity'} and read(id_text='caption') == {'caption', 'other'}
 
 
 def test_tracing_leaves_no_trace():
