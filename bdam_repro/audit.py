@@ -30,6 +30,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -733,32 +734,33 @@ PLACES = {'kept': 'same clothes', 'changed': 'clothes change', 'trained': 'train
 GALLERIES = {'all': HEAD, 'other': 'dual R-1, other pictures'}
 
 def robust(e: Evidence) -> list[dict]:
-    "Full against baseline in each place, and whether the gap widens where clothes change; in a gallery of other pictures that decides."
+    """Full against a plain model in each place, and whether the gap widens where clothes change; in a gallery of other pictures that decides.
+    The plain model with the same texts stands beside: what the identity descriptions alone do for it."""
     if e.base.dataset != 'synth': return [deciding('robust', 'clothes change', HEAD, {}) | dict(verdict=NOT_HERE)]
     out = []
-    for gallery, metric in GALLERIES.items():
+    for rival, (gallery, metric) in product(('baseline', 'baseline_described'), GALLERIES.items()):
         x = {}
         for clothes, name in PLACES.items():
-            sides = [(v, CLOTHES if clothes == 'trained' else '') for v in ('full', 'baseline')]
-            folders = [place_runs(e, v, clothes) for v in ('full', 'baseline')]
-            if not all(folders): out.append(deciding('robust', name, metric, source(e, *sides), decides=False)); continue
+            sides = [(v, CLOTHES if clothes == 'trained' else '') for v in ('full', rival)]
+            folders = [place_runs(e, v, clothes) for v in ('full', rival)]
+            if not all(folders): out.append(deciding('robust', f'{name}: full − {rival}', metric, source(e, *sides), decides=False)); continue
             (full, rows), (base, _) = (place_values(e, fs, clothes, gallery) for fs in folders)
             x[clothes] = full, base, rows
             d = dict(value=full.mean(), **interval(paired_bootstrap(full, base, n=e.draws, groups=rows)))
-            out.append(deciding('robust', f'{name}: full − baseline', metric, d | cited(e, *folders), decides=False))
-        out += widening(e, x, metric)
+            out.append(deciding('robust', f'{name}: full − {rival}', metric, d | cited(e, *folders), decides=False))
+        out += widening(e, x, metric, rival)
     return out
 
-def widening(e: Evidence, x: dict, metric: str) -> list[dict]:
+def widening(e: Evidence, x: dict, metric: str, rival: str) -> list[dict]:
     "How much each model loses when the same people change clothes, and the difference of these losses."
-    decides = metric != HEAD
-    if not {'kept', 'changed'} <= x.keys(): return [deciding('robust', 'the gap widens', metric, source(e, FULL, BASELINE), decides=decides)]
-    folders = [place_runs(e, v, 'changed') for v in ('full', 'baseline')]
+    gap, decides = f'the gap to {rival} widens', metric != HEAD and rival == 'baseline'
+    if not {'kept', 'changed'} <= x.keys(): return [deciding('robust', gap, metric, source(e, FULL, (rival, '')), decides=decides)]
+    folders = [place_runs(e, v, 'changed') for v in ('full', rival)]
     both = cited(e, *folders)
     loss, rows = [x['changed'][i] - x['kept'][i] for i in (0, 1)], x['kept'][2]
     out = [deciding('robust', f'what the change costs: {name}', metric, dict(value=x['changed'][i].mean(), **interval(bootstrap_ci(loss[i], n=e.draws, groups=rows))) | cited(e, folders[i]), decides=False)
-           for i, name in enumerate(('full', 'baseline'))]
-    return [*out, deciding('robust', 'the gap widens', metric, interval(paired_bootstrap(*loss, n=e.draws, groups=rows)) | both, decides=decides)]
+           for i, name in enumerate(('full', rival)) if rival == 'baseline' or i]
+    return [*out, deciding('robust', gap, metric, interval(paired_bootstrap(*loss, n=e.draws, groups=rows)) | both, decides=decides)]
 
 # %% ../nbs/80_audit.ipynb #800112
 NEAR, LEAST_SPREAD = 10., 1.      # percent
@@ -800,7 +802,8 @@ def regions(e: Evidence) -> list[dict]:
 # %% ../nbs/80_audit.ipynb #800203
 LOOKED: dict[Side, tuple[str, ...]] = {     # what the findings above ask of whom
     FULL: ('rerank', 'dependence', 'clothes', 'other', 'gate'), BASELINE: ('clothes', 'other'), ('no_gate_reg', ''): ('gate',), ('no_decoupling', ''): ('dependence',),
-    ('full', 'hsic_kernel=linear'): ('dependence',), ('full', CLOTHES): ('other',), ('baseline', CLOTHES): ('other',)}
+    ('full', 'hsic_kernel=linear'): ('dependence',), ('full', CLOTHES): ('other',), ('baseline', CLOTHES): ('other',),
+    ('baseline_described', ''): ('clothes', 'other'), ('baseline_described', CLOTHES): ('other',)}
 
 def look_all(p: ArtifactParameters) -> int:   # looks that there are
     "Look at all finished runs now, so that what is seen can be kept. Raises `UserError`."
