@@ -357,7 +357,7 @@ def notes(table: pd.DataFrame) -> list[str]:
     t = table[(table['score'] == 'own') & (table['metric'] == 'R1')]
     name = lambda r: r.method + (f' ({place(r.dataset, r.tag)})' if len({*zip(t['dataset'], t['tag'])}) > 1 else '')
     missing, few = [name(r) for r in t.itertuples() if r.n == 0], [f'{name(r)}: {r.n} ({r.seeds})' for r in t.itertuples() if 0 < r.n < t['n'].max()]
-    return ([f'–: no finished run yet of {"; ".join(missing)}.'] if missing else []) + ([f'Fewer seeds than the other rows: {"; ".join(few)}.'] if few else [])
+    return ([f'–: no finished run yet: {"; ".join(missing)}'] if missing else []) + ([f'Fewer seeds than the other rows: {"; ".join(few)}.'] if few else [])
 
 # %% ../nbs/70_artifacts.ipynb #700045
 def to_markdown(n: int, table: pd.DataFrame, words: str) -> str:

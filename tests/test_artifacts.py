@@ -188,7 +188,7 @@ def test_a_variant_without_runs_is_a_dash_and_a_note(made):
     gone = t[t['variant'] == 'no_gate_reg']
     assert len(gone) and gone[['ours', 'sd', 'diff', 'lo', 'hi']].isna().all(None) and (gone['n'] == 0).all()
     md = (made.tables_path/'table3.md').read_text()
-    assert '–: no finished run yet of w/o Gate Reg.' in md
+    assert '–: no finished run yet: w/o Gate Reg.' in md
     row = next(l for l in md.splitlines() if l.startswith('| w/o Gate Reg.'))
     assert row.split(' | ')[2] == '–'
 
