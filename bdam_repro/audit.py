@@ -18,8 +18,8 @@ __all__ = ['COLUMNS', 'NUMBERS', 'NOT_RUN', 'NOT_HERE', 'NO_OPTION', 'DECIDES', 
            'other_r1', 'changed', 'kept_clothes', 'place_runs', 'place_values', 'robust', 'widening', 'gate_claims',
            'branch_silhouettes', 'regions', 'look_all', 'lengths', 'costs', 'below', 'linear', 'tradeoff', 'efficiency',
            'part_b', 'build_audit', 'caption_of', 'span', 'md_table', 'readings_table', 'points_table', 'claims_table',
-           'mark', 'runs_table', 'findings_table', 'claim_findings', 'to_markdown', 'write_audit', 'plot_readings',
-           'plot_noise']
+           'mark', 'runs_table', 'findings_table', 'claim_findings', 'to_markdown', 'write_audit', 'read_audit',
+           'plot_readings', 'plot_noise']
 
 # %% ../nbs/80_audit.ipynb #800004
 import copy
@@ -976,6 +976,15 @@ def write_audit(p: ArtifactParameters, draws: int = 2000) -> tuple[pd.DataFrame,
     files = [write_csv(table, out/'audit.csv'), out/'audit.md']
     with atomic_path(files[1]) as tmp: tmp.write_text(to_markdown(table, caption_of(e), e.left_out), encoding='utf-8')
     return table, files
+
+def read_audit(path: str | Path   # audit.csv
+              ) -> pd.DataFrame:
+    "The inverse: `audit.csv` as `write_audit` wrote it. Raises `UserError`."
+    try: t = pd.read_csv(path, dtype={c: str for c in COLUMNS if c not in NUMBERS}, keep_default_na=False, na_values={c: [''] for c in NUMBERS})
+    except FileNotFoundError: raise UserError(f'no file {path}: make it from finished runs with `papermill nbs/audit.ipynb`') from None
+    except (ValueError, UnicodeError) as e: raise UserError(f'{path} is no audit ({str(e).splitlines()[0]}); make it again with `papermill nbs/audit.ipynb`') from None
+    if list(t.columns) != COLUMNS: raise UserError(f'{path} must have the columns {", ".join(COLUMNS)}; make it again with `papermill nbs/audit.ipynb`')
+    return t
 
 # %% ../nbs/80_audit.ipynb #800133
 def plot_readings(t: pd.DataFrame):
