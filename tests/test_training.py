@@ -354,8 +354,13 @@ def test_descriptions_feed_what_their_option_says(home, ready):
         trainer = prepare(c, home/'ready', False)[2]
         return trainer, next(iter(trainer.loader))
     trainer, b = batch()
+    assert b.id_ids is not None and b.clo_ids is not None                           # 'both'
+    assert training.forward(trainer.model, b, trainer.c).identity is not None
+    trainer, b = batch(variant='no_infonce')                                        # no term reads it
+    assert b.id_ids is not None and training.forward(trainer.model, b, trainer.c).identity is None
+    trainer, b = batch(id_text='caption')
     assert b.id_ids is None and b.clo_ids is not None
-    trainer, b = batch(fusion_text='identity')
+    trainer, b = batch(fusion_text='identity', id_text='caption')
     trainer.model.eval()
     out = training.forward(trainer.model, b, trainer.c)
     assert torch.equal(out.anchor, out.identity.t) and not torch.equal(out.anchor, out.caption.t)
@@ -364,7 +369,7 @@ def test_descriptions_feed_what_their_option_says(home, ready):
     out = training.forward(trainer.model, b, trainer.c)
     assert torch.equal(out.anchor, out.clothing.t)
     trainer, b = batch(descriptions='none')
-    assert b.clo_ids is None and 'clothing' not in trainer.names and trainer.model.proj_clo is None
+    assert b.id_ids is None and b.clo_ids is None and 'clothing' not in trainer.names and trainer.model.proj_clo is None
 
 
 @pytest.mark.parametrize('kw', [
