@@ -590,6 +590,8 @@ def accuracy(e: Evidence) -> list[dict]:
     out.append(deciding('infonce', '½ full − no_infonce', HEAD, half))
     for r in ('fixed', 'literal'): out += versus(e, 'gradnorm', FULL, ('full', f'balance={r}'), decides=r == 'fixed')
     out += versus(e, 'descriptions', noise_side(e, 0.), noise_side(e, max(NOISE)))
+    for tag in ('icfg', 'rstp'): out += versus(e, 'source', ('full', tag), ('baseline_described', tag), decides=False)
+    out += versus(e, 'source', ('full', 'icfg'), ('no_adversarial', 'icfg'), decides=False)                  # one caption an image: what the clothing texts do
     return out + versus(e, 'descriptions', FULL, ('no_adversarial', ''), decides=False)
 
 # %% ../nbs/80_audit.ipynb #800091

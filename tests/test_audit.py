@@ -198,7 +198,7 @@ def test_each_reading_changes_what_it_says_and_nothing_else():
             usual = make_config('synth', base.preset, c.variant).model_dump()
             changed = {k for k, v in c.model_dump().items() if usual[k] != v} - {'tag', 'folder'}
             assert changed == set(layout_options(None, c.tag)) and changed, c.tag
-    assert {c.tag for c in audit_grid()} & set(DATA) == {CLOTHES, *(t for t in DATA if t.startswith('synth_error'))}
+    assert {c.tag for c in audit_grid()} & set(DATA) == {CLOTHES, 'icfg', *(t for t in DATA if t.startswith('synth_error'))}
 
 
 def test_the_audit_finds_the_runs_that_the_grid_makes(tmp_path):
