@@ -613,7 +613,7 @@ def styles(e: Evidence) -> list[dict]:
 
 def sota(e: Evidence) -> list[dict]:
     "Only real data can test Table 5; what can be said here is whether a plain loss of the field does as well."
-    return [f for v in ('baseline_described', 'sdm', 'tal') for f in versus(e, 'sota', FULL, (v, ''), decides=False)]
+    return [f for v in ('sdm', 'tal') for f in versus(e, 'sota', FULL, (v, ''), decides=False)]
 
 # %% ../nbs/80_audit.ipynb #800094
 PROBES = {'clothing': ('upper_color', 'lower_color'), 'identity': ('gender', 'build')}

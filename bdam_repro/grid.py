@@ -145,7 +145,7 @@ def audit_grid(dataset: str = 'synth', preset: str | None = None, seeds: Iterabl
     base = make_config(dataset, preset, **options)
     runs = [reading_run(r, base) for r in READINGS] + [reading_reference(r, base) for r in READINGS]
     if dataset == 'synth':
-        runs += [(v, CLOTHES) for v in ('full', 'baseline', 'baseline_described')] + [('no_adversarial', 'icfg')]
+        runs += [(v, CLOTHES) for v in ('full', 'baseline', 'baseline_described')] + [('no_adversarial', 'icfg')]      # there an image has one caption
         runs += [('full', f'synth_error={e}') for e in NOISE if e != base.synth_error]
     return [make_config(dataset, preset, v, seed=s, tag=t, **(options | layout_options(preset, t))) for s in seeds for v, t in dict.fromkeys(runs) if t]
 
