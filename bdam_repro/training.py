@@ -9,7 +9,7 @@ __all__ = ['data_root', 'load_data', 'write_styled', 'synth_folder', 'run_tokeni
            'make_weights', 'two_cores', 'single_threaded', 'Trainer', 'optimizer_tensors', 'load_optimizers',
            'save_checkpoint', 'load_checkpoint', 'shuffled', 'code_version', 'device_name', 'provenance', 'write_json',
            'finished', 'same_run', 'open_run', 'summary', 'headline', 'save_features', 'own_weights', 'prepare',
-           'train', 'one_epoch', 'epoch_line', 'finish', 'plot_history']
+           'train', 'one_epoch', 'epoch_line', 'finish', 'result_table', 'plot_history']
 
 # %% ../nbs/51_training.ipynb #510004
 import json
@@ -41,7 +41,6 @@ from .metrics import RetrievalResult, bootstrap_ci, chance, rank_metrics, rerank
 from .model import (ImageFeatures, Model, Outputs, SecondThread, TextFeatures, build_model, from_pretrained, fuse, read_tensors, rescore,
                               save_pretrained, write_tensors)
 from .pedes import PedesDataset, attach_descriptions, load_pedes
-from .style import style_descriptions
 from .synth import make_synth
 
 # %% ../nbs/51_training.ipynb #510007
@@ -67,6 +66,7 @@ def write_styled(c: Config) -> None:
     A file that was not drawn with the pictures is left to the loader, which says what is wrong with it."""
     with open(data_root(c)/synth_folder(c)/'descriptions.jsonl', encoding='utf-8') as f: drawn = re.search(r'"prompt_hash": "(synth-[^"]*)"', f.readline())
     if drawn is None or drawn[1].endswith('-dbscan'): return
+    from bdam_repro.style import style_descriptions    # here: it brings the client of the MLLM and the clusterings, which no other run needs
     style_descriptions(load_pedes('synth', data_root(c), folder=synth_folder(c), descriptions=None), 'dbscan', error_rate=c.synth_error)
 
 def synth_folder(config: Config) -> str:
@@ -483,10 +483,10 @@ def own_weights(model: Model, e: dict) -> Tensor:   # [Q, 2]
     return torch.cat([fuse(model, e['q'], a, e['g'], b).w.float().cpu() for a, b in zip(i.split(4096), j.split(4096))])
 
 # %% ../nbs/51_training.ipynb #510043
-def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDataset, object, Trainer]:
+def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDataset | None = None) -> tuple[PedesDataset, object, Trainer]:
     "Data, tokenizer and trainer of a run, at its start."
     device = pick_device(c)
-    dataset = load_data(c, progress)
+    if dataset is None: dataset = load_data(c, progress)
     for split in ('train', 'val', 'test'): dataset.split(split)                 # an empty one is an error now, not after the training
     described = 'clo_text' in dataset.records
     if c.fusion and c.fusion_text != 'query' and not described:
@@ -511,7 +511,8 @@ def prepare(c: Config, folder: Path, progress: bool = True) -> tuple[PedesDatase
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete
-          progress: bool = True             # bar and a line an epoch
+          progress: bool = True,            # bar and a line an epoch
+          dataset: PedesDataset | None = None   # `load_data(c)`, where it is at hand already
          ) -> Path:                         # the run's folder
     "Train, select on validation, test once. Resumes what was interrupted, returns at once what is complete. Raises `UserError`."
     pick_device(c)
@@ -519,7 +520,7 @@ def train(c: Config,                        # from `make_config`
     if done:
         if progress: print(f'{folder.name} of {c.variant} is complete already (config {done["config_hash"]})')
         return folder
-    dataset, tokenizer, trainer = prepare(c, folder, progress)
+    dataset, tokenizer, trainer = prepare(c, folder, progress, dataset)
     first, state = 0, dict(best=-1., best_epoch=0, seconds=0., history=[])
     if (folder/'last.ckpt').exists():
         try: first, state = load_checkpoint(folder/'last.ckpt', trainer)
@@ -560,15 +561,25 @@ def finish(c: Config, folder: Path, dataset: PedesDataset, tokenizer, trainer: T
     "Test the best checkpoint once, write what figures need, then `metrics.json`: the run is complete."
     start = time.perf_counter()
     model = from_pretrained(folder/'best.safetensors').to(trainer.device)
-    tests = {split: evaluate(model, dataset, tokenizer, split, trainer.amp()) for split in ('val', 'test')}
-    test, pids = tests['test'], dataset.records['pid'].to_numpy()
+    test, pids = evaluate(model, dataset, tokenizer, 'test', trainer.amp()), dataset.records['pid'].to_numpy()
+    best = next(row for row in state['history'] if row['epoch'] == state['best_epoch'])
+    val = {name: {m: best[f'val_{name}_{m}'] for m in row} for name, row in summary(test).items()}
     save_features(folder/'features.safetensors', model, test)
     ci = {k: {m: [round(100*x, 4) for x in bootstrap_ci(getattr(r, f))] for m, f in (('R1', 'R1'), ('mAP', 'AP'))} for k, r in test['results'].items()}
     write_json(folder/'provenance.json', provenance(trainer.device, trainer.dtype) | dict(train_seconds=round(state['seconds'], 1), test_seconds=round(time.perf_counter() - start, 1)))
     write_json(folder/'metrics.json', dict(config_hash=config_hash(c), dataset=dataset.name, variant=c.variant, seed=c.seed, epoch=state['best_epoch'], score=headline(c),
-        val=summary(tests['val']), test=summary(test), test_ci95=ci, queries=len(test['q_rows']), gallery=len(test['g_rows']),
+        val=val, test=summary(test), test_ci95=ci, queries=len(test['q_rows']), gallery=len(test['g_rows']),
         gallery_ids=len(set(pids[test['g_rows']])), chance=chance(pids[test['q_rows']], pids[test['g_rows']]), train_seconds=round(state['seconds'], 1)))
     (folder/'last.ckpt').unlink(missing_ok=True)
+
+def result_table(folder: Path) -> pd.DataFrame:   # in percent; a row a score, and chance
+    "What a finished run scored on the test split, from its `metrics.json`."
+    m = json.loads((folder/'metrics.json').read_text())
+    table = pd.DataFrame(m['test'] | {'chance': m['chance']}).T
+    for metric in ('R1', 'mAP'):
+        ci = {name: row[metric] for name, row in m['test_ci95'].items()}
+        table[f'{metric} 95 %'] = [f'{ci[n][1]:.1f} … {ci[n][2]:.1f}' if n in ci else '' for n in table.index]
+    return table.round(1)
 
 # %% ../nbs/51_training.ipynb #510054
 def plot_history(folder: Path):

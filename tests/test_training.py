@@ -7,6 +7,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,8 +23,9 @@ from bdam_repro.config import UserError, config_hash, make_config, run_dir
 from bdam_repro.metrics import chance, rank_metrics, rerank_metrics
 from bdam_repro.model import from_pretrained, read_tensors
 from bdam_repro.pedes import load_pedes
+from bdam_repro.ranked import difference, load_run, metrics_table, run_evaluate
 from bdam_repro.synth import make_synth
-from bdam_repro.training import evaluate, finished, headline, load_data, prepare, train
+from bdam_repro.training import evaluate, finished, headline, load_data, prepare, result_table, train
 
 FILES = ['best.safetensors', 'config.json', 'features.safetensors', 'history.csv', 'metrics.json', 'provenance.json', 'tokenizer']
 SMALL = dict(preset='smoke', folder='small', synth_train_ids=16, synth_val_ids=4, synth_test_ids=4, epochs=2, amp='off',
@@ -142,6 +145,31 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(home, whole):
 @pytest.mark.parametrize('kw', [dict(workers=1, cache_gb=0., tag='x'), dict(grad_checkpoint=True, device='cpu')], ids=str)
 def test_what_the_hash_leaves_out_changes_no_bit(home, whole, tmp_path, kw):
     assert bits(train(cfg(home, **kw), tmp_path, progress=False)) == bits(whole)
+
+
+def test_what_the_metrics_say_is_what_the_kept_weights_score(home, whole):
+    run = load_run(whole, progress=False)
+    assert difference(run, run_evaluate(run, 'val'), 'val') < 1e-3
+    e = run_evaluate(run)
+    assert difference(run, e) < 1e-3
+    shown, again = result_table(whole), metrics_table(run, e)
+    assert list(shown.index) == list(again.index) and list(shown.columns) == list(again.columns)
+    for column in ('R1', 'R5', 'R10', 'mAP', 'mINP'):
+        assert (shown[column] - again[column]).abs().max() < .11                            # rounded twice
+    for column in ('R1 95 %', 'mAP 95 %'): assert shown[column].tolist() == again[column].tolist()
+
+
+def test_data_at_hand_is_not_read_again(home, whole, tmp_path, monkeypatch):
+    ds = load_data(cfg(home), progress=False)
+    monkeypatch.setattr(training, 'load_data', lambda *a: pytest.fail('read again'))
+    assert bits(train(cfg(home), tmp_path, progress=False, dataset=ds)) == bits(whole)
+
+
+def test_training_needs_no_client_of_an_mllm():
+    "Nor the clusterings: they take seconds to import."
+    code = 'import sys, bdam_repro.training; print({"openai", "aiohttp", "sklearn.cluster"} & set(sys.modules))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == 'set()'
 
 
 def test_a_finished_run_is_not_run_again(home, whole, monkeypatch, capsys):
