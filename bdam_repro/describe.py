@@ -260,13 +260,15 @@ def _parse_line(raw: bytes) -> dict | None:
     return d if isinstance(d, dict) and isinstance(d.get('image'), str) and d.get('status') in ('ok', 'failed') else None
 
 # %% ../nbs/20_describe.ipynb #200034
+_OPENING = b'{"image"'   # how every line of ours begins: no other file's last line is taken for a fragment, and cut off
+
 def _scan(path: Path) -> Iterator[tuple[int, dict | None, int]]:
     "Line by line: (number, record or None where it is broken, offset behind it). Ends before a broken last line."
     end = path.stat().st_size
     with open(path, 'rb') as f:
         for number, raw in enumerate(f, 1):
             record = _parse_line(raw)
-            if record is None and f.tell() == end: return   # the fragment of a killed writer
+            if record is None and f.tell() == end and (raw.startswith(_OPENING) or _OPENING.startswith(raw)): return   # the fragment of a killed writer
             yield number, record, f.tell()
 
 # %% ../nbs/20_describe.ipynb #200035

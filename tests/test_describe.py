@@ -858,3 +858,14 @@ def test_split_survives_whatever_people_write(tmp_path):
 
 def test_estimates_of_nothing(tmp_path):
     assert estimate([], tmp_path / 'none.jsonl', policy=Policy()).hours == 0
+
+
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path):
+    "Not even one of a single line, which an annotation file may be."
+    records = pictures(tmp_path / 'imgs', 2, size=16)
+    other = tmp_path / 'reid_raw.json'
+    for content in (b'[{"split": "train", "id": 1}]', b'[1]\n', b'some words', b'{"image": "0.jpg"\n{"image": "1.jpg"}x\n'):
+        other.write_bytes(content)
+        with pytest.raises(UserError, match=r'reid_raw\.json'):
+            describe_split(records.assign(captions=[['A man in red.']] * 2), other)
+        assert other.read_bytes() == content
