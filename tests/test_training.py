@@ -148,7 +148,7 @@ def test_what_the_hash_leaves_out_changes_no_bit(home, whole, tmp_path, kw):
 
 
 def test_what_the_metrics_say_is_what_the_kept_weights_score(home, whole):
-    run = load_run(whole, progress=False)
+    run = load_run(whole, str(home/'data'), progress=False)
     assert difference(run, run_evaluate(run, 'val'), 'val') < 1e-3
     e = run_evaluate(run)
     assert difference(run, e) < 1e-3
@@ -208,7 +208,7 @@ def test_the_checkpoint_is_chosen_on_validation_alone(home, tmp_path, monkeypatc
         return e
     monkeypatch.setattr(training, 'evaluate', scripted)
     folder = train(cfg(home, epochs=3), tmp_path, progress=False)
-    assert asked == ['val']*3 + ['val', 'test'] and finished(folder)['epoch'] == 2
+    assert asked == ['val']*3 + ['test'] and finished(folder)['epoch'] == 2
     assert all(torch.equal(v, kept[2][k]) for k, v in weights(folder).items())
 
 
