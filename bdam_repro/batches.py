@@ -269,7 +269,7 @@ class PKSampler:
 # %% ../nbs/12_batches.ipynb #120047
 @dataclass
 class Batch:
-    "One training batch. Texts are cut to the longest of the batch; a text that the run does not use is None."
+    "One training batch. Texts are cut to the longest of the batch; a text that the dataset does not have, or `id_text` leaves out, is None."
     rows: torch.Tensor                     # int64 [B] positions in `dataset.records`
     pids: torch.Tensor                     # int64 [B]
     images: torch.Tensor                   # uint8 [B,3,H,W]

@@ -140,7 +140,7 @@ class FusionOptions(Options):
     fusion_text: Literal['query', 'identity', 'clothing'] = opt('query', 'which text is fused in training: the one of Eq. 3, the '
         'generated identity or clothing text', 'f_id^t in 3.4, f_clo^t in Fig. 2')
     fusion_loss: Literal['match', 'triplet', 'infonce'] = opt('match', 'what trains f_final', 'none (3.5)')
-    fusion_grad: bool = opt(False, "the fusion's loss trains the towers too; the audit has what it costs on `tiny`", 'not printed')
+    fusion_grad: bool = opt(False, "the fusion's loss trains the towers too, see `34_model`; the audit has what it costs on `tiny`", 'not printed')
     fusion_negatives: int = opt(3, 'hardest wrong images a text is fused with in training', ge=1)
     rerank: int = opt(32, 'K: how many of `dual` the fusion re-scores', ge=1)
     rerank_weight: float = opt(1.0, 'λ of dual/τ + λ · match', ge=0)
@@ -186,6 +186,7 @@ class TrainOptions(Options):
     grad_clip: float = opt(1.0, 'largest gradient norm; 0: no limit', ge=0)
     amp: Literal['auto', 'bf16', 'fp16', 'off'] = opt('auto', 'mixed precision; auto: bf16 where the device is quick at it')
     eval_every: int = opt(1, 'epochs between two validations', ge=1)
+    log_test: bool = opt(False, 'note the test of every epoch too, for the audit of the protocol (point 17): nothing reads it')
     shuffle_captions: bool = opt(False, 'chance check: train on captions of other people')
 
 class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions, FusionOptions, LossOptions, TrainOptions):
@@ -284,7 +285,7 @@ def check_config(config: Config) -> Config:  # the same one
     return config
 
 # %% ../nbs/00_config.ipynb #000039
-_NO_EFFECT = {'data_root', 'device', 'workers', 'cache_gb', 'grad_checkpoint', 'tag'}
+_NO_EFFECT = {'data_root', 'device', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag'}
 
 def config_hash(config: Config) -> str:  # 12 hexadecimal digits
     "A short hash of all options that can change a result."
@@ -299,18 +300,21 @@ def run_dir(config: Config,                  # the run's options
     return Path(runs or ROOT/'runs')/config.dataset/config.preset/name/f'seed{config.seed}'
 
 # %% ../nbs/00_config.ipynb #000042
+_PLAIN = (str, int, float, list, tuple, dict, type(None))       # what papermill can pass
+
 def given_names(names: dict[str, Any]  # a notebook's `globals()`
                ) -> dict[str, Any]:     # what its parameters cell, or papermill, put there
-    "The parameters among a notebook's globals: what a shell or an import left there is none."
-    shell = {'In', 'Out', 'get_ipython', 'exit', 'quit', 'open'}
-    return {k: v for k, v in names.items() if not k.startswith('_') and k not in shell and not callable(v) and not isinstance(v, ModuleType)}
+    "The parameters among a notebook's globals: what a shell, an import or a later cell left there is none."
+    return {k: v for k, v in names.items() if not k.startswith('_') and k not in {'In', 'Out', 'exit', 'quit'} and isinstance(v, _PLAIN)}
 
 # %% ../nbs/00_config.ipynb #000043
 def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
-    given = {k: v for k, v in given_names(names).items() if k not in extra}
+    given = {k: v for k, v in given_names(names).items() if k not in extra and (k in Config.model_fields or not isinstance(v, (list, tuple, dict)))}
+    for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name
+        raise UserError(f'{k} is now a {type(names[k]).__name__}, no parameter: run the cell of the parameters again')
     if os.environ.get('IN_TEST') and given.get('preset') is None: given['preset'] = 'smoke'
     return make_config(**given)
 

@@ -522,7 +522,7 @@ def describe_split(records: pd.DataFrame,  # a dataset's table with `file` and `
     "Describe without a model: divide the human captions. Raises `UserError` for a wrong table or file."
     rows = _image_rows(records, limit, ('file', 'captions'))
     policy = Policy(**{**asdict(SPLIT_POLICY), 'ethnicity': ethnicity})
-    stamp = hashlib.sha256(json.dumps(LEXICON, sort_keys=True).encode()).hexdigest()[:12]
+    stamp = hashlib.sha256(json.dumps([LEXICON, ethnicity], sort_keys=True).encode()).hexdigest()[:12]
     return _write_offline(records, out, rows, lambda row: (*split_caption(row.captions, ethnicity), None), policy, model='split', prompt_hash=stamp)
 
 # %% ../nbs/20_describe.ipynb #200056

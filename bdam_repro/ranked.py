@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 
 from .batches import load_tokenizer
 from .config import ROOT, Config, UserError
-from .metrics import bootstrap_ci, chance
+from .metrics import chance
 from .model import Model, from_pretrained
 from .pedes import PedesDataset
-from .training import evaluate, load_data, pick_device, pick_dtype
+from .training import evaluate, intervals, load_data, pick_device, pick_dtype, score_table, summary
 
 # %% ../nbs/52_ranked.ipynb #520006
 @dataclass
@@ -44,8 +44,8 @@ def load_run(folder: str | Path,           # a run folder; relative to here or t
     "The run of a folder. Raises `UserError` where it is not finished, or its data is not here."
     folder = next((p for p in (Path(folder), ROOT/folder) if p.is_dir()), Path(folder))
     if not (folder/'metrics.json').is_file(): raise UserError(f'no finished run at {folder}: train it first, see train.ipynb')
-    model = from_pretrained(folder/'best.safetensors')
-    config = model.config.model_copy(update={k: v for k, v in dict(data_root=data_root, device=device).items() if v is not None})
+    model, kept = from_pretrained(folder/'best.safetensors'), json.loads((folder/'config.json').read_text())     # the weights do not know a machine
+    config = model.config.model_copy(update=dict(data_root=data_root or kept['data_root'], device=device or kept['device']))
     model.to(pick_device(config))
     return Run(folder, config, json.loads((folder/'metrics.json').read_text()), model, load_tokenizer(folder/'tokenizer'), load_data(config, progress))
 
@@ -61,13 +61,9 @@ def run_evaluate(run: Run, split: str = 'test') -> dict:  # as of `training.eval
 def metrics_table(run: Run,
                   e: dict    # of `run_evaluate`
                  ) -> pd.DataFrame:  # in percent; a row a score, and chance
-    "R-1, R-5, R-10, mAP, mINP; intervals for R-1 and mAP."
+    "R-1, R-5, R-10, mAP, mINP; intervals over people for R-1 and mAP."
     pids = run.dataset.records['pid'].to_numpy()
-    table = pd.DataFrame({name: r.summary() for name, r in e['results'].items()} | {'chance': chance(pids[e['q_rows']], pids[e['g_rows']])}).T
-    for metric, field in (('R1', 'R1'), ('mAP', 'AP')):
-        ci = {name: bootstrap_ci(getattr(r, field)) for name, r in e['results'].items()}
-        table[f'{metric} 95 %'] = [f'{100*ci[n][1]:.1f} … {100*ci[n][2]:.1f}' if n in ci else '' for n in table.index]
-    return table.round(1)
+    return score_table(summary(e), intervals(e, pids), chance(pids[e['q_rows']], pids[e['g_rows']]))
 
 # %% ../nbs/52_ranked.ipynb #520018
 def difference(run: Run, e: dict, split: str = 'test') -> float:  # percentage points

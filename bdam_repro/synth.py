@@ -1276,7 +1276,7 @@ def draw_all(folder: Path, s: Spec, workers: int, progress: bool):
             err = p.communicate()[1]
             if p.returncode:
                 why = err.strip().splitlines() or [f'exit code {p.returncode}']
-                raise RuntimeError(f'a drawing process failed: {why[-1]}')
+                raise UserError(f'make_synth: a drawing process failed: {why[-1]}')
     finally:
         for p in others:
             if p.poll() is None: p.kill(); p.wait()

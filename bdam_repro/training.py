@@ -8,8 +8,8 @@ __all__ = ['data_root', 'load_data', 'write_styled', 'synth_folder', 'run_tokeni
            'orthogonalize', 'Muon', 'make_optimizers', 'lr_at', 'pick_device', 'pick_dtype', 'LiteralWeights',
            'make_weights', 'two_cores', 'single_threaded', 'Trainer', 'optimizer_tensors', 'load_optimizers',
            'save_checkpoint', 'load_checkpoint', 'shuffled', 'code_version', 'device_name', 'provenance', 'write_json',
-           'finished', 'same_run', 'open_run', 'summary', 'headline', 'save_features', 'own_weights', 'prepare',
-           'train', 'one_epoch', 'epoch_line', 'finish', 'result_table', 'plot_history']
+           'finished', 'same_run', 'open_run', 'summary', 'intervals', 'headline', 'save_features', 'own_weights',
+           'prepare', 'train', 'one_epoch', 'epoch_line', 'finish', 'result_table', 'score_table', 'plot_history']
 
 # %% ../nbs/51_training.ipynb #510004
 import json
@@ -462,14 +462,19 @@ def summary(e: dict) -> dict[str, dict[str, float]]:
     "R1 … mINP by score."
     return {k: {m: round(v, 4) for m, v in r.summary().items()} for k, r in e['results'].items()}
 
+def intervals(e: dict, pids: np.ndarray) -> dict[str, dict[str, list[float]]]:   # score -> metric -> mean, lower, upper in percent
+    "95 % intervals of R-1 and mAP over people: all queries for a person are drawn together (`50_metrics`)."
+    who = pids[e['q_rows']]
+    return {k: {m: [round(100*x, 4) for x in bootstrap_ci(getattr(r, f), groups=who)] for m, f in (('R1', 'R1'), ('mAP', 'AP'))} for k, r in e['results'].items()}
+
 def headline(c: Config) -> str:
     "The score that selects the checkpoint: `fused` where there is a fusion that is trained, else `dual`."
     return 'fused' if c.fusion and c.c_fusion else 'dual'
 
-def save_features(path: Path, model: Model, e: dict) -> None:
-    "What figures and intervals need of a test: features, gates, and each query's result by score."
+def save_features(path: Path, model: Model, e: dict, pids: np.ndarray) -> None:   # `pids` of all rows of the dataset
+    "What figures and intervals need of a test: features, gates, each query's image, person and result by score."
     q, g = e['q'], e['g']
-    t = dict(t=q.t, f_id=g.f_id, f_clo=g.f_clo, g=g.g, q_rows=torch.as_tensor(e['q_rows']), g_rows=torch.as_tensor(e['g_rows']), top=e['top'])
+    t = dict(t=q.t, f_id=g.f_id, f_clo=g.f_clo, g=g.g, q_rows=torch.as_tensor(e['q_rows']), q_pids=torch.as_tensor(pids[e['q_rows']]), g_rows=torch.as_tensor(e['g_rows']), top=e['top'])
     for name, r in e['results'].items(): t |= {f'{name}.{k}': torch.as_tensor(getattr(r, k)) for k in ('R1', 'R5', 'R10', 'AP', 'INP', 'rank')}
     if model.fusion is not None: t |= {'fused': e['fused'], 'w': own_weights(model, e)}
     write_tensors(path, t, {'config_hash': config_hash(model.config)})
@@ -491,12 +496,14 @@ def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDatase
     described = 'clo_text' in dataset.records
     if c.fusion and c.fusion_text != 'query' and not described:
         raise UserError(f'fusion_text={c.fusion_text} needs descriptions, and {dataset.name} has none: see describe.ipynb, or take fusion_text=query')
+    if not described and not c.bdam and c.id_text != 'caption':
+        raise UserError(f'{c.variant} with id_text={c.id_text} reads identity descriptions, and {dataset.name} has none: see describe.ipynb, or take id_text=caption')
     if not described and c.bdam and progress:
         print(f'{dataset.name} has no descriptions: training on captions alone, without the clothing loss (see describe.ipynb)')
     tokenizer = run_tokenizer(c, dataset, folder/'tokenizer')
     torch.manual_seed(c.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False                 # a debugging aid that costs 3 % of a `tiny` step
+    torch.utils.deterministic.fill_uninitialized_memory = False                 # a debugging aid that costs time in every step
     model = build_model(c, len(tokenizer), described)
     if two_cores(c, device): model.second = SecondThread()
     texts = 'both' if c.fusion_text == 'identity' and c.fusion else c.id_text           # which the loader has to bring
@@ -543,6 +550,7 @@ def one_epoch(epoch: int, trainer: Trainer, dataset: PedesDataset, tokenizer, fo
         if val[headline(c)]['R1'] > state['best']:
             state |= dict(best=val[headline(c)]['R1'], best_epoch=epoch + 1)
             save_pretrained(trainer.model, folder/'best.safetensors')
+        if c.log_test: row |= {f'test_{k}_{m}': v for k, r in summary(evaluate(trainer.model, dataset, tokenizer, 'test', trainer.amp())).items() for m, v in r.items()}
     state['seconds'] += time.perf_counter() - start
     state['history'].append(row)
     with atomic_path(folder/'history.csv') as tmp: pd.DataFrame(state['history']).to_csv(tmp, index=False)
@@ -564,21 +572,22 @@ def finish(c: Config, folder: Path, dataset: PedesDataset, tokenizer, trainer: T
     test, pids = evaluate(model, dataset, tokenizer, 'test', trainer.amp()), dataset.records['pid'].to_numpy()
     best = next(row for row in state['history'] if row['epoch'] == state['best_epoch'])
     val = {name: {m: best[f'val_{name}_{m}'] for m in row} for name, row in summary(test).items()}
-    save_features(folder/'features.safetensors', model, test)
-    ci = {k: {m: [round(100*x, 4) for x in bootstrap_ci(getattr(r, f))] for m, f in (('R1', 'R1'), ('mAP', 'AP'))} for k, r in test['results'].items()}
+    save_features(folder/'features.safetensors', model, test, pids)
     write_json(folder/'provenance.json', provenance(trainer.device, trainer.dtype) | dict(train_seconds=round(state['seconds'], 1), test_seconds=round(time.perf_counter() - start, 1)))
     write_json(folder/'metrics.json', dict(config_hash=config_hash(c), dataset=dataset.name, variant=c.variant, seed=c.seed, epoch=state['best_epoch'], score=headline(c),
-        val=val, test=summary(test), test_ci95=ci, queries=len(test['q_rows']), gallery=len(test['g_rows']),
+        val=val, test=summary(test), test_ci95=intervals(test, pids), queries=len(test['q_rows']), gallery=len(test['g_rows']),
         gallery_ids=len(set(pids[test['g_rows']])), chance=chance(pids[test['q_rows']], pids[test['g_rows']]), train_seconds=round(state['seconds'], 1)))
     (folder/'last.ckpt').unlink(missing_ok=True)
 
 def result_table(folder: Path) -> pd.DataFrame:   # in percent; a row a score, and chance
     "What a finished run scored on the test split, from its `metrics.json`."
     m = json.loads((folder/'metrics.json').read_text())
-    table = pd.DataFrame(m['test'] | {'chance': m['chance']}).T
-    for metric in ('R1', 'mAP'):
-        ci = {name: row[metric] for name, row in m['test_ci95'].items()}
-        table[f'{metric} 95 %'] = [f'{ci[n][1]:.1f} … {ci[n][2]:.1f}' if n in ci else '' for n in table.index]
+    return score_table(m['test'], m['test_ci95'], m['chance'])
+
+def score_table(scores: dict, ci: dict, chance: dict) -> pd.DataFrame:   # of `summary`, `intervals`, `chance`
+    "R-1, R-5, R-10, mAP, mINP; intervals for R-1 and mAP."
+    table = pd.DataFrame(scores | {'chance': chance}).T
+    for m in ('R1', 'mAP'): table[f'{m} 95 %'] = [f'{ci[n][m][1]:.1f} … {ci[n][m][2]:.1f}' if n in ci else '' for n in table.index]
     return table.round(1)
 
 # %% ../nbs/51_training.ipynb #510054

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 from bdam_repro import audit as U
 from bdam_repro.artifacts import ArtifactParameters, collect_runs, demo_run, keep_runs, own_options, restore_runs
 from bdam_repro.config import Config, UserError, make_config, run_dir
-from bdam_repro.grid import CLOTHES, DATA, READINGS, audit_grid, grid, layout_options, reading_reference, reading_run
+from bdam_repro.grid import CLOTHES, DATA, LOG_TEST, READINGS, audit_grid, grid, layout_options, reading_reference, reading_run
 from bdam_repro.paper import OPEN_POINTS
 
 CKA = ('full', 'hsic_kernel=cka')
-VERDICTS = {'', 'default', 'better', 'worse', 'open', 'for', 'against', 'invalid', 'same epoch', 'holds', 'does not',
+VERDICTS = {'', 'default', 'better', 'worse', 'open', 'for', 'against', 'invalid', 'same epoch', 'holds', 'does not', 'not shown',
             U.NOT_RUN, U.NOT_HERE, U.NO_OPTION}
 
 
@@ -59,7 +59,7 @@ def test_every_point_and_every_claim_is_there(made):
     assert {p.n for p in OPEN_POINTS} == {int(i) for i in t[t['part'].isin(['a', 'c', 'e'])]['item']}
     claims = t[(t['part'] == 'b') & (t['reading'] == '')]
     assert list(claims['item']) == [c.id for c in U.ALL_CLAIMS]
-    assert set(claims['verdict']) <= {'holds', 'does not', U.NOT_RUN, U.NOT_HERE}
+    assert set(claims['verdict']) <= {'holds', 'does not', U.NOT_SHOWN, U.NOT_RUN, U.NOT_HERE}
 
 
 def test_a_claim_is_settled_by_its_own_rows(made):
@@ -183,11 +183,24 @@ def test_test_metrics_in_the_history_are_used(drawn):
     h = pd.DataFrame(dict(epoch=[1, 2, 3], val_fused_R1=[4., 6., 5.], val_fused_mAP=[4., 5., 6.], val_fused_R5=[9., 8., 9.],
                           val_fused_R10=[9., 9., 9.]))
     h.to_csv(folder/'history.csv', index=False)
+    gain = lambda e: {f['reading']: (f['diff'], f['verdict']) for f in U.selection_on_test(e)}
     e = U.gather(drawn)
-    assert U.selection_on_test(e)[0]['verdict'] == U.NOT_RUN
+    assert gain(e)['the best epoch on test'][1] == U.NOT_RUN
     assert {f['reading']: f['verdict'] for f in U.selections(e)} == {'R1': 'default', 'mAP': U.NOT_RUN, 'sum': 'same epoch'}
-    h.assign(test_fused_R1=[1., 2., 5.]).to_csv(folder/'history.csv', index=False)
-    assert U.selection_on_test(e)[0]['diff'] == 3 and next(f for f in U.selections(e) if f['reading'] == 'mAP')['diff'] == 3
+    c = make_config('synth', 'smoke', 'full', tag=LOG_TEST, **layout_options('smoke', LOG_TEST))
+    logged = run_dir(c, drawn.runs_path)
+    demo_run(logged, c)
+    h.assign(test_fused_R1=[1., 2., 5.]).to_csv(logged/'history.csv', index=False)
+    e = U.gather(drawn)
+    assert gain(e)['the best epoch on test'] == (3, '') and next(f for f in U.selections(e) if f['reading'] == 'mAP')['diff'] == 3
+    assert gain(e)['the best seed on test'][1] == U.NOT_RUN
+
+
+def test_choosing_a_reading_on_test_gains_what_validation_would_not_choose(drawn):
+    e = U.gather(drawn)
+    e.runs.loc[e.runs['variant'] == 'full', ['R1', 'val_R1']] = [[60., 50.] if t else [40., 55.] for t in e.runs[e.runs['variant'] == 'full']['tag']]
+    found = U.selection_on_test(e)[2]
+    assert (found['reading'], found['value'], found['diff']) == ('the best reading on test', 60, 20)
 
 
 # ---- the grid of readings
@@ -231,7 +244,7 @@ def test_settling():
     kinds = ('for', 'against', 'open', U.NOT_RUN)
     for n in (1, 2, 3):
         for v in combinations(kinds, n):
-            want = 'does not' if {'against', 'open'} & set(v) else U.NOT_RUN if U.NOT_RUN in v else 'holds'
+            want = 'does not' if 'against' in v else U.NOT_SHOWN if 'open' in v else U.NOT_RUN if U.NOT_RUN in v else 'holds'
             assert U.settle(rows(*v)) == want
 
 

@@ -323,7 +323,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
 def test_a_failing_worker_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(synth.sys, 'executable', '/bin/false')
-    with pytest.raises(RuntimeError, match='drawing process failed'): make(tmp_path, workers=2)
+    with pytest.raises(UserError, match='drawing process failed'): make(tmp_path, workers=2)
     assert not list(tmp_path.iterdir())
 
 def test_kill_in_the_middle(tmp_path):
