@@ -584,6 +584,8 @@ def describe_styles(config: Config,                          # of the dataset
                     progress: bool = True
                    ) -> tuple[pd.DataFrame, Path]:           # columns `STYLES`, a row a clustering; the dataset's folder
     "Cluster the training captions, and write descriptions (SynthPEDES) or exemplars (real data) beside the images. Raises `UserError`."
+    methods = list(methods)
+    if unknown := [m for m in methods if m not in METHODS]: raise UserError(f'no clustering {unknown[0]!r}: choose of {", ".join(METHODS)}')
     ds = load_data(config.model_copy(update=dict(descriptions='none')), progress)
     train, synth = ds.records[ds.records['split'] == 'train'], config.dataset == 'synth'
     captions = [t for ts in train['captions'] for t in ts]

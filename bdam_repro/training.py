@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import bdam_repro
 from . import __version__
-from .batches import Batch, image_batches, load_tokenizer, save_tokenizer, text_batches, train_batches, train_tokenizer
+from .batches import KEEP, Batch, image_batches, load_tokenizer, save_tokenizer, text_batches, train_batches, train_tokenizer
 from .config import ROOT, Config, UserError, atomic_path, config_hash, make_config, run_dir
 from .gradnorm import GradNorm, TaskWeights, literal_total
 from .losses import (batch_triplet, clothing_adversarial, clothing_matching, gate_regularization, grad_reverse, hsic, info_nce,
@@ -89,7 +89,7 @@ def run_tokenizer(config: Config, dataset: PedesDataset, folder: Path):
     texts = [t for ts in rows['captions'] for t in ts]
     for column in ('id_text', 'clo_text'):
         if column in rows: texts += [t for t in rows[column] if isinstance(t, str)]
-    return train_tokenizer(texts, folder, config.vocab_size)
+    return train_tokenizer(texts, folder, config.vocab_size, dataset.root/'.prepared'/'vocabulary.safetensors' if len(texts) > KEEP else None)
 
 # %% ../nbs/51_training.ipynb #510012
 def align_loss(out: Outputs, pids: Tensor, c: Config) -> Tensor:

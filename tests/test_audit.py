@@ -198,7 +198,8 @@ def test_test_metrics_in_the_history_are_used(drawn):
 
 def test_choosing_a_reading_on_test_gains_what_validation_would_not_choose(drawn):
     e = U.gather(drawn)
-    e.runs.loc[e.runs['variant'] == 'full', ['R1', 'val_R1']] = [[60., 50.] if t else [40., 55.] for t in e.runs[e.runs['variant'] == 'full']['tag']]
+    full = e.runs['variant'] == 'full'
+    e.runs.loc[full, ['R1', 'val_R1']] = [[60., 50.] if t else [40., 55.] for t in e.runs[full]['tag']]
     found = U.selection_on_test(e)[2]
     assert (found['reading'], found['value'], found['diff']) == ('the best reading on test', 60, 20)
 

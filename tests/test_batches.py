@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bdam_repro import batches
 from bdam_repro.batches import (
     SPECIAL_TOKENS,
     Batch,
@@ -322,20 +323,51 @@ def test_trained_tokenizer_is_berts_kind(tmp_path):
     assert load_tokenizer(tmp_path/'t')('a red coat')['input_ids'] == t('a red coat')['input_ids']
 
 
-def test_bert_and_clip_tokenizers_by_folder(tmp_path):
-    (tmp_path/'bert').mkdir()
-    (tmp_path/'bert'/'config.json').write_text('{"model_type": "bert"}')
-    (tmp_path/'bert'/'vocab.txt').write_text('\n'.join([*SPECIAL_TOKENS, 'red', 'coat', '##s']))
-    ids, mask = encode_texts(load_tokenizer(tmp_path/'bert'), ['Red coats', 'red'], max_length=8)
-    assert ids.tolist() == [[2, 5, 6, 7, 3], [2, 5, 3, 0, 0]] and mask.sum(1).tolist() == [5, 3]
+def bert_folder(folder):
+    (folder/'bert').mkdir()
+    (folder/'bert'/'config.json').write_text('{"model_type": "bert"}')
+    (folder/'bert'/'vocab.txt').write_text('\n'.join([*SPECIAL_TOKENS, 'red', 'coat', '##s']))
+    return folder/'bert'
 
-    (tmp_path/'clip').mkdir()
-    (tmp_path/'clip'/'config.json').write_text('{"model_type": "clip"}')
+
+def clip_folder(folder):
+    (folder/'clip').mkdir()
+    (folder/'clip'/'config.json').write_text('{"model_type": "clip"}')
     pieces = ['r', 'e', 'd</w>', 're', 'red</w>', '<|startoftext|>', '<|endoftext|>']
-    (tmp_path/'clip'/'vocab.json').write_text(str({p: i for i, p in enumerate(pieces)}).replace("'", '"'))
-    (tmp_path/'clip'/'merges.txt').write_text('#version: 0.2\nr e\nre d</w>\n')
-    ids, mask = encode_texts(load_tokenizer(tmp_path/'clip'), ['Red red', 'red'], max_length=8)
+    (folder/'clip'/'vocab.json').write_text(str({p: i for i, p in enumerate(pieces)}).replace("'", '"'))
+    (folder/'clip'/'merges.txt').write_text('#version: 0.2\nr e\nre d</w>\n')
+    return folder/'clip'
+
+
+def test_bert_and_clip_tokenizers_by_folder(tmp_path):
+    ids, mask = encode_texts(load_tokenizer(bert_folder(tmp_path)), ['Red coats', 'red'], max_length=8)
+    assert ids.tolist() == [[2, 5, 6, 7, 3], [2, 5, 3, 0, 0]] and mask.sum(1).tolist() == [5, 3]
+    ids, mask = encode_texts(load_tokenizer(clip_folder(tmp_path)), ['Red red', 'red'], max_length=8)
     assert ids.tolist() == [[5, 4, 4, 6], [5, 4, 6, 6]] and mask.sum(1).tolist() == [4, 3]
+
+
+@pytest.mark.parametrize('kind', ['trained', 'bert', 'clip'])
+@pytest.mark.parametrize('max_length', [4, 8, 60])
+def test_tokens_are_those_of_the_library(tmp_path, kind, max_length):
+    "`encode_texts` goes round `tokenizer(…)` to be quick."
+    if kind == 'trained': t = train_tokenizer(TEXTS, tmp_path/kind, vocab_size=200)
+    else: t = load_tokenizer(dict(bert=bert_folder, clip=clip_folder)[kind](tmp_path))
+    texts = [*TEXTS, 'a red coat '*30, 'red', '']
+    want = t(texts, truncation=True, max_length=max_length, padding='longest')
+    ids, mask = encode_texts(t, texts, max_length)
+    assert ids.tolist() == want['input_ids'] and mask.int().tolist() == want['attention_mask']
+    for _ in range(2):
+        again = encode_texts(t, texts, max_length, tmp_path/'kept.safetensors')
+        assert torch.equal(ids, again[0]) and torch.equal(mask, again[1])
+    assert encode_texts(t, texts[:3], max_length, tmp_path/'kept.safetensors')[0].shape[0] == 3
+
+
+def test_a_vocabulary_is_remembered_for_its_texts_alone(tmp_path, monkeypatch):
+    a = train_tokenizer(TEXTS, tmp_path/'a', 200, tmp_path/'v.safetensors').get_vocab()
+    other = train_tokenizer(TEXTS[:1], tmp_path/'b', 200, tmp_path/'v.safetensors').get_vocab()
+    assert other != a and train_tokenizer(TEXTS, tmp_path/'c', 200, tmp_path/'v.safetensors').get_vocab() == a
+    monkeypatch.setattr(batches, 'wordpiece_vocab', None)
+    assert train_tokenizer(TEXTS, tmp_path/'d', 200, tmp_path/'v.safetensors').get_vocab() == a
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

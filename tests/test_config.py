@@ -194,9 +194,10 @@ def test_globals_of_a_notebook(monkeypatch):
     with pytest.raises(UserError, match="did you mean 'seed'"): from_globals(shell | dict(sed=3))
     with pytest.raises(UserError, match="unknown option 'gallery'"): from_globals(shell | dict(gallery='x'))
     assert from_globals(shell | dict(gallery='x'), extra=('gallery',)) == make_config()
-    later = dict(own=dict(tau=1), configs=[1], folder=Path('x'), result=1.5j)          # what later cells leave is no parameter
+    later = dict(own=dict(tau=1), configs=[1], usual=make_config(), result=1.5j)          # what later cells leave is no parameter
     assert from_globals(shell | later | dict(seed=3)) == make_config(seed=3)
-    with pytest.raises(UserError, match='dataset is now a Path.*run the cell of the parameters again'): from_globals(shell | dict(dataset=Path('x')))
+    with pytest.raises(UserError, match='dataset is now a PosixPath, no parameter: run the cell of the parameters again'):
+        from_globals(dict(dataset=Path()))
     monkeypatch.setenv('IN_TEST', '1')
     assert from_globals(shell | dict(preset=None)).preset == 'smoke'
     assert from_globals(shell | dict(preset='tiny')).preset == 'tiny'

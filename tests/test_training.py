@@ -143,7 +143,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(home, whole):
     assert all(not torch.equal(a[k], b[k]) for k in a if a[k].ndim > 1 and not k.endswith('A_log'))
 
 
-@pytest.mark.parametrize('kw', [dict(workers=1, cache_gb=0., tag='x'), dict(grad_checkpoint=True, device='cpu'), dict(log_test=True)], ids=str)
+@pytest.mark.parametrize('kw', [dict(workers=1, cache_gb=0., tag='x'), dict(grad_checkpoint=True, device='cpu'),
+                                dict(log_test=True)], ids=str)
 def test_what_the_hash_leaves_out_changes_no_bit(home, whole, tmp_path, kw):
     assert bits(train(cfg(home, **kw), tmp_path, progress=False)) == bits(whole)
 
