@@ -99,7 +99,7 @@ def short_config(spec: dict,  # type, hidden, layers, heads; mlp (times hidden, 
     if spec.get('type') not in types: raise UserError(f"encoder type {spec.get('type')!r} is none of {', '.join(types)} for the {tower} tower")
     if bad := set(spec) - known: raise UserError(f"encoder option {min(bad)!r} is unknown; there are {', '.join(sorted(known))}")
     if lack := {'hidden', 'layers', 'heads'} - set(spec): raise UserError(f"the {tower} encoder's options lack {min(lack)!r}")
-    if spec['hidden'] % spec['heads']: raise UserError(f"{spec['heads']} heads do not divide a width of {spec['hidden']}")
+    if spec['heads'] < 1 or spec['hidden'] % spec['heads']: raise UserError(f"{spec['heads']} heads do not divide a width of {spec['hidden']}")
     kind = types[spec['type']]
     if 'patch' in known: more['patch_size'] = spec.get('patch', 16)
     if spec['type'] == 'clip': more |= {'projection_dim': spec.get('projection', spec['hidden'])}

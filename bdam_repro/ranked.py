@@ -97,6 +97,7 @@ def ranked_examples(run: Run,
                     k: int = 10                             # images each
                    ) -> list[list[Ranked]]:                 # a list a query, in it one `Ranked` a score
     "The first `k` images of some queries under each score."
+    if isinstance(queries, int) and queries < 1: raise UserError(f'{queries} queries: a picture needs one at least')
     if isinstance(queries, int): queries = np.linspace(0, len(e['q_rows']) - 1, min(queries, len(e['q_rows']))).round().astype(int).tolist()
     pids, texts = run.dataset.records['pid'].to_numpy(), query_texts(run, e)
     def one(q, score):

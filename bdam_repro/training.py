@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def write_styled(c: Config) -> None:
     """SynthPEDES's descriptions in the styles that DBSCAN finds among the captions, as the paper has them (3.3), where they are not yet.
 
     A file that was not drawn with the pictures is left to the loader, which says what is wrong with it."""
-    with open(data_root(c)/synth_folder(c)/'descriptions.jsonl', encoding='utf-8') as f: drawn = re.search(r'"prompt_hash": "(synth-[^"]*)"', f.readline())
+    path = data_root(c)/synth_folder(c)/'descriptions.jsonl'
+    if not path.exists(): return
+    with open(path, encoding='utf-8') as f: drawn = re.search(r'"prompt_hash": "(synth-[^"]*)"', f.readline())
     if drawn is None or drawn[1].endswith('-dbscan'): return
     from bdam_repro.style import style_descriptions    # here: it brings the client of the MLLM and the clusterings, which no other run needs
     style_descriptions(load_pedes('synth', data_root(c), folder=synth_folder(c), descriptions=None), 'dbscan', error_rate=c.synth_error)
@@ -251,6 +254,8 @@ def pick_device(c: Config) -> torch.device:
         raise UserError(f"device {c.device!r}: choose 'auto', 'cpu', 'cuda' or 'cuda:<n>'")
     if c.device.startswith('cuda') and not torch.cuda.is_available():
         raise UserError(f"device={c.device}, but this PyTorch ({torch.__version__}) sees no CUDA device: use device=cpu, or install a CUDA build")
+    if c.device.startswith('cuda:') and not (c.device[5:].isdigit() and int(c.device[5:]) < torch.cuda.device_count()):
+        raise UserError(f'device={c.device}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0')
     return torch.device('cuda' if c.device == 'auto' and torch.cuda.is_available() else 'cpu' if c.device == 'auto' else c.device)
 
 def pick_dtype(c: Config, device: torch.device) -> torch.dtype | None:
@@ -265,7 +270,7 @@ class LiteralWeights(TaskWeights):
     "Eq. 5-6 as printed: w = exp(s) is learned by the same optimizer, with L_GradNorm inside the loss. For the audit."
     def __init__(self, names: list[str], c: Config, opts: list[torch.optim.Optimizer], params: list[Tensor]):
         super().__init__(names)
-        self.s.requires_grad_()
+        self.s = self.s.to(params[0].device).requires_grad_()
         self.params, self.alpha, self.log_reg, self.first = params, c.gradnorm_alpha, c.log_reg, None
         opts[-1].add_param_group({'params': [self.s], 'weight_decay': 0., 'lr': c.gradnorm_lr})
 
@@ -308,10 +313,8 @@ class Trainer:
 
     def term_names(self) -> list[str]:
         "Which terms this run has; asked once, without touching the state of any generator."
-        rng = torch.get_rng_state()
-        with torch.no_grad(): names = list(self.losses(next(iter(self.loader)).to(self.device)))
-        torch.set_rng_state(rng)
-        return names
+        with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
+            return list(self.losses(next(iter(self.loader)).to(self.device)))
 
     def amp(self): return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
@@ -336,7 +339,7 @@ class Trainer:
         if self.model.second: self.model.second.join()
         for opt in self.opts: self.scaler.unscale_(opt)
         if self.c.grad_clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
-        first = self.model.second.start(self.opts[0].step) if self.model.second else self.scaler.step(self.opts[0])
+        first = self.model.second.start(partial(self.scaler.step, self.opts[0])) if self.model.second else self.scaler.step(self.opts[0])
         for opt in self.opts[1:]: self.scaler.step(opt)
         if self.model.second: first.result()
         self.scaler.update()
@@ -375,7 +378,7 @@ def save_checkpoint(path: Path, trainer: Trainer, epoch: int, extra: dict) -> No
     "Everything a resumed run needs, in one safetensors file."
     model, weights = trainer.model, trainer.weights
     tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | optimizer_tensors(trainer.opts) | {'rng.cpu': torch.get_rng_state()}
-    if torch.cuda.is_available(): tensors['rng.cuda'] = torch.cuda.get_rng_state()
+    if trainer.device.type == 'cuda': tensors['rng.cuda'] = torch.cuda.get_rng_state(trainer.device)
     gn = weights.state_dict() if isinstance(weights, GradNorm) else {}
     if isinstance(weights, LiteralWeights): tensors |= {'literal.s': weights.s, 'literal.first': weights.first}
     extra = extra | {'scaler': trainer.scaler.state_dict()}
@@ -391,13 +394,13 @@ def load_checkpoint(path: Path, trainer: Trainer) -> tuple[int, dict]:   # the e
     model.load_state_dict(part('model'))
     load_optimizers(trainer.opts, {k: v for k, v in t.items() if k.startswith('optim.')})
     torch.set_rng_state(t['rng.cpu'])
-    if 'rng.cuda' in t and torch.cuda.is_available(): torch.cuda.set_rng_state(t['rng.cuda'])
+    if 'rng.cuda' in t and trainer.device.type == 'cuda': torch.cuda.set_rng_state(t['rng.cuda'], trainer.device)
     if isinstance(weights, GradNorm):
         plain, now = meta['gradnorm'], weights.state_dict()
         state = {k: torch.tensor(v, dtype=now[k].dtype) if isinstance(now.get(k), Tensor) else v for k, v in plain.items()}
         weights.load_state_dict(state | {'opt': now['opt'] | {'state': {0: part('gradnorm')} if part('gradnorm') else {}}})
     if isinstance(weights, LiteralWeights):
-        weights.s.data.copy_(t['literal.s']); weights.first = t['literal.first']
+        weights.s.data.copy_(t['literal.s']); weights.first = t['literal.first'].to(weights.s.device)
     extra = meta['extra']
     trainer.scaler.load_state_dict(extra.pop('scaler'))
     return meta['epoch'], extra
@@ -447,13 +450,15 @@ def same_run(folder: Path, h: str) -> bool:
     except (OSError, ValueError, KeyError, TypeError): return False
 
 def open_run(c: Config, runs=None, overwrite: bool = False) -> tuple[Path, dict | None]:   # folder, and the metrics if it is complete already
-    "The run's folder, with its options written; a complete run of the same options is found, one of other options is not touched."
+    "The run's folder, with its options written; a complete run of the same options is found, one of other options, complete or with an epoch behind it, is not touched."
     folder, h = run_dir(c, runs), config_hash(c)
     done = finished(folder)
     if done and done.get('config_hash') == h and not overwrite: return folder, done
     if done and not overwrite:
         raise UserError(f'{folder} holds a finished run of other options ({done.get("config_hash")}, now {h}): give this one a tag, or overwrite=True')
-    if overwrite or not same_run(folder, h): shutil.rmtree(folder, ignore_errors=True)   # an unfinished run of other options
+    if not same_run(folder, h) and (folder/'last.ckpt').exists() and not overwrite:
+        raise UserError(f'{folder} holds an interrupted run of other options (now {h}): give this one a tag, or overwrite=True')
+    if overwrite or not same_run(folder, h): shutil.rmtree(folder, ignore_errors=True)   # what ended before its first epoch did
     write_json(folder/'config.json', {'config_hash': h} | c.model_dump())
     return folder, None
 

@@ -25,7 +25,7 @@ from bdam_repro.model import from_pretrained, read_tensors
 from bdam_repro.pedes import load_pedes
 from bdam_repro.ranked import difference, load_run, metrics_table, run_evaluate
 from bdam_repro.synth import make_synth
-from bdam_repro.training import evaluate, finished, headline, load_data, prepare, result_table, train
+from bdam_repro.training import evaluate, finished, headline, load_data, pick_device, prepare, result_table, train
 
 FILES = ['best.safetensors', 'config.json', 'features.safetensors', 'history.csv', 'metrics.json', 'provenance.json', 'tokenizer']
 SMALL = dict(preset='smoke', folder='small', synth_train_ids=16, synth_val_ids=4, synth_test_ids=4, epochs=2, amp='off',
@@ -193,6 +193,18 @@ def test_other_options_do_not_touch_a_finished_run(home, whole, tmp_path):
     fresh = train(cfg(home, **kw, tag='t'), tmp_path/'runs', progress=False)
     assert fresh.parent.name == 'full-t' and bits(run) == bits(whole)
     assert bits(train(cfg(home, **kw), tmp_path/'runs', overwrite=True, progress=False)) == bits(fresh)
+
+
+def test_other_options_do_not_touch_an_interrupted_run(home, tmp_path, monkeypatch):
+    def interrupted(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(training, 'finish', interrupted)
+        with pytest.raises(KeyboardInterrupt): train(cfg(home, epochs=1), tmp_path, progress=False)
+    kept = (run_dir(cfg(home), tmp_path)/'last.ckpt').read_bytes()
+    with pytest.raises(UserError, match=r'interrupted run of other options .* tag, or overwrite=True'):
+        train(cfg(home, epochs=1, tau=.07), tmp_path, progress=False)
+    assert (run_dir(cfg(home), tmp_path)/'last.ckpt').read_bytes() == kept
+    assert finished(train(cfg(home, epochs=1, tau=.07), tmp_path, overwrite=True, progress=False))
 
 
 # --- the test split is for the end -----------------------------------------------------------------------------------
@@ -378,6 +390,18 @@ def test_every_reading_trains(home, ready, kw):
     assert all(0 < x < 10 for x in w.values()) and (len(w) < 2 or (c.balance == 'fixed') == (set(w.values()) == {1.}))
 
 
+def test_two_threads_skip_a_step_that_overflows(home, ready, monkeypatch):
+    "The first step of fp16 scales by 65,536: gradients overflow, so no weight may move, in neither thread."
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    trainer = prepare(cfg(home, amp='fp16', dropout=0.), home/'ready', False)[2]
+    assert trainer.model.second is not None and len(trainer.opts) > 1
+    trainer.scaler = torch.amp.GradScaler('cpu', init_scale=2.**40, enabled=True)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.step = 1
+    trainer.train_step(next(iter(trainer.loader)))
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
 def test_descriptions_feed_what_their_option_says(home, ready):
     def batch(**kw):
         c = cfg(home, **kw)
@@ -512,6 +536,15 @@ def test_bad_options_are_one_line(home, whole, tmp_path, kw, words):
     assert '\n' not in str(e.value) and len(str(e.value)) < 500
     folder = run_dir(c, tmp_path)
     assert not folder.exists() or set(names(folder)) <= {'config.json', 'tokenizer'}
+
+
+@pytest.mark.parametrize('device, words', [('cuda:2', 'there are 2 CUDA devices, from cuda:0'), ('cuda:x', 'there are 2'),
+                                           ('cuda:1', '')])
+def test_the_device_has_to_be_there(home, monkeypatch, device, words):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    if not words: assert pick_device(cfg(home, device=device)) == torch.device(device); return
+    with pytest.raises(UserError, match=words): pick_device(cfg(home, device=device))
 
 
 def test_runs_where_no_folder_can_be(home, tmp_path):
