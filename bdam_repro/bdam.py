@@ -16,7 +16,7 @@ from torch.nn import functional as F
 def attend(q: Tensor, k: Tensor, v: Tensor,   # [B, heads, L, d], [B, heads, M, d], [B, heads, M, d]
            mask: Tensor | None = None         # broadcasts to [B, heads, L, M], True on what may be read
           ) -> Tensor:                        # [B, heads, L, d]
-    "softmax(QKᵀ/√d) V. The fused kernel on a GPU; on a CPU its backward pass in bf16 is six times slower than the plain products."
+    "softmax(QKᵀ/√d) V. The fused kernel on a GPU; on a CPU the plain products are quicker (benchmarks/bench_attention.py)."
     if q.is_cuda: return F.scaled_dot_product_attention(q, k, v, mask)
     s = (q @ k.transpose(-1, -2))*q.shape[-1]**-.5                                        # [B, heads, L, M]
     if mask is not None: s = s.masked_fill(~mask, -torch.inf)

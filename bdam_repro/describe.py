@@ -1081,7 +1081,7 @@ def _run_sync(coroutine):
 # %% ../nbs/20_describe.ipynb #200099
 @functools.wraps(describe_async)
 def describe(records, client, out, **settings):
-    _keep(client)
+    if client: _keep(client)               # none in a dry run
     return _run_sync(describe_async(records, client, out, **settings))
 
 # %% ../nbs/20_describe.ipynb #200101
@@ -1354,7 +1354,7 @@ async def _go_batches(run: _Run, out: Path, rows: pd.Series, **limits) -> None:
 # %% ../nbs/20_describe.ipynb #200118
 @functools.wraps(describe_batch_async)
 def describe_batch(records, client, out, **settings):
-    _keep(client)
+    if client: _keep(client)               # none in a dry run
     return _run_sync(describe_batch_async(records, client, out, **settings))
 
 # %% ../nbs/20_describe.ipynb #200120
@@ -1486,7 +1486,7 @@ def describe_dataset(ds: PedesDataset, p: DescribeParameters) -> tuple[Report | 
     own = f'descriptions-{describer}{f"-{p.error_rate:g}" if describer == "synth" else ""}.jsonl' if ds.name == 'synth' else 'descriptions.jsonl'
     out = ROOT/p.out if p.out else ds.root/own
     if describer == 'mllm':
-        settings, client = _settings(p, ds.images_dir), make_client()
+        settings, client = _settings(p, ds.images_dir), None if p.dry_run else make_client()      # an estimate needs no key
         if p.batch: return describe_batch(ds.records, client, out, **settings), out
         return describe(ds.records, client, out, **settings, concurrency=p.concurrency, rpm=p.rpm, tpm=p.tpm, timeout=p.timeout), out
     if p.dry_run: return print_estimate(Estimate(len(_image_rows(ds.records, p.limit)), 0, 0, 0.0, 0.0, 'a describer that asks no server')), out

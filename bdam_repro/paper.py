@@ -151,7 +151,7 @@ _PROTOCOL = (
               'describe mostly these', ('purge', 'use'), 'measured on SynthPEDES, also where clothes change', 'the claim needs a test in which clothes mislead',
               ('clothes_change',)),
     OpenPoint(27, '1, 3.3, 4.3', 'what belongs to identity: hair is called irrelevant in 1; posture is identity in 4.3, a nuisance in 1',
-              ('body and face', 'also hair', 'also posture'), 'gender, age, build, height, hair',
+              ('body and face', 'also hair', 'also posture'), 'gender, age, build, height, hair; of SynthPEDES skin, beard and glasses too',
               'lasting traits that 3.3 asks for; hair, since it does not come off with the coat'),
 )
 
@@ -171,7 +171,7 @@ _MODEL = (
     OpenPoint(29, '4.2', 'images are 224×224, people are about 1:2 and get squeezed', ('square', '384×128', '256×128'), 'square for `paper`, 128×48 of the middle for `tiny`',
               'as printed; the pretrained positions fit', ('image_height', 'image_width')),
     OpenPoint(30, '3.1, 4.2', 'one text encoder for captions, identity and clothing texts or several; trained or frozen; [CLS] or mean',
-              ('one, trained', 'several', 'frozen'), 'one, trained', 'one BERT is named, with one learning rate'),
+              ('one, trained', 'several', 'frozen', '[CLS]', 'mean'), 'one, trained, [CLS]', 'one BERT is named, with one learning rate; its own summary of a text is [CLS]', ('text_pool',)),
     OpenPoint(31, '3.4, 4.2', 'D_out, and how features of 768 and 256 dimensions are compared', ('256', '768'), 'the fusion projects; dual stays at D',
               'the dual score needs no fusion', ('dim', 'fusion_dim')),
     OpenPoint(32, '3.4, 4.2', 'expansion of Mamba, normalization before a layer', ('expand 2, none', 'expand 2, pre-norm'), 'expand 2, a LayerNorm before each layer',
@@ -187,7 +187,7 @@ _LOSSES = (
     OpenPoint(2, '3.3, Eq. 3', 'which text t_i is', ('caption', 'generated', 'both'), 'both with a BDAM, the caption without',
               'captions, since queries are captions; the descriptions too, since else no loss reads them', ('id_text',)),
     OpenPoint(4, '3.4-3.5', 'no loss names f_final: as printed the fusion gets no gradient', ('match head', 'Eq. 4 with f_final', 'InfoNCE with f_final'),
-              'match head', 'it is what re-scoring a pair needs', ('fusion_loss', 'fusion_negatives')),
+              'match head', 'it is what re-scoring a pair needs', ('fusion_loss', 'fusion_negatives', 'fusion_grad')),
     OpenPoint(5, 'Eq. 1, 4.3', 'Eq. 1 pushes the clothing feature from its own text, while 4.3 has the clothing branch learn appearance by a matching loss '
               'without an equation', ('literal', 'matching', 'matching and reversed gradients on f_id', 'both'), 'matching',
               'pushed off its text, f_clo need not hold clothing at all', ('clothing',)),
@@ -210,7 +210,7 @@ _LOSSES = (
     OpenPoint(37, '4.2', 'Adam with weight decay 1e-3: added to the gradient, or decoupled; to all parameters or not', ('Adam', 'AdamW'), 'Adam for `paper`',
               'as named', ('optimizer', 'weight_decay')),
     OpenPoint(20, '4.2', 'batch size, epochs, warm-up, text length, image augmentation, τ', ('those of the field',), '60 epochs, 64 images, 77 tokens, 5 warm-up epochs, τ 0.05',
-              'custom of the field', ('epochs', 'warmup', 'max_length', 'tau', 'flip', 'pad', 'erase')),
+              'custom of the field', ('ids_per_batch', 'images_per_id', 'epochs', 'warmup', 'schedule', 'max_length', 'tau', 'tau_decay', 'flip', 'pad', 'erase')),
 )
 
 # %% ../nbs/01_paper.ipynb #010053

@@ -142,7 +142,7 @@ class ImageError(UserError):
 
 # %% ../nbs/10_pedes.ipynb #100033
 def _to_rgb(im):
-    "Any mode to RGB; Pillow alone would clip 16-bit grey to white, and warn about transparent palettes."
+    "Any mode to RGB; Pillow alone would clip 16-bit gray to white, and warn about transparent palettes."
     im = ImageOps.exif_transpose(im)
     if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
     if 'transparency' in im.info: im = im.convert('RGBA')

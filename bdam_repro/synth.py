@@ -19,7 +19,7 @@ __all__ = ['VERSION', 'IDENTITY', 'OUTFIT', 'IMAGE', 'CAPTION', 'DESCRIPTION', '
            'clothes_first', 'possessive', 'bottom_up', 'we_see', 'run_on', 'filled_form', 'hedging', 'view_first',
            'caption', 'finish', 'describe_factors', 'identity_description', 'clothing_description', 'file_name',
            'annotation', 'Spec', 'check_spec', 'rows_of', 'description_row', 'draw_share', 'draw_all', 'write_tables',
-           'make_synth', 'ensure_synth', 'describe_synth']
+           'make_synth', 'describe_synth']
 
 # %% ../nbs/11_synth.ipynb #110004
 import functools
@@ -1345,7 +1345,9 @@ def _build(target: Path, s: Spec, workers: int, progress: bool) -> Path:
         draw_all(tmp, s, workers, progress)
         write_tables(tmp, s, workers)
         os.replace(tmp, target)
-    except OSError as e: raise UserError(f'make_synth: cannot write {tmp}: {e.strerror}; make room or choose another root') from e
+    except OSError as e:
+        if (target/'synth.json').exists(): return _same(target, asdict(s))       # another process was as quick
+        raise UserError(f'make_synth: cannot write {tmp}: {e.strerror}; make room or choose another root') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return target
 
@@ -1361,21 +1363,6 @@ def _same(target: Path, asked: dict) -> Path:
     differ = [f'{k}={old.get(k)!r} (asked: {v!r})' for k, v in asked.items() if old.get(k) != v]
     if differ: raise UserError(f"make_synth: {target} was made with {', '.join(differ)}; {mend}")
     return target
-
-# %% ../nbs/11_synth.ipynb #110152
-def ensure_synth(root: str | Path,  # where datasets live
-                 folder: str = 'SynthPEDES',  # the dataset's folder in it
-                 workers: int | None = None, progress: bool = True,  # as in `make_synth`
-                 **asked  # parameters of `make_synth`; those not given may be anything in a dataset that stands
-                ) -> Path:  # the dataset's folder
-    "The dataset that is there, if it does not contradict what is asked for; else a new one. Raises `UserError`."
-    target = Path(root)/folder
-    if not target.exists(): return make_synth(root, folder=folder, workers=workers, progress=progress, **asked)
-    if 'size' in asked: asked['height'], asked['width'] = _two(asked.pop('size'))
-    unknown = set(asked) - set(Spec.__dataclass_fields__)
-    if unknown:
-        raise UserError(f"ensure_synth: unknown parameter {sorted(unknown)[0]!r}; known: {', '.join(Spec.__dataclass_fields__)}")
-    return _same(target, asked | {'version': VERSION})
 
 # %% ../nbs/11_synth.ipynb #110154
 def describe_synth(folder: str | Path,  # a SynthPEDES folder

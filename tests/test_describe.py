@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from hashlib import sha1
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import openai
@@ -29,12 +30,14 @@ from PIL import Image
 from bdam_repro.config import UserError
 from bdam_repro.describe import (
     FIELDS,
+    DescribeParameters,
     Journal,
     Policy,
     describe,
     describe_async,
     describe_batch,
     describe_batch_async,
+    describe_dataset,
     describe_split,
     draw_style,
     estimate,
@@ -823,6 +826,18 @@ def test_a_dry_run_sends_nothing_and_learns_from_the_file(tmp_path, capsys):
         0.04
     )
     assert '40 images to describe' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('batch', [False, True])
+def test_a_dry_run_needs_no_key(tmp_path, monkeypatch, batch):
+    monkeypatch.delenv('OPENAI_API_KEY', raising=False)
+    records = pictures(tmp_path / 'imgs', 8).assign(split='train', pid=range(8))
+    ds = SimpleNamespace(name='cuhk', root=tmp_path, images_dir=tmp_path / 'imgs', records=records)
+    p = DescribeParameters(dataset='cuhk', describer='mllm', model='m', batch=batch, out=str(tmp_path / 'd.jsonl'))
+    estimate, out = describe_dataset(ds, p.model_copy(update=dict(dry_run=True)))
+    assert estimate.images == 8 and not out.exists()
+    with pytest.raises(UserError, match='OPENAI_API_KEY is not set'):
+        describe_dataset(ds, p)
 
 
 def test_it_works_where_an_event_loop_runs(tmp_path):

@@ -24,7 +24,6 @@ from bdam_repro.synth import (
     clothing_description,
     describe_factors,
     describe_synth,
-    ensure_synth,
     identity_description,
     image_factors,
     make_synth,
@@ -294,9 +293,17 @@ def test_another_dataset_is_not_overwritten(small):
     before = tree(small)
     with pytest.raises(UserError, match=r'seed=0 \(asked: 1\)'): make(small.parent, seed=1)
     assert make(small.parent) == small and tree(small) == before
-    assert ensure_synth(small.parent, n_ids=10) == small == ensure_synth(small.parent)
-    with pytest.raises(UserError, match='n_ids'): ensure_synth(small.parent, n_ids=11)
-    with pytest.raises(UserError, match='unknown parameter'): ensure_synth(small.parent, ids=11)
+
+def test_two_processes_that_draw_the_same_at_once(tmp_path, monkeypatch):
+    "The second to end finds the dataset of the first, and leaves nothing of its own."
+    write = synth.write_tables
+    def late(folder, s, workers):
+        monkeypatch.setattr(synth, 'write_tables', write)
+        make(tmp_path)
+        write(folder, s, workers)
+    monkeypatch.setattr(synth, 'write_tables', late)
+    made = make(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ['SynthPEDES'] and (made/'synth.json').exists()
 
 @pytest.mark.parametrize('content', [None, "{", "[1]", "[]"])
 def test_a_folder_of_something_else_is_left_alone(tmp_path, content):
