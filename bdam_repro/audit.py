@@ -6,10 +6,10 @@
 __all__ = ['COLUMNS', 'NUMBERS', 'NOT_RUN', 'NOT_HERE', 'NO_OPTION', 'NOT_SHOWN', 'DECIDES', 'BESIDE', 'Side', 'FULL', 'BASELINE',
            'DEMO', 'MODEL', 'LOOKS', 'HEAD', 'SHOWN', 'READING_RULE', 'RADII', 'PROTOCOL_RULE', 'FACE_AND_BODY',
            'KNOWN', 'OWN_CLAIMS', 'ALL_CLAIMS', 'LOSSES', 'REMOVALS', 'BETTER', 'RIVAL_STYLES', 'SLACK', 'PROBES',
-           'PLACES', 'GALLERIES', 'NEAR', 'LEAST_SPREAD', 'LOOKED', 'RIVAL', 'NEEDS_FACTORS', 'finding', 'judge',
-           'settle', 'side_name', 'Evidence', 'gather', 'demo_audit', 'read', 'once', 'query_values', 'askers',
-           'source', 'cited', 'compare', 'interval', 'within', 'dual_ranking', 'seen', 'look', 'validation',
-           'reading_findings', 'all_readings', 'ties', 'gates', 'histories', 'chosen', 'selections',
+           'PLACES', 'GALLERIES', 'NEAR', 'LEAST_SPREAD', 'GATE', 'LOOKED', 'RIVAL', 'NEEDS_FACTORS', 'EPOCHS',
+           'finding', 'judge', 'settle', 'side_name', 'Evidence', 'gather', 'demo_audit', 'read', 'once',
+           'query_values', 'askers', 'source', 'cited', 'compare', 'interval', 'within', 'dual_ranking', 'seen', 'look',
+           'validation', 'reading_findings', 'all_readings', 'ties', 'gates', 'histories', 'chosen', 'selections',
            'small_differences', 'nested', 'style_scores', 'style_readings', 'part_a', 'sides_of', 'pair_result',
            'match_words', 'rerank_ways', 'rerank_results', 'all_rankings', 'protocol', 'selection_on_test', 'part_c',
            'noise_side', 'part_d', 'spec_of', 'gallery_rows', 'agreement', 'Heard', 'mentioned', 'captions_heard',
@@ -592,6 +592,7 @@ BETTER: dict[str, list[tuple[str, str]]] = {      # claim -> (better, worse): th
 def deciding(item: str, reading: str, metric: str, d: dict[str, Any], bound: float = 0., decides: bool = True) -> dict:
     "A finding of part b: `d['diff']` is what the claim says is above the bound."
     rule = f'{DECIDES if decides else BESIDE}: for / against where the interval of the difference lies above / below {bound:g}'
+    if bound: reading += f', above {bound:g}'.replace('-', '−')
     return finding('b', item, reading, metric, **d, verdict=judge(d.get('lo', math.nan), d.get('hi', math.nan), bound), rule=rule)
 
 def versus(e: Evidence, item: str, a: Side, b: Side, bound: float = 0., decides: bool = True, by: str = HEAD) -> list[dict]:
@@ -769,7 +770,9 @@ def robust(e: Evidence) -> list[dict]:
             d = dict(value=full.mean(), **interval(paired_bootstrap(full, base, n=e.draws, groups=people)))
             out.append(deciding('robust', f'{name}: full − {rival}', metric, d | cited(e, *folders), decides=asked(clothes)))
         out += widening(e, x, metric, rival)
-    return out
+    people = e.dataset.split('test').records['pid']
+    right = people.groupby(people).transform('size') - 1                    # of the pictures that are nobody's k-th
+    return [*out, finding('b', 'robust', 'chance', GALLERIES['other'], value=100*(right/(len(people) - people.nunique())).mean(), rule=BESIDE, evidence='as many pictures of everybody')]
 
 def widening(e: Evidence, x: dict, metric: str, rival: str) -> list[dict]:
     "How much each model loses when the same people change clothes, and the difference of these losses."
@@ -784,6 +787,7 @@ def widening(e: Evidence, x: dict, metric: str, rival: str) -> list[dict]:
 
 # %% ../nbs/80_audit.ipynb #800112
 NEAR, LEAST_SPREAD = 10., 1.      # percent: within NEAR of one half is `about the same`, so what dominates is beyond it
+GATE = f'mean of g − {50 + NEAR:g} %'
 
 LOOKS['gate'] = 'g', lambda e, folder: dict(mean=read(e, folder)['g'].mean(1))
 
@@ -794,9 +798,9 @@ def gate_claims(e: Evidence) -> list[dict]:
     out = []
     for side in (FULL, ('no_gate_reg', '')):
         folders = seen(e, side, 'gate')
-        if not folders: out.append(deciding('gate_mean', side_name(side), 'mean of g − 50 %', source(e, side), decides=False)); continue
+        if not folders: out.append(deciding('gate_mean', side_name(side), GATE, source(e, side), decides=False)); continue
         g = 100*np.stack([look(e, f, 'gate')['mean'] for f in folders]).astype(float)
-        out.append(deciding('gate_mean', side_name(side), 'mean of g − 50 %', dict(value=g.mean()) | interval(bootstrap_ci(g - 50, n=e.draws, groups=people)) | cited(e, folders), bound=NEAR, decides=side == FULL))
+        out.append(deciding('gate_mean', side_name(side), GATE, dict(value=g.mean()) | interval(bootstrap_ci(g - 50 - NEAR, n=e.draws, groups=people)) | cited(e, folders), decides=side == FULL))
     t = [read(e, f) for f in e.folders(FULL)]
     if 'w' not in t[0]: return [*out, deciding('balance', 'image weight', 'mean', {})]
     w, src = 100*np.stack([x['w'][:, 0] for x in t]), source(e, FULL)
@@ -941,7 +945,7 @@ def points_table(t: pd.DataFrame) -> str:
 # %% ../nbs/80_audit.ipynb #800128
 def evidence_of(r) -> str:   # r: a row of the audit
     "A difference, or a value beside what it is compared with."
-    return span(r) if not math.isnan(r.diff) else f'{number(r.value)} {span(r)} ({r.metric})'
+    return span(r) if not math.isnan(r.diff) else ' '.join(x for x in (number(r.value), span(r), f'({r.metric})') if x != '–')
 
 def claims_table(t: pd.DataFrame) -> str:
     "Part b: a line a claim, with the first of the deciding findings that made the verdict."
@@ -962,8 +966,9 @@ def runs_table(t: pd.DataFrame) -> str:
     lines = []
     for (item, reading), g in t.groupby(['item', 'reading'], sort=False):
         m = {r.metric: r for r in g.itertuples()}
-        lines.append((item, reading, number(m[HEAD].value), *(span(m[k]) for k in (HEAD, 'mAP', 'dual R-1')), m[HEAD].seeds, mark(m[HEAD])))
-    return md_table(['claim', 'pair', 'R-1', 'Δ R-1', 'Δ mAP', 'Δ dual R-1', 'seeds', 'verdict on R-1'], lines)
+        by = next((r for r in m.values() if r.rule.startswith(DECIDES)), m[HEAD])
+        lines.append((item, reading, number(m[HEAD].value), *(span(m[k]) for k in (HEAD, 'mAP', 'dual R-1')), by.seeds, mark(by) + (f' by {by.metric}' if by.metric != HEAD else '')))
+    return md_table(['claim', 'pair', 'R-1', 'Δ R-1', 'Δ mAP', 'Δ dual R-1', 'seeds', 'verdict, by R-1 where no other is named'], lines)
 
 # %% ../nbs/80_audit.ipynb #800129
 def findings_table(t: pd.DataFrame, *parts: str) -> str:
@@ -982,13 +987,15 @@ def claim_findings(t: pd.DataFrame) -> str:
     return '\n\n'.join(filter(None, [runs_table(done) if len(done) else '', said, findings_table(b[~pair], 'b')]))
 
 # %% ../nbs/80_audit.ipynb #800130
+EPOCHS = 'All readings train for as many epochs, and an epoch passes every identity once: with four images of each it is twice as long as with two, so `epochs=6` stands beside `images_per_id=4`.'
+
 def to_markdown(t: pd.DataFrame, words: str, left_out: Iterable[str] = ()) -> str:
     "The audit to read."
     used = lambda part: '\n'.join(f'- {r}' for r in dict.fromkeys(x for x in t[t['part'] == part]['rule'] if x.startswith(('better', 'for:'))))
     judged = ('A claim holds where every deciding finding is *for*: the interval of what it says is above the bound in the row of `audit.csv` lies above it. '
               'It does not where one is *against*. It is not shown where none is, but one is *open*: the interval holds the bound, so an effect may be there and too small for these runs.')
     parts = [words, *(f'Left out, since trained with other options: {", ".join(left_out)}.' for _ in [0] if left_out),
-             '## a. Open points', used('a'), readings_table(t), points_table(t),
+             '## a. Open points', used('a'), EPOCHS, readings_table(t), points_table(t),
              '## b. Claims', judged, claims_table(t), claim_findings(t),
              '## c. Protocol', used('c'), findings_table(t, 'c'),
              '## d. Wrong descriptions', used('d'), findings_table(t, 'd'),

@@ -550,7 +550,7 @@ def measure(baselines: list[Features],
     return Measured(runs, samples, probe_table(samples), silhouette_table(samples, starts), pd.DataFrame(rows))
 
 # %% ../nbs/72_features.ipynb #720074
-FIGURE4 = ('Figure 4. t-SNE of image features: f of the baseline (a, c); f_id (filled in b) and f_clo (open in b) of the full model in one map (b, d). Gray: everybody else. '
+FIGURE4 = ('Figure 4. t-SNE of image features: f of the baseline, trained on captions alone (a, c); f_id (filled in b) and f_clo (open in b) of the full model, trained on descriptions too, in one map (b, d). Gray: everybody else. '
            '(e) Linear discriminants on unseen people, balanced accuracy; the bar: one of the values by chance; beside a layer, the mean share of the way from there to 100\u00a0%. (f) A row a perplexity, a column a random start, below each the trustworthiness. '
            '(g) f_id against f_clo as two groups: trained, untrained, each with its mean at the origin. (h) The bar: images dealt anew. Lines and crosses: seeds. ')
 

@@ -110,7 +110,8 @@ READINGS: tuple[Reading, ...] = tuple(Reading(n, {k: v}) for n, o in OPTIONS.ite
     Reading(2, {}, variant='baseline_described', than='baseline'),
     Reading(6, dict(p_pos='softmax'), given=dict(clothing='literal')),
     Reading(6, dict(p_pos='sigmoid'), given=dict(clothing='literal')),
-    Reading(11, dict(ids_per_batch=16, images_per_id=4)),
+    Reading(11, dict(ids_per_batch=16, images_per_id=4)),       # an epoch is then twice as long: beside it stands
+    Reading(20, dict(epochs=6)),
     Reading(12, {}, variant='bdam_shallow', than='bdam'),
     Reading(22, dict(c_clothing=0.0, c_decouple=0.0, c_gate=0.0)),
     Reading(22, {}, variant='fusion'),

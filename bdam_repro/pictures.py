@@ -321,7 +321,7 @@ def caption1(runs: tuple[Run, Run],
     likeness = seen['likeness'].numpy()
     read = ' Dashed: what the model reads of the picture.' if runs[1].config.columns < 1 else ''
     alike = f'; over {len(likeness)} images of the test the maps of f_id and f_clo correlate with {likeness.mean():.2f} ± {likeness.std(ddof=1):.2f}'
-    return ('Figure 1. The same query under the baseline and under BDAM. Left: the five images ranked first; a wide frame and a tick: the person asked for. Each is the first query of its kind in the test split. '
+    return ('Figure 1. The same query under the baseline, trained on captions alone, and under BDAM, trained on the generated descriptions too. Left: the five images ranked first; a wide frame and a tick: the person asked for. Each is the first query of its kind in the test split. '
             'Right: how much of the direction of a feature hangs on each patch of the image described (painted gray, it turns the feature; darker: more), in shares of the sum (an even one '
             f'is {100/seen["map.f_id"][0].numel():.0f} %){alike}.{read} '
             + made_from([r.config for r in runs], [run_code(r.folder) for r in runs], score))

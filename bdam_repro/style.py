@@ -199,7 +199,7 @@ def clip_features(texts: list[str], model: str, batch: int = 256, device: str = 
     import torch
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
     name = CLIP.get(model.lower(), model)
-    try: net, tokenizer = CLIPTextModelWithProjection.from_pretrained(name).to(device).eval(), AutoTokenizer.from_pretrained(name)
+    try: net, tokenizer = CLIPTextModelWithProjection.from_pretrained(name, use_safetensors=True).to(device).eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"CLIP's text encoder {name!r} cannot be loaded ({str(e).splitlines()[0][:120]}); "
                         "give a local folder or a hub name and a network, or use method='tfidf'") from None
