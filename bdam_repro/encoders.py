@@ -223,7 +223,7 @@ class VisionEncoder(nn.Module):
         if tuple(pixels.shape[-2:]) != self.image_size:
             raise ValueError(f'images of {tuple(pixels.shape[-2:])} pixels, but this encoder was built for {self.image_size}')
         x = pixels.to(self.mean.dtype) if pixels.dtype == torch.uint8 else pixels*255
-        x = (x - self.mean)/self.std
+        x = x.sub_(self.mean).div_(self.std)   # in place: `x` is a copy already
         choose_attention(self.net, 1 + self.grid[0]*self.grid[1], x.device)
         return clip_tokens(self.net, x) if self.clip else self.net(pixel_values=x).last_hidden_state
 

@@ -94,21 +94,22 @@ class Towers(nn.Module):
         return TextFeatures(self.proj_t(one), words, mask)
 
     def encode_texts(self, texts: list[tuple[Tensor, Tensor]],  # ids, mask: [B, M] each, M may differ
-                     parts: int = 4                             # in how many pieces on a CPU
+                     parts: int = 6,                            # in how many pieces on a CPU
+                     words: bool = True                         # off: `words` and `mask` come back with length 0, where only `t` is read
                     ) -> list[TextFeatures]:
         "`encode_text` of several batches at once. On a CPU, sorted by length, so that little of the work is padding."
-        if texts[0][0].is_cuda: return [self.encode_text(*t) for t in texts]
         M = max(ids.shape[1] for ids, _ in texts)
+        keep = M if words else 0
+        if texts[0][0].is_cuda: return [TextFeatures(f.t, f.words[:, :keep], f.mask[:, :keep]) for f in (self.encode_text(*t) for t in texts)]
         ids, mask = (torch.cat([F.pad(t[k], (0, M - t[k].shape[1])) for t in texts]) for k in (0, 1))
         order, done = mask.sum(1).argsort(stable=True), []
         for rows in order.chunk(parts):
             L = int(mask[rows].sum(1).max())
             f = self.encode_text(ids[rows, :L], mask[rows, :L])
-            done.append((f.t, F.pad(f.words, (0, 0, 0, M - L))))
-        back = order.argsort()
-        t, words = (torch.cat(x)[back] for x in zip(*done))
-        parted = zip(texts, t.split([len(x) for x, _ in texts]), words.split([len(x) for x, _ in texts]))
-        return [TextFeatures(t, words[:, :mask.shape[1]], mask) for (_, mask), t, words in parted]
+            done.append((f.t, F.pad(f.words[:, :keep], (0, 0, 0, max(0, keep - L)))))
+        back, sizes = order.argsort(), [len(x) for x, _ in texts]
+        parted = zip(texts, *(torch.cat(x)[back].split(sizes) for x in zip(*done)))
+        return [TextFeatures(t, w[:, :mask.shape[1]], mask[:, :keep]) for (_, mask), t, w in parted]
 
     def encode_image(self, images: Tensor  # [B, 3, H, W] uint8, or float in 0..1
                     ) -> ImageFeatures:
@@ -264,7 +265,7 @@ class Model(Towers):
                ) -> Outputs:
         "All that the losses of one batch need, in one call (which is what `DistributedDataParallel` wants)."
         texts = {k: t for k, t in (('caption', caption), ('identity', identity), ('clothing', clothing), ('other', other)) if t is not None}
-        encode = lambda: self.encode_texts(list(texts.values()))
+        encode = lambda: self.encode_texts(list(texts.values()), words=self.config.fusion_input == 'tokens')
         job = self.second.start(encode) if self.second else None
         image = self.encode_image(images)
         text = dict.fromkeys(('identity', 'clothing', 'other')) | dict(zip(texts, self.second.bring(job) if job else encode()))

@@ -154,9 +154,8 @@ def embed_texts(model: Model, dataset: PedesDataset, tokenizer, split: str, batc
     "Every caption of a split as a query, and the row of the image that it was written for (to know its identity, and for no other use)."
     c, device, parts, owners = model.config, next(model.parameters()).device, [], []
     for rows, ids, mask in text_batches(dataset, tokenizer, c.max_length, batch, split):
-        q, = model.encode_texts([(ids.to(device), mask.to(device))])
+        q, = model.encode_texts([(ids.to(device), mask.to(device))], words=c.fusion_input == 'tokens')
         if c.fusion_input == 'tokens': q.words, q.mask = (F.pad(x, (*[0]*(2*x.ndim - 4), 0, c.max_length - x.shape[1])) for x in (q.words, q.mask))
-        else: q.words, q.mask = q.words[:, :0], q.mask[:, :0]
         parts.append(TextFeatures(q.t.float(), q.words.float(), q.mask)); owners.append(rows)
     return TextFeatures(*(torch.cat([getattr(p, k) for p in parts]) for k in ('t', 'words', 'mask'))), torch.cat(owners).numpy()
 
