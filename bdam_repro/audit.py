@@ -987,7 +987,7 @@ def claim_findings(t: pd.DataFrame) -> str:
     return '\n\n'.join(filter(None, [runs_table(done) if len(done) else '', said, findings_table(b[~pair], 'b')]))
 
 # %% ../nbs/80_audit.ipynb #800130
-EPOCHS = 'All readings train for as many epochs, and an epoch passes every identity once: with four images of each it is twice as long as with two, so `epochs=6` stands beside `images_per_id=4`.'
+EPOCHS = 'All readings but `epochs=6` train for as many epochs as the default. An epoch passes every identity once: with four images of each it is twice as long as with two, so compare `images_per_id=4` with `epochs=6`.'
 
 def to_markdown(t: pd.DataFrame, words: str, left_out: Iterable[str] = ()) -> str:
     "The audit to read."

@@ -506,7 +506,8 @@ def test_texts_sorted_by_length_come_back_in_order(parts):
         want = model.encode_text(ids, mask)
         assert same(f.t, want.t) and f.mask.equal(mask) and same(f.words[mask], want.words[mask])
     for (ids, _), f, short in zip(texts, model.encode_texts(texts, parts), model.encode_texts(texts, parts, words=False)):
-        assert torch.equal(short.t, f.t) and short.words.shape == (len(ids), 0, f.words.shape[2]) and short.mask.shape == (len(ids), 0)
+        assert torch.equal(short.t, f.t) and short.words.shape == (len(ids), 0, f.words.shape[2])
+        assert short.mask.shape == (len(ids), 0)
     sum(f.t.sum() for f in model.encode_texts(texts, parts)).backward()
     one = [p.grad.clone() for p in model.text.parameters()]
     model.zero_grad()
