@@ -48,7 +48,7 @@ def one_thread():
 def test_any_shape_agrees_with_the_loop(b, L, D, N, seed, shift):
     args = inputs(b, L, D, N, seed=seed, shift=shift)
     own = worst_error(selective_scan_ref, args)     # a handful of terms can cancel: then float32 itself is that far off
-    assert worst_error(selective_scan, args) < max(1e-5, 4 * own)
+    assert worst_error(selective_scan, args) < max(1e-5, 8 * own)
 
 
 @pytest.mark.parametrize('L', [1, 2, 3, 7, 8, 9, 66, 197, 261, 1024])

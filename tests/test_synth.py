@@ -299,11 +299,11 @@ def test_two_processes_that_draw_the_same_at_once(tmp_path, monkeypatch):
     write = synth.write_tables
     def late(folder, s, workers):
         monkeypatch.setattr(synth, 'write_tables', write)
-        make(tmp_path)
+        make(tmp_path/'first').rename(tmp_path/'SynthPEDES')
         write(folder, s, workers)
     monkeypatch.setattr(synth, 'write_tables', late)
     made = make(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ['SynthPEDES'] and (made/'synth.json').exists()
+    assert {p.name for p in tmp_path.iterdir()} == {'SynthPEDES', 'first'} and (made/'synth.json').exists()
 
 @pytest.mark.parametrize('content', [None, "{", "[1]", "[]"])
 def test_a_folder_of_something_else_is_left_alone(tmp_path, content):

@@ -334,7 +334,7 @@ def test_every_kind_of_state_is_resumed(home, tmp_path, start, kw):
 def test_an_unfinished_run_of_other_options_is_not_continued(home, whole, tmp_path, start):
     other = cfg(home, vocab_size=250, lr=3e-3, epochs=1)
     assert said(*start(other, tmp_path, at=6, after=True)) is None
-    assert bits(train(cfg(home), tmp_path, progress=False)) == bits(whole)
+    assert bits(train(cfg(home), tmp_path, overwrite=True, progress=False)) == bits(whole)
 
 
 @pytest.mark.parametrize('limit, has', [(1_000, []), (5_000, ['config.json']), (100_000, ['config.json', 'tokenizer']),
