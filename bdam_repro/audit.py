@@ -47,7 +47,7 @@ from .batches import load_tokenizer
 from .config import Config, UserError, atomic_path, config_hash, make_config
 from .efficiency import fusion_configs, fusion_flops, growth, layer_costs, one_core, sizes
 from .features import load_features, probe, probe_hits, unit, untrained
-from .grid import CLOTHES, LOG_TEST, NAMES, NOISE, OPTIONS, READINGS, TAGS, Reading, layout_options, reading_reference, reading_run
+from .grid import CLOTHES, LOG_TEST, LONGER, NAMES, NOISE, OPTIONS, READINGS, TAGS, Reading, layout_options, reading_reference, reading_run
 from .losses import _rbf
 from .metrics import Positives, RetrievalResult, bootstrap_ci, metrics_from_scores, paired_bootstrap, per_query, rank_metrics, rerank_metrics, topk
 from .model import ImageFeatures, Model, TextFeatures, from_pretrained, invalid_pair_scores, read_tensors, rescore, write_tensors
@@ -609,7 +609,8 @@ def accuracy(e: Evidence) -> list[dict]:
     for tag in ('id_text=caption-c_clothing=0.0', 'id_text=caption'): out += versus(e, 'descriptions', FULL, ('full', tag), decides='c_clothing' in tag)   # without any; without those of identity
     out += versus(e, 'descriptions', FULL, ('no_adversarial', ''), decides=False)                            # without those of clothing
     out += versus(e, 'descriptions', noise_side(e, 0.), noise_side(e, max(NOISE)))
-    for tag in ('icfg', 'rstp'): out += versus(e, 'source', ('full', tag), ('baseline_described', tag), decides=False)
+    out += versus(e, 'whole', ('full', LONGER), ('baseline', LONGER), decides=False)
+    for tag in ('icfg', 'rstp', LONGER): out += versus(e, 'source', ('full', tag), ('baseline_described', tag), decides=False)
     out += versus(e, 'descriptions', ('full', 'icfg'), ('no_adversarial', 'icfg'), decides=False)                  # one caption an image: what the clothing texts do
     return out
 
