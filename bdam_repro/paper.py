@@ -144,7 +144,7 @@ _PROTOCOL = (
               'the citations of these two datasets are exchanged', ('slips of the pen', 'other releases'), 'the official files', 'they add up'),
     OpenPoint(23, '4.2', 'which validation number selects the checkpoint', ('R-1', 'mAP', 'sum'), 'R-1', 'the field ranks by it'),
     OpenPoint(24, '4.2, Tab. 1-5', 'means of three runs are printed without spread, and differences under a point are read as effects',
-              ('trust', 'intervals'), 'three seeds, intervals over queries and seeds', 'the error of sampling the queries alone is half a point'),
+              ('trust', 'intervals'), 'three seeds, intervals over people and seeds', 'the error of sampling the queries alone is half a point'),
     OpenPoint(25, '4.1', 'how ties, and feature rounding that makes or breaks them, are ranked', ('sort order', 'average', 'pessimistic'),
               'average over orderings', 'a collapsed model then scores as chance'),
     OpenPoint(26, '1, 3.2, 4.1', 'clothing is to be purged from what is matched, yet people keep their clothes within each dataset and captions '
