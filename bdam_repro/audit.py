@@ -609,7 +609,7 @@ def accuracy(e: Evidence) -> list[dict]:
     for tag in ('id_text=caption-c_clothing=0.0', 'id_text=caption'): out += versus(e, 'descriptions', FULL, ('full', tag), decides='c_clothing' in tag)   # without any; without those of identity
     out += versus(e, 'descriptions', FULL, ('no_adversarial', ''), decides=False)                            # without those of clothing
     out += versus(e, 'descriptions', noise_side(e, 0.), noise_side(e, max(NOISE)))
-    out += versus(e, 'whole', ('full', LONGER), ('baseline', LONGER), decides=False)
+    for a in (('full', LONGER), FULL): out += versus(e, 'whole', a, ('baseline', LONGER), decides=False)      # after as many epochs; after about as many seconds
     for tag in ('icfg', 'rstp', LONGER): out += versus(e, 'source', ('full', tag), ('baseline_described', tag), decides=False)
     out += versus(e, 'descriptions', ('full', 'icfg'), ('no_adversarial', 'icfg'), decides=False)                  # one caption an image: what the clothing texts do
     return out
