@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -45,10 +45,13 @@ def one_thread():
 @settings(max_examples=40, deadline=None)
 @given(b=st.integers(1, 3), L=st.integers(1, 70), D=st.integers(1, 9), N=st.integers(1, 17), seed=st.integers(0, 9),
        shift=st.sampled_from([-6., -2., 1., 4.]))
+@example(b=3, L=3, D=1, N=15, seed=1, shift=-6.)
 def test_any_shape_agrees_with_the_loop(b, L, D, N, seed, shift):
+    "A handful of terms can cancel: then float32 itself is far off, how far at the worst of the next inputs (one may be lucky)."
     args = inputs(b, L, D, N, seed=seed, shift=shift)
-    own = worst_error(selective_scan_ref, args)     # a handful of terms can cancel: then float32 itself is that far off
-    assert worst_error(selective_scan, args) < max(1e-5, 8 * own)
+    beside = lambda k: [(v.detach()*(1 + k*2**-22)).requires_grad_() for v in args]
+    own = max(worst_error(selective_scan_ref, beside(k)) for k in range(5))
+    assert worst_error(selective_scan, args) < max(1e-5, 4 * own)
 
 
 @pytest.mark.parametrize('L', [1, 2, 3, 7, 8, 9, 66, 197, 261, 1024])
