@@ -155,8 +155,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase,
                  ) -> tuple[torch.Tensor, torch.Tensor]:  # ids [N,L] int64, mask [N,L] bool (True at real tokens)
     "Tokenize all texts at once, padded on the right to the longest of them."
     texts, engine = [str(t) for t in texts], tokenizer.backend_tokenizer
+    engine.no_padding(); engine.enable_truncation(max_length)        # before `to_str`, which says it
     def make():
-        engine.no_padding(); engine.enable_truncation(max_length)
         rows = [e.ids for e in engine.encode_batch_fast(texts)]      # without the positions of each token, which `tokenizer(…)` would copy
         n = torch.tensor([len(r) for r in rows])
         mask = torch.arange(int(n.max())) < n[:, None]

@@ -356,9 +356,13 @@ def test_tokens_are_those_of_the_library(tmp_path, kind, max_length):
     want = t(texts, truncation=True, max_length=max_length, padding='longest')
     ids, mask = encode_texts(t, texts, max_length)
     assert ids.tolist() == want['input_ids'] and mask.int().tolist() == want['attention_mask']
-    for _ in range(2):
+    made = set()
+    for _ in range(2):                                  # by a tokenizer that has been used, and by a fresh one
         again = encode_texts(t, texts, max_length, tmp_path/'kept.safetensors')
         assert torch.equal(ids, again[0]) and torch.equal(mask, again[1])
+        made.add((tmp_path/'kept.safetensors').stat().st_mtime_ns)
+        t = load_tokenizer(dict(trained=tmp_path/kind, bert=tmp_path/'bert', clip=tmp_path/'clip')[kind])
+    assert len(made) == 1
     assert encode_texts(t, texts[:3], max_length, tmp_path/'kept.safetensors')[0].shape[0] == 3
 
 
