@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOT', 'PRESETS', 'VARIANTS', 'UserError', 'find_root', 'atomic_path', 'opt', 'Options', 'RunOptions', 'DataOptions',
            'SynthOptions', 'EncoderOptions', 'BdamOptions', 'FusionOptions', 'LossOptions', 'TrainOptions', 'Config',
-           'make_config', 'check_config', 'config_hash', 'run_dir', 'given_names', 'from_globals', 'options']
+           'make_config', 'check_config', 'config_hash', 'run_dir', 'given_names', 'in_test', 'from_globals', 'options']
 
 # %% ../nbs/00_config.ipynb #000004
 import difflib
@@ -307,7 +307,12 @@ def given_names(names: dict[str, Any]  # a notebook's `globals()`
     "The parameters among a notebook's globals: what a shell, an import or a later cell left there is none."
     return {k: v for k, v in names.items() if not k.startswith('_') and k not in {'In', 'Out', 'exit', 'quit'} and isinstance(v, _PLAIN)}
 
-# %% ../nbs/00_config.ipynb #000043
+# %% ../nbs/00_config.ipynb #6a082944
+def in_test() -> bool:
+    "Whether `nbdev_test` runs this notebook: it sets `IN_TEST`, papermill and JupyterLab do not."
+    return bool(os.environ.get('IN_TEST'))
+
+# %% ../nbs/00_config.ipynb #d17e9323
 def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
@@ -315,7 +320,7 @@ def from_globals(names: dict[str, Any],     # the notebook's `globals()`
     given = {k: v for k, v in given_names(names).items() if k not in extra and (k in Config.model_fields or not isinstance(v, (list, tuple, dict)))}
     for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name
         raise UserError(f'{k} is now a {type(names[k]).__name__}, no parameter: run the cell of the parameters again')
-    if os.environ.get('IN_TEST') and given.get('preset') is None: given['preset'] = 'smoke'
+    if in_test() and given.get('preset') is None: given['preset'] = 'smoke'
     return make_config(**given)
 
 # %% ../nbs/00_config.ipynb #000046

@@ -4,25 +4,18 @@
 
 # %% auto #0
 __all__ = ['Rows', 'detach', 'TextFeatures', 'ImageFeatures', 'Pool', 'Towers', 'check_sides', 'dual', 'fuse', 'match_score',
-           'rescore', 'InvalidPairs', 'invalid_pair_scores', 'candidates', 'Outputs', 'SecondThread', 'Model',
-           'build_model', 'write_tensors', 'save_pretrained', 'read_tensors', 'from_pretrained']
+           'rescore', 'InvalidPairs', 'invalid_pair_scores', 'candidates', 'Outputs', 'Model', 'build_model']
 
-# %% ../nbs/34_model.ipynb #340004
-import json
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+# %% ../nbs/34_model.ipynb #8677bcef
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bdam import BDAM, Decoupled
-from .config import Config, UserError, atomic_path
+from .config import Config
 from .encoders import TextEncoder, VisionEncoder
+from .bdam import BDAM, Decoupled
 from .fusion import Fused, MambaFusion, masked_mean
 
 # %% ../nbs/34_model.ipynb #340007
@@ -205,48 +198,10 @@ class Outputs:
     anchor: Tensor | None = None         # [B, D] the text feature of the pairs
     w: Tensor | None = None              # [B, 2] modality weights of the right pairs
 
-# %% ../nbs/34_model.ipynb #340024
-class _Cut(torch.autograd.Function):
-    "Tensors of a graph that another thread walks back."
-    @staticmethod
-    def forward(ctx, anchor, thread, inner):
-        ctx.thread, ctx.inner = thread, inner
-        return tuple(x.detach() for x in inner)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        x, g = zip(*((x, g) for x, g in zip(ctx.inner, grads) if g is not None))
-        ctx.thread.jobs.append(ctx.thread.pool.submit(torch.autograd.backward, x, g))
-        return None, None, None
-
-class SecondThread:
-    "A second core for a part of the model that shares no parameter with the rest."
-    def __init__(self):
-        self.pool, self.jobs = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)), []
-
-    def start(self, f: Callable) -> Future:
-        "Call `f` there, in this thread's precision."
-        amp, dtype, grad = torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu'), torch.is_grad_enabled()
-        def run():
-            with torch.autocast('cpu', dtype, enabled=amp), torch.set_grad_enabled(grad): return f()
-        return self.pool.submit(run)
-
-    def bring(self, job: Future) -> list[Rows]:
-        "The features that `f` returned, to go on with here."
-        rows = job.result()
-        flat = [x for r in rows for f in fields(r) if (x := getattr(r, f.name)).requires_grad]
-        if not flat: return rows
-        cut = dict(zip(map(id, flat), _Cut.apply(torch.zeros((), requires_grad=True), self, flat)))
-        return [type(r)(*(cut.get(id(x := getattr(r, f.name)), x) for f in fields(r))) for r in rows]
-
-    def join(self) -> None:
-        "Wait until the backward pass there has ended."
-        while self.jobs: self.jobs.pop().result()
-
 # %% ../nbs/34_model.ipynb #340027
 class Model(Towers):
     "The towers and the fusion: the whole model by one configuration (Sec. 3)."
-    second: SecondThread | None = None   # set by who trains on a CPU with a core to spare
+    second = None   # a `SecondThread`, set by who trains on a CPU with a core to spare
 
     def __init__(self, config: Config, vision: VisionEncoder, text: TextEncoder):
         super().__init__(config, vision, text)
@@ -304,45 +259,3 @@ def build_model(config: Config,
     model = Model(c, vision, text)
     if not descriptions: model.proj_clo = None
     return model
-
-# %% ../nbs/34_model.ipynb #340030
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], meta: dict) -> Path:
-    "A safetensors file, written whole or not at all, the same bytes for the same content. Raises `UserError` where the disk refuses."
-    meta = {'bdam_repro': json.dumps(meta)}         # one key: safetensors writes several in random order
-    try:
-        with atomic_path(path) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, meta)
-    except SafetensorError as e: raise UserError(f'cannot write {Path(path).name} in {Path(path).parent}: {e}; free some space or choose another folder') from None
-    return Path(path)
-
-def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors` file
-    "Weights, options and the encoders' architecture in one file."
-    config = model.config.model_dump(exclude={'data_root', 'device'})   # of the machine, not of the model
-    meta = {'config': config, 'vision': model.vision.config, 'text': model.text.config}
-    return write_tensors(path, model.state_dict(), meta)
-
-# %% ../nbs/34_model.ipynb #340031
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:   # tensors, and what stood in the header
-    "The inverse of `write_tensors`. Raises `UserError` for a file that is missing, cut, or not of this package."
-    path = Path(path)
-    if not path.is_file(): raise UserError(f'no file {path}: train a model first, or give the path of a best.safetensors')
-    try:
-        with safe_open(path, 'pt') as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except SafetensorError as e: raise UserError(f'{path} is not a whole safetensors file ({e}): copy or train it again') from None
-    try: header = json.loads(meta.get('bdam_repro', 'null'))
-    except ValueError: header = None
-    if not isinstance(header, dict): raise UserError(f'{path} holds tensors, but its header is not of this package')
-    return tensors, header
-
-# %% ../nbs/34_model.ipynb #340032
-def from_pretrained(path: str | Path) -> Model:  # in evaluation mode, on the CPU
-    "The model of `save_pretrained`. Raises `UserError` for a file that is none."
-    state, meta = read_tensors(path)
-    if not {'config', 'vision', 'text'} <= meta.keys(): raise UserError(f'{path} holds no model: give the path of a best.safetensors')
-    try:
-        config = Config(**meta['config'])
-        model = Model(config, VisionEncoder.from_config(meta['vision']), TextEncoder.from_config(meta['text']))
-        if not any(k.startswith('proj_clo.') for k in state): model.proj_clo = None     # trained without descriptions
-        model.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f'{path} does not fit this version of the model: {str(e).strip().splitlines()[-1].strip()}') from None
-    return model.eval()

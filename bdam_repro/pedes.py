@@ -360,7 +360,7 @@ class PedesReport:
     def __repr__(self): return f'PedesReport({self.name}, ok={self.ok}, found={ {k: len(v) for k, v in self.found.items()} })'
 
 # %% ../nbs/10_pedes.ipynb #100058
-def _count(ds):
+def _count_splits(ds):
     "Images, captions and identities of each split beside the official ones, and what differs."
     r = ds.records.assign(n=ds.records.captions.str.len())
     if ds.val_fraction and {'train', 'val'} <= set(r.split):  # the official train is both
@@ -415,7 +415,7 @@ def check_pedes(self: PedesDataset,
                 progress: bool | None = None,  # a progress bar; None: on a terminal only
                 ) -> PedesReport:
     "Print and return a report: counts against the official ones, leaks between splits, broken pictures, odd captions."
-    counts, wrong = _count(self)
+    counts, wrong = _count_splits(self)
     found = {'miscounted': wrong} | _check_table(self.records)
     if images: found |= _check_images(self, workers, hashes, progress)
     report = PedesReport(self.name, counts, {k: v for k, v in found.items() if v}, self.notes, images)

@@ -21,7 +21,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from test_describe import QUICK, SPAWN, _peak, busiest, pictures, serving  # noqa: E402
 
-from bdam_repro.describe import Policy, describe, first_messages, image_url, judge  # noqa: E402
+from bdam_repro.describe import describe  # noqa: E402
+from bdam_repro.lexicon import Policy
+from bdam_repro.mllm import first_messages, image_url, judge_answer
 
 
 def sequential(server, files, imgs):
@@ -33,7 +35,7 @@ def sequential(server, files, imgs):
                 messages=first_messages(Policy(), (), image_url(imgs / f)),
                 response_format={'type': 'json_object'},
             )
-            judge(answer.model_dump(), Policy())
+            judge_answer(answer.model_dump(), Policy())
         return (time.perf_counter() - start) / len(files)
 
 

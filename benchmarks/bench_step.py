@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from bdam_repro.config import make_config
-from bdam_repro.model import SecondThread
-from bdam_repro.training import Muon, prepare
+from bdam_repro.optimizers import Muon
+from bdam_repro.runs import prepare
+from bdam_repro.threads import SecondThread
 
 WAYS = {'one thread': (1, False), 'two threads in each operation': (2, False), 'a thread for each tower': (1, True)}
 

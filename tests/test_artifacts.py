@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bdam_repro import artifacts as A
+from bdam_repro import archive, artifacts, results, testing
 from bdam_repro.config import VARIANTS, UserError, make_config, run_dir
-from bdam_repro.grid import REFERENCE, grid, rows_of
+from bdam_repro.grid import REFERENCE, grid, table_rows
 
 REPO = Path(__file__).resolve().parent.parent
 PRINTED = json.loads((REPO/'tests'/'paper_numbers.json').read_text())
@@ -21,33 +21,33 @@ MAIN = ('mAP', 'R1', 'R5', 'R10')
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "Demo runs, collected and written as tables."
-    p = A.demo(tmp_path_factory.mktemp('demo'))
-    for n in REFERENCE: A.write_table(n, p)
+    p = artifacts.demo(tmp_path_factory.mktemp('demo'))
+    for n in REFERENCE: artifacts.write_table(n, p)
     return p
 
 
 @pytest.fixture
 def few(tmp_path):
     "The runs of Table 1 alone, to be spoiled."
-    A.demo_runs(tmp_path/'runs', tables=(1,))
-    return A.ArtifactParameters(preset='smoke', runs=str(tmp_path/'runs'), tables=str(tmp_path/'tables'))
+    testing.demo_runs(tmp_path/'runs', tables=(1,))
+    return results.ArtifactParameters(preset='smoke', runs=str(tmp_path/'runs'), tables=str(tmp_path/'tables'))
 
 
-def table(p, n): return A.read_csv(p.tables_path/f'table{n}.csv', A.TABLE)
+def table(p, n): return results.read_csv(p.tables_path/f'table{n}.csv', artifacts.TABLE)
 
 
 # ---- from runs.csv to the same bytes
 
 def test_tables_come_from_the_three_files_alone(made, tmp_path):
     for name in ('runs', 'differences', 'styles'): shutil.copy(made.tables_path/f'{name}.csv', tmp_path)
-    alone = A.ArtifactParameters(preset='smoke', runs='nowhere', tables=str(tmp_path))
+    alone = results.ArtifactParameters(preset='smoke', runs='nowhere', tables=str(tmp_path))
     for n in REFERENCE:
-        for f in A.write_table(n, alone): assert f.read_bytes() == (made.tables_path/f.name).read_bytes()
+        for f in artifacts.write_table(n, alone): assert f.read_bytes() == (made.tables_path/f.name).read_bytes()
 
 
 def test_collecting_again_gives_the_same_bytes(made):
     before = {f.name: f.read_bytes() for f in made.tables_path.glob('*.csv')}
-    A.collect(made, draws=20)
+    artifacts.collect(made, draws=20)
     assert {f.name: f.read_bytes() for f in made.tables_path.glob('*.csv')} == before
 
 
@@ -56,14 +56,14 @@ def test_committed_tables_are_those_of_the_committed_runs(tmp_path):
     for runs in committed:
         dataset, preset = pd.read_csv(runs)[['dataset', 'preset']].iloc[0]
         for name in ('runs', 'differences', 'styles'): shutil.copy(runs.parent/f'{name}.csv', tmp_path)
-        p = A.ArtifactParameters(dataset=dataset, preset=preset, tables=str(tmp_path))
+        p = results.ArtifactParameters(dataset=dataset, preset=preset, tables=str(tmp_path))
         for n in REFERENCE:
-            for f in A.write_table(n, p): assert f.read_bytes() == (runs.parent/f.name).read_bytes(), f
-        assert set(A.read_runs(runs)['device']) != {'demo'}
+            for f in artifacts.write_table(n, p): assert f.read_bytes() == (runs.parent/f.name).read_bytes(), f
+        assert set(results.read_runs(runs)['device']) != {'demo'}
 
 
 def test_every_cell_resolves_to_rows_of_runs(made):
-    runs = A.read_runs(made.tables_path/'runs.csv')
+    runs = results.read_runs(made.tables_path/'runs.csv')
     for n in REFERENCE:
         t = table(made, n)
         for r in t[t['n'] > 0].itertuples():
@@ -80,7 +80,7 @@ def test_every_cell_resolves_to_rows_of_runs(made):
 def kept(tmp_path):
     "Two finished runs with features, archived."
     for c in (WHOLE, TAGGED): with_features(tmp_path/'runs', c)
-    files = A.keep_runs(tmp_path/'runs', A.collect_runs(tmp_path/'runs'), tmp_path/'tables')
+    files = archive.keep_runs(tmp_path/'runs', results.collect_runs(tmp_path/'runs'), tmp_path/'tables')
     assert [f.name for f in files] == ['kept-seed0-full.zip', 'kept-seed0-readings.zip']
     return tmp_path
 
@@ -90,9 +90,9 @@ TAGGED = make_config('synth', 'smoke', 'full', tag='margin=0.5', margin=.5)
 
 
 def with_features(root, c):
-    A.demo_run(folder := run_dir(c, root), c)
+    testing.demo_run(folder := run_dir(c, root), c)
     rng, t = np.random.default_rng(0), load_file(folder/'features.safetensors')
-    t |= {k: rng.normal(size=(40, 8)).astype(np.float32) for k in A.FEATURES}
+    t |= {k: rng.normal(size=(40, 8)).astype(np.float32) for k in results.KEPT_FEATURES}
     t['top'] = rng.permuted(np.tile(np.arange(20), (40, 1)), axis=1)
     save_file(t | {'dual.rank': np.ones(40)}, folder/'features.safetensors', {'about': 'it'})
     save_file(dict(x=np.ones(3)), folder/'look-something.safetensors')
@@ -103,7 +103,7 @@ def names(folder): return {f.name for f in folder.iterdir()}
 
 
 def test_what_comes_back(kept):
-    back = A.restore_runs(kept/'back', kept/'tables', [WHOLE, TAGGED])
+    back = archive.restore_runs(kept/'back', kept/'tables', [WHOLE, TAGGED])
     assert set(back) == {run_dir(c, kept/'back') for c in (WHOLE, TAGGED)}
     for c in (WHOLE, TAGGED):
         here, there = run_dir(c, kept/'runs'), run_dir(c, kept/'back')
@@ -111,47 +111,47 @@ def test_what_comes_back(kept):
         for f in names(there) - {'features.safetensors'}: assert (here/f).read_bytes() == (there/f).read_bytes()
         t, u = load_file(here/'features.safetensors'), load_file(there/'features.safetensors')
         for k in [k for k in t if k.endswith(('R1', 'AP', 'q_rows'))]: np.testing.assert_array_equal(t[k], u[k])
-        assert (set(A.FEATURES) <= set(u)) == (c is WHOLE)
+        assert (set(results.KEPT_FEATURES) <= set(u)) == (c is WHOLE)
     t, u = (load_file(run_dir(WHOLE, kept/x)/'features.safetensors') for x in ('runs', 'back'))
-    for k in A.FEATURES: np.testing.assert_array_equal(A.half(t[k]), u[k].astype(np.float32))
-    np.testing.assert_array_equal(t['top'][:, :A.FIRST], u['top'])
+    for k in results.KEPT_FEATURES: np.testing.assert_array_equal(results.half(t[k]), u[k].astype(np.float32))
+    np.testing.assert_array_equal(t['top'][:, :archive.FIRST], u['top'])
 
 
 def test_keeping_what_came_back_changes_nothing(kept):
     before = {f.name: f.read_bytes() for f in (kept/'tables').iterdir()}
-    A.restore_runs(kept/'back', kept/'tables', [WHOLE, TAGGED])
-    A.keep_runs(kept/'back', A.collect_runs(kept/'back'), kept/'tables')
+    archive.restore_runs(kept/'back', kept/'tables', [WHOLE, TAGGED])
+    archive.keep_runs(kept/'back', results.collect_runs(kept/'back'), kept/'tables')
     assert {f.name: f.read_bytes() for f in (kept/'tables').iterdir()} == before
 
 
 def test_runs_of_other_machines_stay_in_the_archive(kept):
     other = make_config('synth', 'smoke', 'full', tag='margin=0.7', margin=.7)
-    A.demo_run(run_dir(other, kept/'more'), other)
-    A.keep_runs(kept/'more', A.collect_runs(kept/'more'), kept/'tables')
-    assert len(A.restore_runs(kept/'back', kept/'tables', [WHOLE, TAGGED, other])) == 3
+    testing.demo_run(run_dir(other, kept/'more'), other)
+    archive.keep_runs(kept/'more', results.collect_runs(kept/'more'), kept/'tables')
+    assert len(archive.restore_runs(kept/'back', kept/'tables', [WHOLE, TAGGED, other])) == 3
 
 
 def test_other_options_do_not_come_back(kept):
     others = [make_config('synth', 'smoke', 'full', margin=.4), make_config('synth', 'smoke', 'baseline')]
-    assert A.restore_runs(kept/'back', kept/'tables', others) == []
+    assert archive.restore_runs(kept/'back', kept/'tables', others) == []
     assert not (kept/'back').exists()
 
 
 def test_what_was_begun_here_stays_and_other_options_make_room(kept):
     here = run_dir(WHOLE, kept/'runs')
     (here/'metrics.json').unlink(); (here/'last.ckpt').write_bytes(b'half way')
-    assert A.restore_runs(kept/'runs', kept/'tables', [WHOLE]) == [] and (here/'last.ckpt').exists()
+    assert archive.restore_runs(kept/'runs', kept/'tables', [WHOLE]) == [] and (here/'last.ckpt').exists()
     (here/'config.json').write_text('{"config_hash": "of other options"}')
-    assert A.restore_runs(kept/'runs', kept/'tables', [WHOLE]) == [here]
+    assert archive.restore_runs(kept/'runs', kept/'tables', [WHOLE]) == [here]
     assert (here/'metrics.json').exists() and not (here/'last.ckpt').exists()
 
 
 def test_a_cut_archive_is_one_clear_line(kept):
     file = kept/'tables'/'kept-seed0-full.zip'
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(UserError, match='no archive of runs'): A.restore_runs(kept/'back', kept/'tables', [WHOLE])
+    with pytest.raises(UserError, match='no archive of runs'): archive.restore_runs(kept/'back', kept/'tables', [WHOLE])
     with pytest.raises(UserError, match='no archive of runs'):
-        A.keep_runs(kept/'runs', A.collect_runs(kept/'runs'), kept/'tables')
+        archive.keep_runs(kept/'runs', results.collect_runs(kept/'runs'), kept/'tables')
     assert file.stat().st_size > 1000
 
 
@@ -195,8 +195,8 @@ def test_a_variant_without_runs_is_a_dash_and_a_note(made):
 
 def test_fewer_seeds_are_said(few):
     shutil.rmtree(few.runs_path/'synth'/'smoke'/'bdam_no_gate'/'seed1')
-    A.collect(few, draws=5)
-    A.write_table(1, few)
+    artifacts.collect(few, draws=5)
+    artifacts.write_table(1, few)
     t = table(few, 1)
     one = t[t['variant'] == 'bdam_no_gate']
     assert (one['n'] == 1).all() and one['sd'].isna().all() and one['diff'].notna().all()
@@ -205,49 +205,49 @@ def test_fewer_seeds_are_said(few):
 
 def test_without_the_reference_there_are_no_differences(few):
     shutil.rmtree(few.runs_path/'synth'/'smoke'/'bdam')
-    A.collect(few, draws=5)
-    A.write_table(1, few)
+    artifacts.collect(few, draws=5)
+    artifacts.write_table(1, few)
     assert table(few, 1)['diff'].isna().all()
 
 
 def test_an_unfinished_run_does_not_count(few):
     (few.runs_path/'synth'/'smoke'/'bdam'/'seed0'/'metrics.json').unlink()
-    runs = A.collect_runs(few.runs_path)
+    runs = results.collect_runs(few.runs_path)
     assert set(runs[runs['variant'] == 'bdam']['seed']) == {1}
 
 
 def test_no_table_of_ours_from_nothing(tmp_path):
-    runs = pd.DataFrame(columns=A.COLUMNS)
+    runs = pd.DataFrame(columns=results.RUN_COLUMNS)
     for n in REFERENCE:
-        t, _ = A.build_table(n, runs)
+        t, _ = artifacts.build_table(n, runs)
         assert t['ours'].isna().all() and (t['n'] == 0).all()
-        assert A.to_markdown(n, t, '') and A.to_latex(n, t, '')
+        assert artifacts.table_markdown(n, t, '') and artifacts.table_latex(n, t, '')
 
 
 # ---- the numbers
 
 def test_interval_is_that_of_the_queries(made):
     "A row that wins every query wins by exactly that, whatever is drawn."
-    root, runs = made.runs_path, A.read_runs(made.tables_path/'runs.csv')
-    values, rows = A.stacked(root, runs[(runs['variant'] == 'bdam') & (runs['tag'] == '')], 'own')
+    root, runs = made.runs_path, results.read_runs(made.tables_path/'runs.csv')
+    values, rows = artifacts.stacked(root, runs[(runs['variant'] == 'bdam') & (runs['tag'] == '')], 'own')
     cache = {('synth', '', k): ({m: np.full_like(v, x) for m, v in values.items()}, rows) for k, x in (('a', 70.), ('b', 64.))}
     part = {k: pd.DataFrame(dict(preset=['smoke'], seed=[0])) for k in cache}
-    for r in A.compare(part, cache, *cache, 'own', 50): assert (r['diff'], r['lo'], r['hi']) == (6., 6., 6.)
+    for r in artifacts.comparison_rows(part, cache, *cache, 'own', 50): assert (r['diff'], r['lo'], r['hi']) == (6., 6., 6.)
 
 
 def test_ties_are_all_bold():
-    t, words = A.build_table(1, pd.DataFrame(columns=A.COLUMNS))
+    t, words = artifacts.build_table(1, pd.DataFrame(columns=results.RUN_COLUMNS))
     t.loc[t['metric'] == 'R1', 'ours'] = [40.004, 40.001, 39.99, 12., float('nan')]*2
     t.loc[t['ours'].notna(), 'n'] = 1
-    lines = [l for l in A.to_markdown(1, t, words).splitlines() if l.startswith('| ')][2:7]
+    lines = [l for l in artifacts.table_markdown(1, t, words).splitlines() if l.startswith('| ')][2:7]
     assert [l.split(' | ')[4] for l in lines] == ['**40.00**', '**40.00**', '39.99', '12.00', '–']
-    assert A.to_latex(1, t, words).count(r'\textbf{40.00}') == 2
+    assert artifacts.table_latex(1, t, words).count(r'\textbf{40.00}') == 2
 
 
 def test_floats_and_hashes_survive(few, tmp_path):
-    runs = A.collect_runs(few.runs_path)
+    runs = results.collect_runs(few.runs_path)
     runs.loc[0, 'config_hash'], runs.loc[1, 'config_hash'], runs.loc[0, 'R1'] = '123456789012', '12e456789012', 0.1 + 0.2
-    pd.testing.assert_frame_equal(A.read_runs(A.write_csv(runs, tmp_path/'r.csv')), runs)
+    pd.testing.assert_frame_equal(results.read_runs(results.write_csv(runs, tmp_path/'r.csv')), runs)
 
 
 # ---- LaTeX
@@ -273,7 +273,7 @@ def test_latex_rows_have_the_columns_of_their_tabular(made, n):
 
 
 def test_latex_escapes():
-    assert A.tex('50 % of a_b & c#$~^\\ ±') == r'50 \% of a\_b \& c\#\$\textasciitilde{}\textasciicircum{}\textbackslash{} $\pm$'
+    assert artifacts.tex('50 % of a_b & c#$~^\\ ±') == r'50 \% of a\_b \& c\#\$\textasciitilde{}\textasciicircum{}\textbackslash{} $\pm$'
 
 
 # ---- captions
@@ -315,39 +315,39 @@ def shuffle_queries(few):
 ], ids=['hash', 'key', 'json', 'provenance', 'features', 'budget', 'queries'])
 def test_a_spoiled_run_is_refused(few, harm, says):
     harm(few)
-    with pytest.raises(UserError, match=re.escape(says)): A.collect(few, draws=5)
+    with pytest.raises(UserError, match=re.escape(says)): artifacts.collect(few, draws=5)
     assert not few.tables_path.exists() or not list(few.tables_path.glob('differences.csv'))
 
 
 def test_differences_of_other_runs_are_refused(few):
-    A.collect(few, draws=5)
+    artifacts.collect(few, draws=5)
     path = few.tables_path/'runs.csv'
-    t = A.read_runs(path)
-    A.write_csv(t.assign(R1=t['R1'].where(t['variant'] != 'baseline', t['R1'] + 1)), path)
-    with pytest.raises(UserError, match=r'differences\.csv does not belong'): A.write_table(1, few)
+    t = results.read_runs(path)
+    results.write_csv(t.assign(R1=t['R1'].where(t['variant'] != 'baseline', t['R1'] + 1)), path)
+    with pytest.raises(UserError, match=r'differences\.csv does not belong'): artifacts.write_table(1, few)
 
 
 def test_bad_files_are_refused(few, tmp_path):
-    with pytest.raises(UserError, match=r'collect\.ipynb'): A.write_table(1, few)
-    A.collect(few, draws=5)
+    with pytest.raises(UserError, match=r'collect\.ipynb'): artifacts.write_table(1, few)
+    artifacts.collect(few, draws=5)
     path = few.tables_path/'runs.csv'
-    t = A.read_runs(path)
-    A.write_csv(pd.concat([t, t[:1]]), path)
-    with pytest.raises(UserError, match='stands twice'): A.write_table(1, few)
-    A.write_csv(t.drop(columns='seed'), path)
-    with pytest.raises(UserError, match='must have the columns'): A.write_table(1, few)
+    t = results.read_runs(path)
+    results.write_csv(pd.concat([t, t[:1]]), path)
+    with pytest.raises(UserError, match='stands twice'): artifacts.write_table(1, few)
+    results.write_csv(t.drop(columns='seed'), path)
+    with pytest.raises(UserError, match='must have the columns'): artifacts.write_table(1, few)
 
 
 def test_presets_do_not_mix(few):
-    runs = A.collect_runs(few.runs_path)
-    with pytest.raises(UserError, match='several presets'): A.build_table(1, pd.concat([runs, runs.assign(preset='tiny')]))
+    runs = results.collect_runs(few.runs_path)
+    with pytest.raises(UserError, match='several presets'): artifacts.build_table(1, pd.concat([runs, runs.assign(preset='tiny')]))
 
 
 # ---- the grid
 
 def test_grid_has_what_the_tables_name():
     have = {(c.variant, c.tag) for c in grid(seeds=[0])}
-    assert {(v, tag) for n in REFERENCE for _, v, _, tag in rows_of(n)} <= have
+    assert {(v, tag) for n in REFERENCE for _, v, _, tag in table_rows(n)} <= have
     assert {v for v, _ in have} == set(VARIANTS)
     assert len(have) == len(grid(seeds=[0]))
 

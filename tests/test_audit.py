@@ -10,64 +10,67 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from bdam_repro import audit as U
-from bdam_repro.artifacts import ArtifactParameters, collect_runs, demo_run, keep_runs, own_options, restore_runs
+from bdam_repro import ceiling, files, findings, probes, protocol, readings, report, results
+from bdam_repro.archive import keep_runs, restore_runs
+from bdam_repro.claims import ALL_CLAIMS
 from bdam_repro.config import Config, UserError, make_config, run_dir
 from bdam_repro.grid import CLOTHES, DATA, LOG_TEST, READINGS, audit_grid, grid, layout_options, reading_reference, reading_run
 from bdam_repro.paper import OPEN_POINTS
+from bdam_repro.results import ArtifactParameters, collect_runs, own_options
+from bdam_repro.testing import demo_run
 
 CKA = ('full', 'hsic_kernel=cka')
 VERDICTS = {'', 'default', 'better', 'worse', 'open', 'for', 'against', 'invalid', 'same epoch', 'holds', 'does not', 'not shown',
-            U.NOT_RUN, U.NOT_HERE, U.NO_OPTION}
+            findings.NOT_RUN, findings.NOT_HERE, findings.NO_OPTION}
 
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "Three small runs, audited."
     folder = tmp_path_factory.mktemp('audit')
-    p = U.demo_audit(folder, (U.FULL, U.BASELINE, CKA))
-    return p, *U.write_audit(p, draws=60)
+    p = findings.demo_audit(folder, (findings.FULL, findings.BASELINE, CKA))
+    return p, *report.write_audit(p, draws=60)
 
 
 @pytest.fixture
 def drawn(tmp_path):
     "Run folders whose results a test sets."
-    for variant, tag in (U.FULL, U.BASELINE, CKA):
+    for variant, tag in (findings.FULL, findings.BASELINE, CKA):
         c = make_config('synth', 'smoke', variant, tag=tag or None, **layout_options('smoke', tag))
         demo_run(run_dir(c, tmp_path/'runs'), c)
     return ArtifactParameters(preset='smoke', **{k: str(tmp_path/k) for k in ('runs', 'tables')}, data_root=str(tmp_path/'data'))
 
 
-def results(p, side, change):
+def change_results(p, side, change):
     "Every query's result of a drawn run goes through `change`."
-    path = p.runs_path/'synth'/'smoke'/U.side_name(side)/'seed0'/'features.safetensors'
+    path = p.runs_path/'synth'/'smoke'/findings.side_name(side)/'seed0'/'features.safetensors'
     t = load_file(path)
     changed = {k: np.ascontiguousarray(change(v)) for k, v in t.items() if k.endswith(('.R1', '.AP'))}
     save_file(t | changed, path)
 
 
 def verdicts(p):
-    e, r = U.gather(p, draws=60), next(r for r in READINGS if r.options == dict(hsic_kernel='cka'))
-    return {f['metric']: f['verdict'] for f in U.reading_findings(e, r)}
+    e, r = findings.gather(p, draws=60), next(r for r in READINGS if r.options == dict(hsic_kernel='cka'))
+    return {f['metric']: f['verdict'] for f in readings.reading_findings(e, r)}
 
 
 # ---- what is in it
 
 def test_every_point_and_every_claim_is_there(made):
     _, t, _ = made
-    assert list(t.columns) == U.COLUMNS and set(t['part']) == set('abcde') and set(t['verdict']) <= VERDICTS
+    assert list(t.columns) == findings.FINDING_COLUMNS and set(t['part']) == set('abcde') and set(t['verdict']) <= VERDICTS
     assert {p.n for p in OPEN_POINTS} == {int(i) for i in t[t['part'].isin(['a', 'c', 'e'])]['item']}
     claims = t[(t['part'] == 'b') & (t['reading'] == '')]
-    assert list(claims['item']) == [c.id for c in U.ALL_CLAIMS]
-    assert set(claims['verdict']) <= {'holds', 'does not', U.NOT_SHOWN, U.NOT_RUN, U.NOT_HERE}
+    assert list(claims['item']) == [c.id for c in ALL_CLAIMS]
+    assert set(claims['verdict']) <= {'holds', 'does not', findings.NOT_SHOWN, findings.NOT_RUN, findings.NOT_HERE}
 
 
 def test_a_claim_is_settled_by_its_own_rows(made):
     _, t, _ = made
-    for c in U.ALL_CLAIMS:
+    for c in ALL_CLAIMS:
         own = t[(t['part'] == 'b') & (t['item'] == c.id)]
         said = own[own['reading'] == '']['verdict'].iloc[0]
-        assert said == (U.NOT_HERE if c.id == 'sota' else U.settle(own[own['reading'] != ''].to_dict('records')))
+        assert said == (findings.NOT_HERE if c.id == 'sota' else findings.claim_verdict(own[own['reading'] != ''].to_dict('records')))
 
 
 def test_intervals_and_verdicts_agree(made):
@@ -75,13 +78,13 @@ def test_intervals_and_verdicts_agree(made):
     for r in t[t['verdict'].isin(['better', 'worse', 'open', 'for', 'against'])].itertuples():
         if np.isnan(r.diff): continue
         bound = float(m[1]) if (m := re.search(r'below (-?[\d.]+)$', r.rule)) and r.part == 'b' else 0.
-        assert {'better': 'for', 'worse': 'against'}.get(r.verdict, r.verdict) == U.judge(r.lo, r.hi, bound), r
+        assert {'better': 'for', 'worse': 'against'}.get(r.verdict, r.verdict) == findings.judge_interval(r.lo, r.hi, bound), r
         assert r.lo <= r.diff + 1e-3 and r.diff <= r.hi + 1e-3
 
 
 def test_what_was_not_run_has_no_difference(made):
     _, t, _ = made
-    missing = t[t['verdict'] == U.NOT_RUN]
+    missing = t[t['verdict'] == findings.NOT_RUN]
     assert len(missing) > 100 and missing[missing['reading'] != ''][['diff', 'lo', 'hi']].isna().all(None)
     row = t[(t['item'] == 'bdam') & (t['reading'] != '')].iloc[0]
     assert row['evidence'] == 'no finished run of bdam' and np.isnan(row['value'])
@@ -94,7 +97,7 @@ def test_every_path_is_a_run_and_every_mean_is_that_of_runs(made):
     paths = {x for e in t['evidence'] if 'no finished' not in e for x in re.findall(r'\S+/seed\d+', e)}
     assert paths and paths <= known
     own = runs.sort_values('score').drop_duplicates(['variant', 'tag', 'seed'], keep='last').set_index(['variant', 'tag'])
-    for metric, column in ((U.HEAD, 'R1'), ('mAP', 'mAP'), ('val R-1', 'val_R1')):
+    for metric, column in ((readings.HEAD, 'R1'), ('mAP', 'mAP'), ('val R-1', 'val_R1')):
         of_cka = (t['part'] == 'a') & (t['metric'] == metric) & t['evidence'].str.startswith('synth/smoke/full-hsic')
         for r in t[of_cka].itertuples():
             assert r.value == pytest.approx(own.loc[CKA, column], abs=1e-3)
@@ -105,7 +108,7 @@ def test_markdown_reads_alone(made):
     text = files[1].read_text()
     said = 'SynthPEDES', 'preset smoke', 'no reproduction', 'Seeds: 0', 'Code ', '(invalid)', *(f'## {x}.' for x in 'abcde')
     assert [part for part in said if part not in text] == []
-    for c in U.ALL_CLAIMS: assert f'| {c.id} | {c.where} |' in text
+    for c in ALL_CLAIMS: assert f'| {c.id} | {c.where} |' in text
     for point in OPEN_POINTS: assert re.search(rf'(?m)^\| {point.n} \| {re.escape(point.where)} \|', text)
     assert str(p.runs_path) not in text + files[0].read_text() and 'nan' not in text
     for block in [b for b in text.split('\n\n') if b.startswith('|')]:
@@ -115,10 +118,10 @@ def test_markdown_reads_alone(made):
 def test_same_runs_same_bytes_and_no_litter(made):
     p, _, files = made
     before = [f.read_bytes() for f in files]
-    assert [f.read_bytes() for f in U.write_audit(p, draws=60)[1]] == before
+    assert [f.read_bytes() for f in report.write_audit(p, draws=60)[1]] == before
     assert {f.name for f in p.tables_path.iterdir()} == {'audit.csv', 'audit.md'}
-    back = pd.read_csv(files[0], keep_default_na=False, na_values={c: [''] for c in U.NUMBERS})
-    assert list(back.columns) == U.COLUMNS and len(back) == before[0].count(b'\n') - 1
+    back = pd.read_csv(files[0], keep_default_na=False, na_values={c: [''] for c in findings.NUMBERS})
+    assert list(back.columns) == findings.FINDING_COLUMNS and len(back) == before[0].count(b'\n') - 1
 
 
 def test_an_old_audit_survives_a_full_disk(made, monkeypatch):
@@ -126,23 +129,23 @@ def test_an_old_audit_survives_a_full_disk(made, monkeypatch):
     before = [f.read_bytes() for f in files]
     def full(*_, **__): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(pd.DataFrame, 'to_csv', full)
-    with pytest.raises(UserError, match='No space left'): U.write_csv(pd.DataFrame(), files[0])
+    with pytest.raises(UserError, match='No space left'): results.write_csv(pd.DataFrame(), files[0])
     assert [f.read_bytes() for f in files] == before
 
 
 def test_pictures(made):
     _, t, _ = made
-    assert len(U.plot_readings(t).axes[0].get_yticklabels()) == 1
-    assert U.plot_noise(t).axes[0].lines[0].get_xdata().tolist() == [5.]
+    assert len(report.plot_readings(t).axes[0].get_yticklabels()) == 1
+    assert report.plot_noise(t).axes[0].lines[0].get_xdata().tolist() == [5.]
 
 
 # ---- readings
 
 @pytest.mark.parametrize('change, says', [(lambda v: v*0 + 1, 'better'), (lambda v: v*0, 'worse'), (lambda v: v, 'open')])
 def test_a_reading_is_judged_by_its_queries(drawn, change, says):
-    results(drawn, U.FULL, lambda v: v*0 + np.arange(len(v)) % 2)
-    results(drawn, CKA, lambda v: change(v*0 + np.arange(len(v)) % 2))
-    assert {verdicts(drawn)[m] for m in (U.HEAD, 'mAP', 'dual R-1')} == {says}
+    change_results(drawn, findings.FULL, lambda v: v*0 + np.arange(len(v)) % 2)
+    change_results(drawn, CKA, lambda v: change(v*0 + np.arange(len(v)) % 2))
+    assert {verdicts(drawn)[m] for m in (readings.HEAD, 'mAP', 'dual R-1')} == {says}
 
 
 def test_other_queries_are_refused(drawn):
@@ -155,16 +158,16 @@ def test_other_queries_are_refused(drawn):
 def test_a_run_with_other_options_is_left_out_and_named(drawn):
     path = drawn.runs_path/'synth/smoke/full-hsic_kernel=cka/seed0/config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(margin=.9)))
-    e = U.gather(drawn)
-    assert e.left_out == ['synth/smoke/full-hsic_kernel=cka/seed0'] and set(verdicts(drawn).values()) == {U.NOT_RUN}
-    empty = pd.DataFrame([U.finding('b', c.id, '', verdict=U.NOT_RUN) for c in U.ALL_CLAIMS], columns=U.COLUMNS)
-    assert 'Left out, since trained with other options: synth/smoke/full-hsic' in U.to_markdown(empty, '', e.left_out)
+    e = findings.gather(drawn)
+    assert e.left_out == ['synth/smoke/full-hsic_kernel=cka/seed0'] and set(verdicts(drawn).values()) == {findings.NOT_RUN}
+    empty = pd.DataFrame([findings.finding('b', c.id, '', verdict=findings.NOT_RUN) for c in ALL_CLAIMS], columns=findings.FINDING_COLUMNS)
+    assert 'Left out, since trained with other options: synth/smoke/full-hsic' in report.audit_markdown(empty, '', e.left_out)
 
 
 def test_options_of_all_runs_are_no_obstacle(drawn):
     for path in drawn.runs_path.rglob('config.json'):
         path.write_text(json.dumps(json.loads(path.read_text()) | dict(epochs=3)))
-    e = U.gather(drawn)
+    e = findings.gather(drawn)
     assert e.left_out == [] and e.base.epochs == 3
 
 
@@ -175,7 +178,7 @@ def test_a_run_that_cannot_be_read_is_one_clear_line(drawn):
 
 def test_nothing_to_look_at(tmp_path):
     with pytest.raises(UserError, match='no finished run of synth'):
-        U.gather(ArtifactParameters(preset='smoke', runs=str(tmp_path)))
+        findings.gather(ArtifactParameters(preset='smoke', runs=str(tmp_path)))
 
 
 def test_test_metrics_in_the_history_are_used(drawn):
@@ -183,24 +186,24 @@ def test_test_metrics_in_the_history_are_used(drawn):
     h = pd.DataFrame(dict(epoch=[1, 2, 3], val_fused_R1=[4., 6., 5.], val_fused_mAP=[4., 5., 6.], val_fused_R5=[9., 8., 9.],
                           val_fused_R10=[9., 9., 9.]))
     h.to_csv(folder/'history.csv', index=False)
-    gain = lambda e: {f['reading']: (f['diff'], f['verdict']) for f in U.selection_on_test(e)}
-    e = U.gather(drawn)
-    assert gain(e)['the best epoch on test'][1] == U.NOT_RUN
-    assert {f['reading']: f['verdict'] for f in U.selections(e)} == {'R1': 'default', 'mAP': U.NOT_RUN, 'sum': 'same epoch'}
+    gain = lambda e: {f['reading']: (f['diff'], f['verdict']) for f in protocol.selection_on_test(e)}
+    e = findings.gather(drawn)
+    assert gain(e)['the best epoch on test'][1] == findings.NOT_RUN
+    assert {f['reading']: f['verdict'] for f in readings.selections(e)} == {'R1': 'default', 'mAP': findings.NOT_RUN, 'sum': 'same epoch'}
     c = make_config('synth', 'smoke', 'full', tag=LOG_TEST, **layout_options('smoke', LOG_TEST))
     logged = run_dir(c, drawn.runs_path)
     demo_run(logged, c)
     h.assign(test_fused_R1=[1., 2., 5.]).to_csv(logged/'history.csv', index=False)
-    e = U.gather(drawn)
-    assert gain(e)['the best epoch on test'] == (3, '') and next(f for f in U.selections(e) if f['reading'] == 'mAP')['diff'] == 3
-    assert gain(e)['the best seed on test'][1] == U.NOT_RUN
+    e = findings.gather(drawn)
+    assert gain(e)['the best epoch on test'] == (3, '') and next(f for f in readings.selections(e) if f['reading'] == 'mAP')['diff'] == 3
+    assert gain(e)['the best seed on test'][1] == findings.NOT_RUN
 
 
 def test_choosing_a_reading_on_test_gains_what_validation_would_not_choose(drawn):
-    e = U.gather(drawn)
+    e = findings.gather(drawn)
     full = e.runs['variant'] == 'full'
     e.runs.loc[full, ['R1', 'val_R1']] = [[60., 50.] if t else [40., 55.] for t in e.runs[full]['tag']]
-    found = U.selection_on_test(e)[2]
+    found = protocol.selection_on_test(e)[2]
     assert (found['reading'], found['value'], found['diff']) == ('the best reading on test', 60, 20)
 
 
@@ -229,7 +232,7 @@ def test_a_default_that_moves_takes_its_reading_with_it():
     tags = {c.tag for c in audit_grid(hsic_kernel='cka', tau=.07)}
     assert 'hsic_kernel=cka' not in tags and {'hsic_kernel=linear_normalized', 'tau=0.05'} <= tags
     assert all(c.tau == .07 for c in audit_grid(tau=.07) if not c.tag.startswith('tau='))
-    names = [r.name for r in U.all_readings(make_config(tau=.07)) if r.n == 20]
+    names = [r.name for r in readings.all_readings(make_config(tau=.07)) if r.n == 20]
     assert names.count('tau=0.07') == 1
 
 
@@ -241,18 +244,18 @@ def test_tags_and_folders_are_distinct():
 # ---- claims, ceilings
 
 def test_settling():
-    rows = lambda *v: [dict(verdict=x, rule=U.DECIDES) for x in v]
-    kinds = ('for', 'against', 'open', U.NOT_RUN)
+    rows = lambda *v: [dict(verdict=x, rule=findings.DECIDES) for x in v]
+    kinds = ('for', 'against', 'open', findings.NOT_RUN)
     for n in (1, 2, 3):
         for v in combinations(kinds, n):
-            want = 'does not' if 'against' in v else U.NOT_SHOWN if 'open' in v else U.NOT_RUN if U.NOT_RUN in v else 'holds'
-            assert U.settle(rows(*v)) == want
+            want = 'does not' if 'against' in v else findings.NOT_SHOWN if 'open' in v else findings.NOT_RUN if findings.NOT_RUN in v else 'holds'
+            assert findings.claim_verdict(rows(*v)) == want
 
 
 @pytest.mark.parametrize('layout', ['cuhk', 'icfg', 'rstp'])
 def test_captions_are_heard_in_every_layout(layout):
-    s = U.spec_of(make_config('synth', synth_layout=layout, synth_train_ids=2, synth_val_ids=1, synth_test_ids=12), True)
-    texts, heard = [t for r in U.gallery_rows(s) for t in r['captions']], U.captions_heard(s)
+    s = findings.spec_of(make_config('synth', synth_layout=layout, synth_train_ids=2, synth_val_ids=1, synth_test_ids=12), True)
+    texts, heard = [t for r in findings.gallery_rows(s) for t in r['captions']], ceiling.captions_heard(s)
     assert len(texts) == len(heard)
     for text, h in zip(texts, heard):
         assert ('scarf' in text.lower()) == ('scarf_color' in h) and ('beard' in text.lower()) == ('beard' in h)
@@ -261,28 +264,28 @@ def test_captions_are_heard_in_every_layout(layout):
 
 def test_ceilings_where_clothes_change():
     c = make_config('synth', 'smoke', synth_test_ids=40)
-    kept, changed = U.perfect(c, False), U.perfect(c, True)
+    kept, changed = ceiling.perfect(c, False), ceiling.perfect(c, True)
     assert changed['clothing']['R1 other'].mean() < 20 < kept['clothing']['R1 other'].mean()     # clothes mislead, or tell all
     assert abs(changed['identity']['R1 other'].mean() - kept['identity']['R1 other'].mean()) < 10
 
 
 def test_other_pictures_never_show_the_own():
     scores = torch.eye(6).double()
-    r = U.other_pictures(scores, np.arange(6), np.array([0, 0, 0, 1, 1, 1]))
+    r = findings.other_pictures(scores, np.arange(6), np.array([0, 0, 0, 1, 1, 1]))
     assert np.allclose(r['R1'], .5)
     same = torch.tensor([[0., 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]).double()
-    assert (U.other_pictures(same, np.arange(4), np.array([0, 0, 1, 1]))['R1'] == 1).all()
+    assert (findings.other_pictures(same, np.arange(4), np.array([0, 0, 1, 1]))['R1'] == 1).all()
 
 
 def test_a_run_is_looked_at_once_and_again_under_other_options(made):
     p, _, _ = made
     f = p.runs_path/'synth/smoke/full/seed0/look-clothes.safetensors'
     before = f.stat().st_mtime_ns
-    values = U.look(U.gather(p), f.parent, 'clothes')
+    values = findings.model_findings(findings.gather(p), f.parent, 'clothes')
     assert f.stat().st_mtime_ns == before
     shutil.copy(p.runs_path/'synth/smoke/baseline/seed0'/f.name, f)                 # of another model
-    again = U.look(U.gather(p), f.parent, 'clothes')
-    assert U.read_tensors(f)[1]['config_hash'] == json.loads((f.parent/'config.json').read_text())['config_hash']
+    again = findings.model_findings(findings.gather(p), f.parent, 'clothes')
+    assert files.read_tensors(f)[1]['config_hash'] == json.loads((f.parent/'config.json').read_text())['config_hash']
     for k in values: np.testing.assert_array_equal(values[k], again[k])
 
 
@@ -295,7 +298,7 @@ def test_an_audit_without_models_or_large_features_is_the_same(made, tmp_path):
     cs = [make_config('synth', 'smoke', epochs=1, **o) for o in options.values()]
     assert len(restore_runs(tmp_path/'runs', tmp_path/'tables', cs)) == 3
     shutil.copy(p.runs_path/'synth/smoke/costs.csv', tmp_path/'runs/synth/smoke')
-    again, _ = U.write_audit(p.model_copy(update=dict(runs=str(tmp_path/'runs'), tables=str(tmp_path/'audit'))), draws=60)
+    again, _ = report.write_audit(p.model_copy(update=dict(runs=str(tmp_path/'runs'), tables=str(tmp_path/'audit'))), draws=60)
     pd.testing.assert_frame_equal(again, t)
 
 
@@ -303,26 +306,26 @@ def test_a_run_that_was_never_looked_at_is_left_out(made, tmp_path):
     p, _, _ = made
     shutil.copytree(p.runs_path, tmp_path/'runs')
     folder = tmp_path/'runs/synth/smoke/full/seed0'
-    (folder/U.MODEL).unlink()
+    (folder/findings.MODEL).unlink()
     for f in folder.glob('look-*'): f.unlink()
-    e = U.gather(p.model_copy(update=dict(runs=str(tmp_path/'runs'))), draws=20)
-    assert [(f['verdict'], f['evidence']) for f in U.protocol(e)] == [(U.NOT_RUN, 'no run of full has its model')]
-    deciding = [f for f in U.robust(e) if f['rule'].startswith(U.DECIDES)]
-    assert deciding and {f['verdict'] for f in deciding} == {U.NOT_RUN}
+    e = findings.gather(p.model_copy(update=dict(runs=str(tmp_path/'runs'))), draws=20)
+    assert [(f['verdict'], f['evidence']) for f in protocol.protocol(e)] == [(findings.NOT_RUN, 'no run of full has its model')]
+    deciding = [f for f in probes.robust(e) if f['rule'].startswith(findings.DECIDES)]
+    assert deciding and {f['verdict'] for f in deciding} == {findings.NOT_RUN}
 
 
 def test_real_data_has_no_factors(made):
     p, _, _ = made
-    e = U.gather(p)
+    e = findings.gather(p)
     e.base = make_config('cuhk')
-    for rows in (U.part_d(e), U.part_e(e), U.robust(e)): assert [f['verdict'] for f in rows] == [U.NOT_HERE]
+    for rows in (protocol.part_d(e), ceiling.part_e(e), probes.robust(e)): assert [f['verdict'] for f in rows] == [findings.NOT_HERE]
 
 
 def test_dependence_needs_a_pairing():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 5)), rng.normal(size=(60, 5))
-    assert U.dependence(x, np.abs(x))[2] < .05 < U.dependence(x, y)[2]
+    assert probes.hsic_excess(x, np.abs(x))[2] < .05 < probes.hsic_excess(x, y)[2]
 
 
 def test_no_name_of_the_module_is_taken_for_a_test():
-    assert not [n for n in dir(U) if n.startswith('test_')]
+    assert not [n for n in dir(findings) if n.startswith('test_')]

@@ -16,12 +16,8 @@ from bdam_repro import batches
 from bdam_repro.batches import (
     SPECIAL_TOKENS,
     Batch,
-    ImageStore,
     PKSampler,
-    augment,
-    decode_image,
     encode_texts,
-    hub_folder,
     image_batches,
     load_tokenizer,
     text_batches,
@@ -30,6 +26,8 @@ from bdam_repro.batches import (
     trim,
 )
 from bdam_repro.config import UserError
+from bdam_repro.hub import hub_folder
+from bdam_repro.images import ImageStore, augment, decode_image
 from bdam_repro.pedes import PedesDataset
 
 COLORS = ['red', 'green', 'blue', 'black', 'white', 'brown']

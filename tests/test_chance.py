@@ -2,10 +2,13 @@
 import pytest
 import torch
 
+from bdam_repro.batches import load_tokenizer
 from bdam_repro.config import make_config
+from bdam_repro.evaluate import evaluate
 from bdam_repro.metrics import chance
-from bdam_repro.model import from_pretrained
-from bdam_repro.training import evaluate, finished, load_data, load_tokenizer, train
+from bdam_repro.pretrained import from_pretrained
+from bdam_repro.run_data import load_data
+from bdam_repro.runs import finished, train
 
 
 def learn(home, shuffle: bool) -> tuple[dict, dict, dict]:

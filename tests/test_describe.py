@@ -27,24 +27,14 @@ import pytest
 from mllm_server import CONTENT, TRANSPORT, description
 from PIL import Image
 
+from bdam_repro.batchmode import describe_batch, describe_batch_async
 from bdam_repro.config import UserError
-from bdam_repro.describe import (
-    FIELDS,
-    DescribeParameters,
-    Journal,
-    Policy,
-    describe,
-    describe_async,
-    describe_batch,
-    describe_batch_async,
-    describe_dataset,
-    describe_split,
-    draw_style,
-    estimate,
-    image_url,
-    make_client,
-    read_journal,
-)
+from bdam_repro.describe import describe, describe_async, estimate_cost
+from bdam_repro.describers import DescribeParameters, describe_dataset
+from bdam_repro.journal import FIELDS, Journal, read_journal
+from bdam_repro.lexicon import Policy
+from bdam_repro.mllm import draw_style, image_url, make_client
+from bdam_repro.offline import describe_split
 
 FULL = bool(os.environ.get('DESCRIBE_FULL'))
 KEY = 'planted-key-4711-do-not-print'
@@ -670,7 +660,8 @@ def test_a_planted_key_is_in_no_output(tmp_path, settings):
     pictures(tmp_path / 'imgs', 4)
     code = (
         "import logging, sys, pandas as pd; logging.basicConfig(level=logging.DEBUG)\n"
-        "from bdam_repro.describe import describe, make_client\n"
+        "from bdam_repro.describe import describe\n"
+        "from bdam_repro.mllm import make_client\n"
         "describe(pd.DataFrame({'file': [f'{i:05}.png' for i in range(4)]}), make_client(), sys.argv[2] + '/d.jsonl',"
         " images_dir=sys.argv[1], model='m', concurrency=2,"
         " retries=1, backoff=.01, breaker=5)"
@@ -834,8 +825,8 @@ def test_a_dry_run_needs_no_key(tmp_path, monkeypatch, batch):
     records = pictures(tmp_path / 'imgs', 8).assign(split='train', pid=range(8))
     ds = SimpleNamespace(name='cuhk', root=tmp_path, images_dir=tmp_path / 'imgs', records=records)
     p = DescribeParameters(dataset='cuhk', describer='mllm', model='m', batch=batch, out=str(tmp_path / 'd.jsonl'))
-    estimate, out = describe_dataset(ds, p.model_copy(update=dict(dry_run=True)))
-    assert estimate.images == 8 and not out.exists()
+    estimate_cost, out = describe_dataset(ds, p.model_copy(update=dict(dry_run=True)))
+    assert estimate_cost.images == 8 and not out.exists()
     with pytest.raises(UserError, match='OPENAI_API_KEY is not set'):
         describe_dataset(ds, p)
 
@@ -872,7 +863,7 @@ def test_split_survives_whatever_people_write(tmp_path):
 
 
 def test_estimates_of_nothing(tmp_path):
-    assert estimate([], tmp_path / 'none.jsonl', policy=Policy()).hours == 0
+    assert estimate_cost([], tmp_path / 'none.jsonl', policy=Policy()).hours == 0
 
 
 def test_a_file_that_is_no_journal_is_left_alone(tmp_path):

@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
+from bdam_repro.batches import load_tokenizer
 from bdam_repro.config import UserError, make_config, run_dir
-from bdam_repro.model import from_pretrained, read_tensors
+from bdam_repro.files import read_tensors
 from bdam_repro.pedes import load_pedes
+from bdam_repro.pretrained import from_pretrained
+from bdam_repro.runs import finished, prepare, train
 from bdam_repro.synth import make_synth
-from bdam_repro.training import finished, load_tokenizer, prepare, train
 
 OFFICIAL = {'cuhk': ('CUHK-PEDES', 'reid_raw.json'), 'icfg': ('ICFG-PEDES', 'ICFG-PEDES.json'),
             'rstp': ('RSTPReid', 'data_captions.json')}

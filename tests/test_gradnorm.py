@@ -175,7 +175,7 @@ def test_reduce_averages_gradients_before_the_norm():
     net, losses = setup()
     params, now = list(net[-1].parameters()), losses()
     whole = []
-    g, L, here = gnm.measure(NAMES, now, params, reduce=lambda M: whole.append(M) or M * torch.tensor([0.0] * 24 + [1.0, 1.0]))
+    g, L, here = gnm.measure_tasks(NAMES, now, params, reduce=lambda M: whole.append(M) or M * torch.tensor([0.0] * 24 + [1.0, 1.0]))
     assert (g == 0).all() and here.all()  # opposite gradients on two processes: the mean has no length
     assert L.tolist() == pytest.approx([v.item() for v in now.values()])
     assert whole[0].shape == (3, 5 * 4 + 4 + 2)  # one matrix, one collective
@@ -192,7 +192,7 @@ def test_two_processes_agree_with_one_on_the_whole_batch():
         return {'a': d.square().mean(), 'b': 7 * d.abs().mean()}
 
     matrices = []
-    for rows in (slice(0, 4), slice(4, 8)): gnm.measure('ab', losses(rows), params, lambda M: matrices.append(M) or M)
+    for rows in (slice(0, 4), slice(4, 8)): gnm.measure_tasks('ab', losses(rows), params, lambda M: matrices.append(M) or M)
     one = GradNorm('ab', every=1)
     two = GradNorm('ab', every=1)
     one.step(losses(slice(0, 8)), params)
@@ -203,11 +203,11 @@ def test_two_processes_agree_with_one_on_the_whole_batch():
 def test_a_task_missing_on_one_process_keeps_the_collective_in_step():
     net, losses = setup()
     params, now = list(net[-1].parameters()), losses()
-    shapes, full = [], gnm.measure(NAMES, now, params)
+    shapes, full = [], gnm.measure_tasks(NAMES, now, params)
     part = {k: v for k, v in now.items() if k != 'b'}
     present = []
-    gnm.measure(NAMES, now, params, lambda M: present.append(M) or M)
-    g, L, here = gnm.measure(NAMES, part, params, lambda M: shapes.append(M.shape) or (M + present[0]) / 2)
+    gnm.measure_tasks(NAMES, now, params, lambda M: present.append(M) or M)
+    g, L, here = gnm.measure_tasks(NAMES, part, params, lambda M: shapes.append(M.shape) or (M + present[0]) / 2)
     assert shapes == [present[0].shape] and here.all()
     assert L.tolist() == pytest.approx(full[1].tolist())  # a loss is averaged over where it was
     assert g[1].item() == pytest.approx(full[0][1].item() / 2)  # a gradient over all, as data-parallel training does

@@ -10,24 +10,22 @@ from torch.nn import functional as F
 from bdam_repro.batches import Batch
 from bdam_repro.bdam import BDAM
 from bdam_repro.config import VARIANTS, UserError, make_config
+from bdam_repro.files import read_tensors, write_tensors
 from bdam_repro.fusion import MambaFusion
 from bdam_repro.model import (
     ImageFeatures,
-    SecondThread,
     TextFeatures,
     build_model,
     candidates,
     dual,
-    from_pretrained,
     fuse,
     invalid_pair_scores,
     match_score,
-    read_tensors,
     rescore,
-    save_pretrained,
-    write_tensors,
 )
-from bdam_repro.training import batch_losses, forward
+from bdam_repro.objective import batch_losses, forward
+from bdam_repro.pretrained import from_pretrained, save_pretrained
+from bdam_repro.threads import SecondThread
 
 CLIP = dict(vision={'type': 'clip', 'hidden': 32, 'layers': 2, 'heads': 2, 'patch': 16},
             text={'type': 'clip', 'hidden': 32, 'layers': 2, 'heads': 2})

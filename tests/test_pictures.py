@@ -9,23 +9,25 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bdam_repro import pictures as P
-from bdam_repro.artifacts import collect_runs, keep_runs, restore_runs, save_figure
+from bdam_repro import architecture, figure_style, pictures, testing
+from bdam_repro.archive import keep_runs, restore_runs
 from bdam_repro.config import VARIANTS, UserError, make_config
+from bdam_repro.figure_style import save_figure
 from bdam_repro.model import build_model
 from bdam_repro.ranked import HIT, MISS, load_run
+from bdam_repro.results import collect_runs
 
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "Two smoke runs."
-    return P.smoke_runs(tmp_path_factory.mktemp('made'))
+    return testing.smoke_pair(tmp_path_factory.mktemp('made'))
 
 
 @pytest.fixture(scope='module')
 def pair(made):
-    runs = [load_run(f, made.data_root, progress=False) for f in P.run_pairs(made)[0]]
-    return runs, [P.kept_answers(r.folder) for r in runs]
+    runs = [load_run(f, made.data_root, progress=False) for f in pictures.run_pairs(made)[0]]
+    return runs, [pictures.kept_answers(r.folder) for r in runs]
 
 
 @pytest.fixture
@@ -48,56 +50,56 @@ def answers(*right, rows=None):
 def test_bdam_stands_in_for_full(copied):
     folder = copied.runs_path/'synth'/'smoke'
     (folder/'full').rename(folder/'bdam')
-    assert [f.parent.name for f in P.run_pairs(copied)[0]] == ['baseline', 'bdam']
+    assert [f.parent.name for f in pictures.run_pairs(copied)[0]] == ['baseline', 'bdam']
 
 
 def test_seeds_that_only_one_has_are_left_out(copied):
     folder = copied.runs_path/'synth'/'smoke'
     for variant, seeds in (('baseline', (2, 10)), ('full', (3, 10))):
         for s in seeds: shutil.copytree(folder/variant/'seed0', folder/variant/f'seed{s}')
-    assert list(P.run_pairs(copied)) == [0, 10]
+    assert list(pictures.run_pairs(copied)) == [0, 10]
     (folder/'full'/'seed0'/'metrics.json').unlink()                     # unfinished
-    assert list(P.run_pairs(copied)) == [10]
+    assert list(pictures.run_pairs(copied)) == [10]
     (folder/'full'/'seed10'/'best.safetensors').unlink()                # kept without its weights
-    with pytest.raises(UserError, match='no seed has finished runs'): P.run_pairs(copied)
+    with pytest.raises(UserError, match='no seed has finished runs'): pictures.run_pairs(copied)
 
 
 def test_the_figure_is_drawn_again_without_the_models(made, copied):
-    runs = P.open_pair(P.run_pairs(copied), made.data_root)
-    kept = tuple(P.kept_answers(r.folder) for r in runs)
-    seen = P.see_pair(runs, kept)
-    first = save_figure(P.plot_examples(P.find_examples(runs, kept, seen), runs[0], P.caption1(runs, seen[1])), 'fig1', copied)
+    runs = pictures.open_pair(pictures.run_pairs(copied), made.data_root)
+    kept = tuple(pictures.kept_answers(r.folder) for r in runs)
+    seen = pictures.see_pair(runs, kept)
+    first = save_figure(pictures.plot_examples(pictures.find_examples(runs, kept, seen), runs[0], pictures.caption1(runs, seen[1])), 'fig1', copied)
     before = [f.read_bytes() for f in first]
     archive = copied.runs_path.parent/'tables'
     keep_runs(copied.runs_path, collect_runs(copied.runs_path), archive)
     shutil.rmtree(copied.runs_path)
     assert len(restore_runs(copied.runs_path, archive, [r.config for r in runs])) == 2
-    again = P.open_pair(P.run_pairs(copied), made.data_root)
-    assert [r.model for r in again] == [None, None] and P.see_first(copied) == 0
-    kept = tuple(P.kept_answers(r.folder) for r in again)
-    seen = P.see_pair(again, kept)
-    fig = P.plot_examples(P.find_examples(again, kept, seen), again[0], P.caption1(again, seen[1]))
+    again = pictures.open_pair(pictures.run_pairs(copied), made.data_root)
+    assert [r.model for r in again] == [None, None] and pictures.see_first(copied) == 0
+    kept = tuple(pictures.kept_answers(r.folder) for r in again)
+    seen = pictures.see_pair(again, kept)
+    fig = pictures.plot_examples(pictures.find_examples(again, kept, seen), again[0], pictures.caption1(again, seen[1]))
     assert [f.read_bytes() for f in save_figure(fig, 'fig1', copied)] == before
-    with pytest.raises(UserError, match='another run'): P.see(again[0], [0, 1, 2], [])
+    with pytest.raises(UserError, match='another run'): pictures.see(again[0], [0, 1, 2], [])
 
 
 # ---- which queries
 
 def test_a_tie_at_the_top_is_not_right():
-    rows = P.outcomes(answers(1, 1, 0, .5, 0), answers(1, .5, 1, 1, 0))
-    assert [list(rows[k]) for k in P.KINDS] == [[2, 3], [1], [0], [4]]
+    rows = pictures.outcomes(answers(1, 1, 0, .5, 0), answers(1, .5, 1, 1, 0))
+    assert [list(rows[k]) for k in pictures.OUTCOMES] == [[2, 3], [1], [0], [4]]
 
 
 def test_other_queries_are_refused():
     other = answers(1, 0, rows=np.array([0, 2]))
-    with pytest.raises(UserError, match='tested on different queries'): P.outcomes(answers(1, 0), other)
+    with pytest.raises(UserError, match='tested on different queries'): pictures.outcomes(answers(1, 0), other)
 
 
 def test_examples_are_the_first_of_their_kind(pair):
     runs, kept = pair
-    rows = P.outcomes(*kept)
-    examples = P.find_examples(runs, kept, P.see_pair(runs, kept))
-    assert [x.kind for x in examples] == [k for k in P.KINDS if len(rows[k])][:2]
+    rows = pictures.outcomes(*kept)
+    examples = pictures.find_examples(runs, kept, pictures.see_pair(runs, kept))
+    assert [x.kind for x in examples] == [k for k in pictures.OUTCOMES if len(rows[k])][:2]
     for x in examples:
         q = rows[x.kind][0]
         assert x.own == kept[0]['q_rows'][q] and (x.count, x.of) == (len(rows[x.kind]), len(kept[0]['q_rows']))
@@ -107,14 +109,14 @@ def test_examples_are_the_first_of_their_kind(pair):
 def test_models_that_agree_are_shown_agreeing(pair):
     runs, kept = pair
     same = [kept[0], kept[0] | dict(top=kept[1]['top'])]
-    assert [x.kind for x in P.find_examples(runs, same, P.see_pair(runs, same))] == ['Both are right', 'Neither is right']
+    assert [x.kind for x in pictures.find_examples(runs, same, pictures.see_pair(runs, same))] == ['Both are right', 'Neither is right']
 
 
 # ---- maps
 
 @pytest.mark.parametrize('grid, count', [((8, 4), 32), ((24, 8), 24), ((14, 14), 49), ((9, 3), 10), ((1, 1), 1)])
 def test_windows_tile_the_grid(grid, count):
-    n, corners = P.windows(grid)
+    n, corners = pictures.windows(grid)
     seen = np.zeros(grid, int)
     for y, x in corners: seen[y:y + n, x:x + n] += 1
     assert (seen == 1).all() and len(corners) == count <= 64
@@ -124,9 +126,9 @@ def test_windows_tile_the_grid(grid, count):
 def test_shares_sum_to_one_and_come_from_the_right_place(size):
     model = smoke(image_height=size[0], image_width=size[1])
     image = torch.randint(256, (3, *size), dtype=torch.uint8)
-    n, corners = P.windows(model.vision.grid)
-    gray = P.hide(model, image, corners[:2])
-    for name, s in P.patch_shares(model, gray).items():
+    n, corners = pictures.windows(model.vision.grid)
+    gray = pictures.hide(model, image, corners[:2])
+    for name, s in pictures.patch_shares(model, gray).items():
         assert s.shape == tuple(-(-g//n) for g in model.vision.grid) and s.sum() == pytest.approx(1, abs=1e-5), name
         assert (s.ravel()[:2] < 1e-4).all() and (s.ravel()[2:] > 1e-4).all(), name
 
@@ -135,14 +137,14 @@ def test_a_feature_that_nothing_moves_has_an_even_map():
     model = smoke('baseline')
     for q in model.bdam.proj.parameters(): torch.nn.init.ones_(q)       # f_id has one direction
     torch.nn.init.zeros_(model.bdam.norm.weight)
-    s = P.patch_shares(model, torch.randint(256, (3, 64, 32), dtype=torch.uint8))['f_id']
+    s = pictures.patch_shares(model, torch.randint(256, (3, 64, 32), dtype=torch.uint8))['f_id']
     assert np.allclose(s, 1/8)
 
 
 @pytest.mark.parametrize('columns', [1., .5])
 def test_a_map_lies_on_what_the_model_reads(columns):
     ax = Figure().add_subplot()
-    P.draw_map(ax, Image.new('RGB', (40, 80)), np.eye(2), P.DARK, columns)
+    pictures.draw_map(ax, Image.new('RGB', (40, 80)), np.eye(2), figure_style.IDENTITY_INK, columns)
     assert ax.images[1].get_extent() == [20 - 20*columns, 20 + 20*columns, 80, 0]
     assert ax.get_xlim() == (0, 40) and ax.get_ylim() == (80, 0) and len(ax.lines) == 2*(columns < 1)
 
@@ -150,14 +152,14 @@ def test_a_map_lies_on_what_the_model_reads(columns):
 def test_the_model_is_shown_the_part_that_it_reads(pair):
     run, rows = pair[0][0], pair[1][0]['g_rows'][:2].tolist()
     part = SimpleNamespace(dataset=run.dataset, config=run.config.model_copy(update=dict(columns=.5)))
-    assert P.images_of(part, rows).shape == P.images_of(run, rows).shape
-    assert not torch.equal(P.images_of(part, rows), P.images_of(run, rows))
+    assert pictures.images_of(part, rows).shape == pictures.images_of(run, rows).shape
+    assert not torch.equal(pictures.images_of(part, rows), pictures.images_of(run, rows))
 
 
 # ---- the drawing
 
 @pytest.fixture(scope='module')
-def traced(): return {v: (m := smoke(v), P.trace(m)) for v in VARIANTS if not v.startswith('style_')}
+def traced(): return {v: (m := smoke(v), architecture.trace(m)) for v in VARIANTS if not v.startswith('style_')}
 
 
 def test_each_parameter_stands_in_one_box(traced):
@@ -178,7 +180,7 @@ def test_losses_and_boxes_follow_the_configuration(traced):
 
 
 def test_inputs_are_those_that_are_read(traced):
-    read = lambda **o: set(P.trace(smoke(**o)).inputs) - {'image', 'clothing'}
+    read = lambda **o: set(architecture.trace(smoke(**o)).inputs) - {'image', 'clothing'}
     assert set(traced['full'][1].inputs) == {'image', 'caption', 'other', 'identity', 'clothing'}
     assert set(traced['baseline'][1].inputs) == {'image', 'caption', 'other'}
     assert read(two_captions=False) == {'caption', 'identity'} and read(id_text='caption') == {'caption', 'other'}
@@ -187,7 +189,7 @@ def test_inputs_are_those_that_are_read(traced):
 def test_tracing_leaves_no_trace():
     m, c = smoke().train(), make_config('synth', 'smoke')
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in m.state_dict().items()}
-    P.trace(m)
+    architecture.trace(m)
     assert m.training and m.config == c and torch.equal(before, torch.get_rng_state())
     assert not any(x._forward_hooks for x in m.modules()) and all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
 
@@ -203,7 +205,7 @@ READINGS = [dict(fusion_input='tokens', fusion_text='identity', id_text='both'),
 @pytest.mark.parametrize('options', READINGS, ids=lambda o: '-'.join(map(str, o.values())))
 def test_readings_are_drawn_without_collisions(options):
     m = smoke(**options)
-    assert P.collisions(P.plot_model(m, P.trace(m), 'words')) == []
+    assert architecture.collisions(architecture.plot_model(m, architecture.trace(m), 'words')) == []
 
 
 DRAWN = 'full', 'baseline', 'bdam_no_cross', 'bdam_no_gate', 'fusion_no_gate', 'fusion_no_mamba', 'tal'
@@ -212,21 +214,21 @@ DRAWN = 'full', 'baseline', 'bdam_no_cross', 'bdam_no_gate', 'fusion_no_gate', '
 @pytest.mark.parametrize('variant', DRAWN)
 def test_variants_are_drawn_without_collisions(variant, traced):
     m, t = traced[variant]
-    fig = P.plot_model(m, t, P.caption2(t, m.config, 'source'))
-    assert P.collisions(fig) == [] and fig.get_size_inches()[0] == P.WIDTH
+    fig = architecture.plot_model(m, t, architecture.caption2(t, m.config, 'source'))
+    assert architecture.collisions(fig) == [] and fig.get_size_inches()[0] == figure_style.PAGE_WIDTH
 
 
 def test_a_collision_is_seen(traced):
     m, t = traced['full']
-    fig = P.plot_model(m, t, 'words')
+    fig = architecture.plot_model(m, t, 'words')
     fig.axes[0].texts[0].set_text('a name that is too long for any box')
-    assert any(where == 'box' for _, where in P.collisions(fig))
+    assert any(where == 'box' for _, where in architecture.collisions(fig))
 
 
 def test_without_a_run_the_drawing_says_untrained(made):
-    model, source = P.running_model(made.model_copy(update=dict(runs='nowhere')))
+    model, source = architecture.running_model(made.model_copy(update=dict(runs='nowhere')))
     assert 'untrained' in source and 'SynthPEDES' in source and model.config.variant == 'full'
-    model, source = P.running_model(made)
+    model, source = architecture.running_model(made)
     assert 'untrained' not in source and 'score fused' in source
     assert json.loads((made.runs_path/'synth'/'smoke'/'full'/'seed0'/'provenance.json').read_text())['code'] in source
 
@@ -234,10 +236,10 @@ def test_without_a_run_the_drawing_says_untrained(made):
 # ---- to print
 
 def figures(made, pair):
-    (runs, kept), (model, source) = pair, P.running_model(made)
-    t, seen = P.trace(model), P.see_pair(runs, kept)
-    yield 'fig1', 180, P.plot_examples(P.find_examples(runs, kept, seen), runs[0], P.caption1(runs, seen[1]))
-    yield 'fig2', 200, P.plot_model(model, t, P.caption2(t, model.config, source))
+    (runs, kept), (model, source) = pair, architecture.running_model(made)
+    t, seen = architecture.trace(model), pictures.see_pair(runs, kept)
+    yield 'fig1', 180, pictures.plot_examples(pictures.find_examples(runs, kept, seen), runs[0], pictures.caption1(runs, seen[1]))
+    yield 'fig2', 200, architecture.plot_model(model, t, architecture.caption2(t, model.config, source))
 
 
 def test_files_are_small_and_the_same_again(made, pair):
@@ -245,12 +247,12 @@ def test_files_are_small_and_the_same_again(made, pair):
     again = {f.name: f.read_bytes() for name, dpi, fig in figures(made, pair) for f in save_figure(fig, name, made, dpi)}
     assert first == again and set(first) == {'fig1.pdf', 'fig1.png', 'fig2.pdf', 'fig2.png'}
     assert max(map(len, first.values())) < 10**6
-    assert [Image.open(made.figures_path/f'fig{n}.png').width for n in (1, 2)] == [180*P.WIDTH, 200*P.WIDTH]
+    assert [Image.open(made.figures_path/f'fig{n}.png').width for n in (1, 2)] == [180*figure_style.PAGE_WIDTH, 200*figure_style.PAGE_WIDTH]
 
 
 def test_captions_say_where_it_is_from(pair):
     seen = {'map.f_id': torch.ones(1, 4, 2), 'likeness': torch.tensor([.5, .7])}
-    words = P.caption1(pair[0], seen)
+    words = pictures.caption1(pair[0], seen)
     for part in ('SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code ', '2 images', '0.60 ± 0.14'):
         assert part in words
 

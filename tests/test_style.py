@@ -14,9 +14,12 @@ from sklearn.cluster import DBSCAN, KMeans
 from sklearn.datasets import make_blobs, make_moons
 from sklearn.metrics import adjusted_rand_score
 
-from bdam_repro import style
+from bdam_repro import generalize as G
 from bdam_repro.config import VARIANTS, UserError
-from bdam_repro.describe import Policy, SlidingWindow, prompt_texts, read_journal
+from bdam_repro.generalize import generalize, generalize_with, placeholder, synth_captions
+from bdam_repro.journal import read_journal
+from bdam_repro.lexicon import Policy
+from bdam_repro.mllm import SlidingWindow, prompt_texts
 from bdam_repro.pedes import load_pedes
 from bdam_repro.style import (
     METHODS,
@@ -25,12 +28,8 @@ from bdam_repro.style import (
     dbcv,
     embed_styles,
     eps_sweep,
-    generalize,
-    generalize_with,
-    placeholder,
     style_descriptions,
     style_prompts,
-    synth_captions,
 )
 from bdam_repro.synth import make_synth
 
@@ -268,7 +267,7 @@ def test_rewriting_resumes_and_never_asks_twice(tmp_path):
 
 
 def test_rewriting_checks_its_answers_and_tries_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(style, 'wait_random_exponential', lambda **_: lambda state: 0)
+    monkeypatch.setattr(G, 'wait_random_exponential', lambda **_: lambda state: 0)
     answers = {'a man': '', 'a boy': 'two\nlines', 'a lady': 'x' * 500, 'a girl': 'a PERSON!'}
     client, asked = served(lambda c, n: 429 if n == 1 else 502 if n == 2 else answers[c])
     texts = generalize_with(client, list(answers), model='m', cache=tmp_path/'c.jsonl', progress=False)
@@ -278,10 +277,10 @@ def test_rewriting_checks_its_answers_and_tries_again(tmp_path, monkeypatch):
 
 
 def test_rewriting_keeps_to_the_limit_and_to_retry_after(tmp_path, monkeypatch):
-    monkeypatch.setattr(style, 'wait_random_exponential', lambda **_: lambda state: 0)
+    monkeypatch.setattr(G, 'wait_random_exponential', lambda **_: lambda state: 0)
     times = []
     client, _ = served(lambda c, n: times.append((c, time.monotonic())) or (429 if c == 'a man 0' and n == 1 else 'a PERSON'))
-    monkeypatch.setattr(style, 'SlidingWindow', lambda rpm: SlidingWindow(rpm, window=.5))
+    monkeypatch.setattr(G, 'SlidingWindow', lambda rpm: SlidingWindow(rpm, window=.5))
     generalize_with(client, [f'a man {i}' for i in range(25)], model='m', cache=tmp_path/'c.jsonl', rpm=10, progress=False)
     first, second = (t for c, t in times if c == 'a man 0')
     assert second - first >= .4

@@ -13,24 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdam_repro import synth
+from bdam_repro import captions, people, synth
+from bdam_repro.captions import STYLES, SYNONYMS, caption, clothing_description, describe_factors, identity_description, visible
 from bdam_repro.config import UserError
-from bdam_repro.synth import (
-    CLOTHING_FACTORS,
-    IDENTITY_FACTORS,
-    STYLES,
-    SYNONYMS,
-    caption,
-    clothing_description,
-    describe_factors,
-    describe_synth,
-    identity_description,
-    image_factors,
-    make_synth,
-    render,
-    stream,
-    visible,
-)
+from bdam_repro.people import CLOTHING_FACTORS, IDENTITY_FACTORS, image_factors, stream
+from bdam_repro.rendering import render
+from bdam_repro.synth import make_synth, rewrite_descriptions
 
 
 def make(root, **kw):
@@ -54,7 +42,7 @@ def small(tmp_path_factory):
     return make(tmp_path_factory.mktemp('small'))
 
 @pytest.fixture(scope='module')
-def people():
+def crowd():
     return [image_factors(5, i, 0) for i in range(300)]
 
 
@@ -126,7 +114,7 @@ def test_pictures_have_the_size_asked_for(tmp_path):
 
 def test_synth_json_names_everything(small):
     spec = json.loads((small/'synth.json').read_text())
-    assert spec['layout'] == 'cuhk' and spec['n_ids'] == 10 and spec['version'] == synth.VERSION and spec['error_rate'] == .05
+    assert spec['layout'] == 'cuhk' and spec['n_ids'] == 10 and spec['version'] == people.VERSION and spec['error_rate'] == .05
 
 def test_description_schema(small):
     keys = {'image', 'identity', 'clothing', 'attributes', 'style', 'model', 'prompt_hash', 'seed', 'tries', 'tokens', 'cost',
@@ -172,8 +160,8 @@ def test_a_factor_shows(factor, a, b):
 
 @pytest.mark.parametrize('view', ['front', 'back', 'left', 'right'])
 def test_every_garment_can_be_drawn_from_every_side(view):
-    kinds = {'upper_type': (*synth.UPPER, 'dress'), 'shoes_type': synth.SHOES, 'bag_type': synth.BAGS, 'hat_type': synth.HATS,
-             'hair_style': synth.DOMAINS['hair_style'], 'occlusion': synth.OCCLUSIONS}
+    kinds = {'upper_type': (*people.UPPER, 'dress'), 'shoes_type': people.SHOES, 'bag_type': people.BAGS, 'hat_type': people.HATS,
+             'hair_style': captions.DOMAINS['hair_style'], 'occlusion': people.OCCLUSIONS}
     for values in [(k, v) for k, vs in kinds.items() for v in vs]:
         f = image_factors(1, 4, 0) | dict(view=view, bag_color='red', hat_color='blue', inner_color='white') | dict([values])
         assert np.asarray(render(f)).std() > 10
@@ -181,8 +169,8 @@ def test_every_garment_can_be_drawn_from_every_side(view):
 
 # --- captions ---------------------------------------------------------------------------------------------------------------
 
-def test_captions_are_deterministic(people):
-    for s in range(len(STYLES)): assert caption(people[0], s, stream(1, 2)) == caption(people[0], s, stream(1, 2))
+def test_captions_are_deterministic(crowd):
+    for s in range(len(STYLES)): assert caption(crowd[0], s, stream(1, 2)) == caption(crowd[0], s, stream(1, 2))
 
 HIDDEN = [(dict(view='back', glasses=True), words_of('glasses')),
           (dict(view='back', beard=True, gender='man'), words_of('beard')),
@@ -194,83 +182,83 @@ HIDDEN = [(dict(view='back', glasses=True), words_of('glasses')),
 
 @pytest.mark.parametrize('changes, words', HIDDEN)
 @pytest.mark.parametrize('style', range(12))
-def test_what_is_hidden_is_not_mentioned(people, changes, words, style):
-    for i, f in enumerate(people[:60]):
+def test_what_is_hidden_is_not_mentioned(crowd, changes, words, style):
+    for i, f in enumerate(crowd[:60]):
         text = caption(f | changes, style, stream(2, i), mistakes=0)
         assert not speaks_of(text, words), text
 
 @pytest.mark.parametrize('style', range(12))
-def test_captions_say_what_is_there(people, style):
+def test_captions_say_what_is_there(crowd, style):
     "Without mistakes the color and kind of the upper garment are in the caption, and no color that the picture lacks."
-    for i, f in enumerate(people[:100]):
+    for i, f in enumerate(crowd[:100]):
         text = caption(f, style, stream(3, i), mistakes=0)
         assert speaks_of(text, words_of(f['upper_type'])) and speaks_of(text, words_of(f['upper_color'])), text
         there = words_of(*[str(v) for v in visible(f).values()])
-        named = [w for w in speaks_of(text, words_of(*synth.COLORS)) if not any(w in t for t in there)]
+        named = [w for w in speaks_of(text, words_of(*people.COLORS)) if not any(w in t for t in there)]
         assert not named, (named, text)
 
-def test_captions_read_as_english(people):
+def test_captions_read_as_english(crowd):
     for s in range(12):
-        for i, f in enumerate(people):
+        for i, f in enumerate(crowd):
             text = caption(f, s, stream(4, i))
             assert not re.search(r'  |\{|\}| ,|,,|\.\.|\ba [aeiou]|\ban [^aeiou]|None|none', text), text
             assert STYLES[s].capital == text[0].isupper()
 
-def test_length_and_mistakes_of_captions(people):
-    lengths = [[len(caption(f, s, stream(5, i)).split()) for i, f in enumerate(people)] for s in range(12)]
+def test_length_and_mistakes_of_captions(crowd):
+    lengths = [[len(caption(f, s, stream(5, i)).split()) for i, f in enumerate(crowd)] for s in range(12)]
     means = np.mean(lengths, axis=1)
     assert 20 < means.mean() < 35 and means.max() / means.min() > 2  # the terse and the wordy
     same = np.mean([caption(f, 0, stream(6, i), mistakes=0) == caption(f, 0, stream(6, i), mistakes=1) for i,
-                    f in enumerate(people)])
+                    f in enumerate(crowd)])
     assert same < .02
 
-def test_styles_differ_in_more_than_words(people):
+def test_styles_differ_in_more_than_words(crowd):
     "The first word alone, content words aside, splits the annotators into several groups."
-    first = {s: {caption(f, s, stream(7, i)).split()[0].lower() for i, f in enumerate(people[:40])} for s in (0, 3, 4, 7, 8, 9)}
+    first = {s: {caption(f, s, stream(7, i)).split()[0].lower() for i, f in enumerate(crowd[:40])} for s in (0, 3, 4, 7, 8, 9)}
     common = [set.intersection(first[a], first[b]) for a in first for b in first if a < b]
     assert np.mean([len(c) for c in common]) < 2
 
 
 # --- descriptions -----------------------------------------------------------------------------------------------------------
 
-GARMENTS = words_of(*synth.UPPER, 'dress', *synth.LOWER['woman'], *synth.SHOES, *list(synth.BAGS)[1:], *list(synth.HATS)[1:],
+GARMENTS = words_of(*people.UPPER, 'dress', *people.LOWER['woman'], *people.SHOES, *list(people.BAGS)[1:], *list(people.HATS)[1:],
                     'scarf', 'shoes', 'hat', 'bag')
 BODIES = words_of('man', 'woman', 'boy', 'girl', 'young', 'middle-aged', 'elderly', 'glasses', 'beard', 'hair', 'skin', 'he',
                   'she', 'his', 'her', 'tall')
 
 @pytest.mark.parametrize('style', [None, *range(12)])
-def test_descriptions_are_pure(people, style):
-    for i, f in enumerate(people[:80]):
+def test_descriptions_are_pure(crowd, style):
+    for i, f in enumerate(crowd[:80]):
         identity, clothing = identity_description(f, stream(8, i), .3, style), clothing_description(f, stream(8, i), .3, style)
         assert not speaks_of(identity, GARMENTS), identity
         assert not speaks_of(clothing, BODIES), clothing
 
 @pytest.mark.parametrize('rate', [0, .05, .5, 1])
-def test_error_rate_is_what_is_stated(people, rate):
-    pairs = [(describe_factors(f, stream(9, i), rate)['attributes'], visible(f)) for i, f in enumerate(people)]
+def test_error_rate_is_what_is_stated(crowd, rate):
+    pairs = [(describe_factors(f, stream(9, i), rate)['attributes'], visible(f)) for i, f in enumerate(crowd)]
     assert all(set(d) == set(v) for d, v in pairs)
     wrong = [d[k] != v[k] for d, v in pairs for k in v]
     assert abs(np.mean(wrong) - rate) <= 4 * (rate * (1 - rate) / len(wrong)) ** .5  # four standard errors
 
 def test_describe_again(small, tmp_path):
     before = (small/'descriptions.jsonl').read_bytes()
-    assert describe_synth(small, .05, 0, out=tmp_path/'same.jsonl').read_bytes() == before
-    noisy, styled = (jsonl(describe_synth(small, out=tmp_path/f'{n}.jsonl', **kw)) for n,
+    assert rewrite_descriptions(small, .05, 0, out=tmp_path/'same.jsonl').read_bytes() == before
+    noisy, styled = (jsonl(rewrite_descriptions(small, out=tmp_path/f'{n}.jsonl', **kw)) for n,
                      kw in (('a', dict(error_rate=1.)), ('b', dict(style='random', seed=3))))
-    clean = jsonl(describe_synth(small, error_rate=0, out=tmp_path/'clean.jsonl'))
+    clean = jsonl(rewrite_descriptions(small, error_rate=0, out=tmp_path/'clean.jsonl'))
     assert all(r['attributes'][k] != o['attributes'][k] for r, o in zip(noisy, clean) for k in o['attributes'])
     assert len({r['style'] for r in styled}) > 3 and {r['style'] for r in noisy} == {None}
     chosen = {r['image']: i % 12 for i, r in enumerate(styled)}
-    assert [r['style'] for r in jsonl(describe_synth(small, style=chosen, out=tmp_path/'c.jsonl'))] == list(chosen.values())
+    assert [r['style'] for r in jsonl(rewrite_descriptions(small, style=chosen, out=tmp_path/'c.jsonl'))] == list(chosen.values())
     assert (small/'descriptions.jsonl').read_bytes() == before
 
 @pytest.mark.parametrize('kw', [dict(error_rate=1.5), dict(error_rate='x'), dict(style=12), dict(style='odd'), dict(style={})])
 def test_bad_descriptions_are_refused(small, tmp_path, kw):
-    with pytest.raises(UserError) as e: describe_synth(small, out=tmp_path/'d.jsonl', **kw)
+    with pytest.raises(UserError) as e: rewrite_descriptions(small, out=tmp_path/'d.jsonl', **kw)
     assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
 
 def test_describing_something_else_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r'factors\.jsonl'): describe_synth(tmp_path)
+    with pytest.raises(UserError, match=r'factors\.jsonl'): rewrite_descriptions(tmp_path)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------------

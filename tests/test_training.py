@@ -18,14 +18,19 @@ import pytest
 import torch
 from PIL import Image
 
-from bdam_repro import training
+from bdam_repro import batches, objective, optimizers, runs
+from bdam_repro import trainer as T
 from bdam_repro.config import UserError, config_hash, make_config, run_dir
+from bdam_repro.evaluate import evaluate
+from bdam_repro.files import read_tensors
 from bdam_repro.metrics import chance, rank_metrics, rerank_metrics
-from bdam_repro.model import from_pretrained, read_tensors
 from bdam_repro.pedes import load_pedes
+from bdam_repro.pretrained import from_pretrained
 from bdam_repro.ranked import difference, load_run, metrics_table, run_evaluate
+from bdam_repro.run_data import load_data
+from bdam_repro.runs import finished, headline, prepare, result_table, train
 from bdam_repro.synth import make_synth
-from bdam_repro.training import evaluate, finished, headline, load_data, pick_device, prepare, result_table, train
+from bdam_repro.trainer import pick_device
 
 FILES = ['best.safetensors', 'config.json', 'features.safetensors', 'history.csv', 'metrics.json', 'provenance.json', 'tokenizer']
 SMALL = dict(preset='smoke', folder='small', synth_train_ids=16, synth_val_ids=4, synth_test_ids=4, epochs=2, amp='off',
@@ -111,10 +116,10 @@ def test_metrics_are_those_of_the_stored_features(home, whole):
 
 def test_metrics_are_those_of_the_stored_weights(home, whole):
     ds = load_data(cfg(home), False)
-    model, tok = from_pretrained(whole/'best.safetensors'), training.load_tokenizer(whole/'tokenizer')
+    model, tok = from_pretrained(whole/'best.safetensors'), batches.load_tokenizer(whole/'tokenizer')
     for split in ('val', 'test'):
         e = evaluate(model, ds, tok, split)
-        assert training.summary(e) == finished(whole)[split]
+        assert runs.summary(e) == finished(whole)[split]
         assert set(ds.records['split'].iloc[e['q_rows']]) == set(ds.records['split'].iloc[e['g_rows']]) == {split}
     h, m = pd.read_csv(whole/'history.csv'), finished(whole)
     best = h.val_fused_R1.idxmax()                                                          # the first of the best
@@ -163,20 +168,20 @@ def test_what_the_metrics_say_is_what_the_kept_weights_score(home, whole):
 
 def test_data_at_hand_is_not_read_again(home, whole, tmp_path, monkeypatch):
     ds = load_data(cfg(home), progress=False)
-    monkeypatch.setattr(training, 'load_data', lambda *a: pytest.fail('read again'))
+    monkeypatch.setattr(runs, 'load_data', lambda *a: pytest.fail('read again'))
     assert bits(train(cfg(home), tmp_path, progress=False, dataset=ds)) == bits(whole)
 
 
 def test_training_needs_no_client_of_an_mllm():
     "Nor the clusterings: they take seconds to import."
-    code = 'import sys, bdam_repro.training; print({"openai", "aiohttp", "sklearn.cluster"} & set(sys.modules))'
+    code = 'import sys, bdam_repro.runs; print({"openai", "aiohttp", "sklearn.cluster"} & set(sys.modules))'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == 'set()'
 
 
 def test_a_finished_run_is_not_run_again(home, whole, monkeypatch, capsys):
     stamps = {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
-    monkeypatch.setattr(training, 'prepare', lambda *a, **k: pytest.fail('it was run again'))
+    monkeypatch.setattr(runs, 'prepare', lambda *a, **k: pytest.fail('it was run again'))
     assert train(cfg(home), home/'runs') == whole
     assert 'complete already' in capsys.readouterr().out
     train(cfg(home, workers=3, data_root='elsewhere'), home/'runs', progress=False)         # options that change nothing
@@ -198,7 +203,7 @@ def test_other_options_do_not_touch_a_finished_run(home, whole, tmp_path):
 def test_other_options_do_not_touch_an_interrupted_run(home, tmp_path, monkeypatch):
     def interrupted(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(training, 'finish', interrupted)
+        m.setattr(runs, 'finish_run', interrupted)
         with pytest.raises(KeyboardInterrupt): train(cfg(home, epochs=1), tmp_path, progress=False)
     kept = (run_dir(cfg(home), tmp_path)/'last.ckpt').read_bytes()
     with pytest.raises(UserError, match=r'interrupted run of other options .* tag, or overwrite=True'):
@@ -220,7 +225,7 @@ def test_the_checkpoint_is_chosen_on_validation_alone(home, tmp_path, monkeypatc
         kept[epoch + 1] = {k: v.clone() for k, v in model.state_dict().items()}
         for r in e['results'].values(): r.R1[:] = script[split][epoch]/100
         return e
-    monkeypatch.setattr(training, 'evaluate', scripted)
+    monkeypatch.setattr(runs, 'evaluate', scripted)
     folder = train(cfg(home, epochs=3), tmp_path, progress=False)
     assert asked == ['val']*3 + ['test'] and finished(folder)['epoch'] == 2
     assert all(torch.equal(v, kept[2][k]) for k, v in weights(folder).items())
@@ -269,7 +274,7 @@ def child(pipe, c, runs, at: int, after: bool, limit: int):
 @pytest.fixture(scope='module')
 def start():
     context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['bdam_repro.training'])
+    context.set_forkserver_preload(['bdam_repro.runs'])
     def go(c, runs, at=0, after=False, limit=0):
         here, there = context.Pipe()
         p = context.Process(target=child, args=(there, c, runs, at, after, limit), daemon=True)
@@ -409,18 +414,18 @@ def test_descriptions_feed_what_their_option_says(home, ready):
         return trainer, next(iter(trainer.loader))
     trainer, b = batch()
     assert b.id_ids is not None and b.clo_ids is not None                           # 'both'
-    assert training.forward(trainer.model, b, trainer.c).identity is not None
+    assert objective.forward(trainer.model, b, trainer.c).identity is not None
     trainer, b = batch(variant='no_infonce')                                        # no term reads it
-    assert b.id_ids is not None and training.forward(trainer.model, b, trainer.c).identity is None
+    assert b.id_ids is not None and objective.forward(trainer.model, b, trainer.c).identity is None
     trainer, b = batch(id_text='caption')
     assert b.id_ids is None and b.clo_ids is not None
     trainer, b = batch(fusion_text='identity', id_text='caption')
     trainer.model.eval()
-    out = training.forward(trainer.model, b, trainer.c)
+    out = objective.forward(trainer.model, b, trainer.c)
     assert torch.equal(out.anchor, out.identity.t) and not torch.equal(out.anchor, out.caption.t)
     trainer, b = batch(fusion_text='clothing')
     trainer.model.eval()
-    out = training.forward(trainer.model, b, trainer.c)
+    out = objective.forward(trainer.model, b, trainer.c)
     assert torch.equal(out.anchor, out.clothing.t)
     trainer, b = batch(descriptions='none')
     assert b.id_ids is None and b.clo_ids is None and 'clothing' not in trainer.names and trainer.model.proj_clo is None
@@ -503,7 +508,7 @@ def test_bad_data_is_one_line_before_the_first_epoch(home, whole, tmp_path, case
     shutil.copytree(home/'data'/'small', folder, copy_function=shutil.copy)
     damage(folder)
     before = sorted(p.relative_to(folder) for p in folder.rglob('*'))
-    monkeypatch.setattr(training, 'one_epoch', lambda *a: pytest.fail('an epoch was trained first'))
+    monkeypatch.setattr(runs, 'one_epoch', lambda *a: pytest.fail('an epoch was trained first'))
     with pytest.raises(UserError, match=words) as e: train(cfg(tmp_path), tmp_path/'runs', progress=False)
     assert '\n' not in str(e.value) and len(str(e.value)) < 500
     run = run_dir(cfg(tmp_path), tmp_path/'runs')
@@ -570,11 +575,11 @@ def test_damaged_files_of_a_run(home, whole, tmp_path, name, content):
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_epoch(home, tmp_path, monkeypatch):
-    step = training.Trainer.train_step
+    step = T.Trainer.train_step
     def poisoned(self, batch):
         if self.step == 3: next(self.model.parameters()).data.fill_(float('nan'))
         return step(self, batch)
-    monkeypatch.setattr(training.Trainer, 'train_step', poisoned)
+    monkeypatch.setattr(T.Trainer, 'train_step', poisoned)
     with pytest.raises(UserError, match='the loss is nan at step 3'): train(cfg(home), tmp_path, progress=False)
     folder = run_dir(cfg(home), tmp_path)
     assert names(folder) == ['best.safetensors', 'config.json', 'history.csv', 'last.ckpt', 'tokenizer']
@@ -597,7 +602,7 @@ def test_a_second_core_changes_no_bit(home, optimizer, tmp_path):
         torch.set_num_threads(threads)
         trainer = prepare(c, tmp_path/f'{threads}', False)[2]
         assert (trainer.model.second is None) == (threads == 1)
-        with training.single_threaded(trainer.model.second is not None): trainer.epoch(0, training.tqdm(disable=True))
+        with T.single_threaded(trainer.model.second is not None): trainer.epoch(0, runs.tqdm(disable=True))
         assert torch.get_num_threads() == threads
         torch.set_num_threads(1)
         return trainer.model.state_dict()
@@ -608,13 +613,13 @@ def test_a_second_core_changes_no_bit(home, optimizer, tmp_path):
 def test_dropout_and_second_derivatives_keep_to_one_thread(home):
     torch.set_num_threads(2)
     cpu = torch.device('cpu')
-    assert training.two_cores(cfg(home), cpu) and not training.two_cores(cfg(home), torch.device('meta'))
-    assert not training.two_cores(cfg(home, dropout=.1), cpu) and not training.two_cores(cfg(home, balance='literal'), cpu)
+    assert T.two_cores(cfg(home), cpu) and not T.two_cores(cfg(home), torch.device('meta'))
+    assert not T.two_cores(cfg(home, dropout=.1), cpu) and not T.two_cores(cfg(home, balance='literal'), cpu)
 
 
 def test_muon_takes_the_matrices_and_the_patch_embedding(home, tmp_path):
     model = prepare(cfg(home), tmp_path, False)[2].model
-    *muon, rest = training.make_optimizers(model, cfg(home))
+    *muon, rest = optimizers.make_optimizers(model, cfg(home))
     matrices = [p for o in muon for p in o.param_groups[0]['params']]
     assert sorted({p.ndim for p in matrices}) == [2, 4]
     assert sum(len(g['params']) for o in (*muon, rest) for g in o.param_groups) == len(list(model.parameters()))
@@ -623,14 +628,14 @@ def test_muon_takes_the_matrices_and_the_patch_embedding(home, tmp_path):
 
 def test_the_temperature_falls(home, tmp_path):
     trainer, seen = prepare(cfg(home, tau=.1, tau_decay=.25), tmp_path, False)[2], []
-    real = training.forward
+    real = T.forward
     def spy(model, batch, c):
         seen.append((c.tau, c.tau_end))
         return real(model, batch, c)
-    training.forward = spy
+    T.forward = spy
     try:
         for step in (0, trainer.steps//2, trainer.steps):
             trainer.step = step
             trainer.losses(next(iter(trainer.loader)))
-    finally: training.forward = real
+    finally: T.forward = real
     assert np.allclose(seen, [(.1, .025), (.05, .025), (.025, .025)]) and trainer.c.tau_end == pytest.approx(.025)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bdam_repro.config import config_hash, run_dir
-from bdam_repro.grid import DATA, LAYOUTS, audit_grid, grid
+from bdam_repro.grid import DATA, LAYOUT_TAGS, audit_grid, grid
 
 pytest.importorskip('snakemake')
 pytestmark = pytest.mark.timeout(1200)        # processes that start processes, on a machine that may be busy
@@ -48,7 +48,7 @@ def root(tmp_path_factory): return tmp_path_factory.mktemp('workflow')
 def test_dry_run_lists_the_grid(root):
     code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
     found, runs = jobs(said), len(grid()) + len(audit_grid())
-    folders = ({c.tag for c in audit_grid()} & set(DATA)) - set(LAYOUTS)
+    folders = ({c.tag for c in audit_grid()} & set(DATA)) - set(LAYOUT_TAGS)
     assert code == 0 and found['train'] == runs and found['styles'] == 3 + len(folders) and found['collect'] == 1
     assert all(found[f'table{n}'] == 1 for n in range(1, 6)) and found['audit'] == 1
     assert f'{runs} of {runs} runs to train; no run of this kind is finished yet' in said
