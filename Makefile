@@ -46,7 +46,7 @@ lab: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags=remove_input --TagRemovePreprocessor.remove_cell_tags=remove_cell \
-	  --stdout nbs/index.ipynb | cat -s | sed "s,](\.\./,](," > $(README).tmp
+	  --stdout nbs/index.ipynb | cat -s | sed -E "s,\]\(\.\./,](,g; s,\]\(([0-9a-z_]+\.ipynb),](nbs/\1,g" > $(README).tmp
 	@mv $(README).tmp $(README)
 
 clean:

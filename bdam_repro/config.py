@@ -25,32 +25,36 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 class UserError(ValueError):
     "A mistake in the input. Its one line says what is wrong, where, and how to mend it."
 
-# %% ../nbs/00_config.ipynb #000007
+# %% ../nbs/00_config.ipynb #27419173
 def find_root() -> Path:  # the folder that holds `runs/`, `data/`, `nbs/`
-    "The repository's root from anywhere inside it (`$BDAM_ROOT` wins; the current folder where there is no repository)."
+    "The repository's root from anywhere inside it. `$BDAM_ROOT` wins; outside a repository it is the current folder."
     if os.environ.get('BDAM_ROOT'): return Path(os.environ['BDAM_ROOT']).resolve()
     here = Path.cwd().resolve()
-    return next((p for p in (here, *here.parents) if (p/'settings.ini').exists() and (p/'nbs').is_dir()), here)
+    return next((p for p in (here, *here.parents) if (p/'settings.ini').exists() and (p/'nbs').is_dir()),
+                here)
 
 ROOT = find_root()
 
-# %% ../nbs/00_config.ipynb #000008
+# %% ../nbs/00_config.ipynb #559613cf
 @contextmanager
 def atomic_path(path: str | Path  # where the finished file shall be
                ) -> Iterator[Path]:  # a temporary name in the same folder, to write to
-    "Write to a temporary name, then rename: a reader sees the whole file or none, whatever happens in between."
+    "Write to a temporary name, then rename: a reader sees the whole file or none, whatever happens."
     path = Path(path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f'cannot make the folder {path.parent}: {e.strerror}; choose another one') from e
+    except OSError as e:
+        raise UserError(f'cannot make the folder {path.parent}: {e.strerror}; choose another one') from e
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         yield tmp
         os.replace(tmp, path)
-    except OSError as e: raise UserError(f'cannot write {path}: {e.strerror or e}; free some space or choose another folder') from e
+    except OSError as e:
+        say = f'cannot write {path}: {e.strerror or e}; free some space or choose another folder'
+        raise UserError(say) from e
     finally:
         tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_config.ipynb #000012
+# %% ../nbs/00_config.ipynb #4cf9fb26
 def opt(default: Any,    # value in the `paper` preset, unless a preset says otherwise
         why: str,        # what it does, and its readings
         paper: str = '', # what the paper prints, with the section; empty where it is silent
@@ -60,12 +64,15 @@ def opt(default: Any,    # value in the `paper` preset, unless a preset says oth
 
 class Options(BaseModel):
     "Frozen, strict about types, and an unknown name is an error."
-    model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True,
+                              allow_inf_nan=False, protected_namespaces=())
 
-# %% ../nbs/00_config.ipynb #000014
+# %% ../nbs/00_config.ipynb #50bb17ea
 class RunOptions(Options):
-    dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt('synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
-    preset: Literal['smoke', 'tiny', 'paper'] = opt('paper', 'sizes and schedule: seconds, minutes on two cores, one GPU')
+    dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt(
+        'synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
+    preset: Literal['smoke', 'tiny', 'paper'] = opt(
+        'paper', 'sizes and schedule: seconds, minutes on two cores, one GPU')
     variant: str = opt('full', 'the whole model, an ablation or a baseline, see `VARIANTS`')
     seed: int = opt(0, 'seed of initialization, batches and augmentation', '0, 1, 2 (4.2)', ge=0, lt=2**31)
     tag: str = opt('', 'ending of the run folder, for a run with options of its own', pattern=r'^[\w.=-]*$')
@@ -75,22 +82,28 @@ class RunOptions(Options):
     workers: int = opt(4, 'processes that decode images, where these do not fit in memory', ge=0)
     cache_gb: float = opt(1.0, 'decoded images are kept in memory up to this size', ge=0)
 
-# %% ../nbs/00_config.ipynb #000016
+# %% ../nbs/00_config.ipynb #dfd6a6ea
 class DataOptions(Options):
     image_height: int = opt(224, 'pixels', '224 (4.2)', ge=16)
-    image_width: int = opt(224, 'pixels; people are 1:2, the paper squeezes them into a square', '224 (4.2)', ge=16)
-    columns: float = opt(1.0, 'share of the width that is read, in the middle: a detector cuts photographs closer than SynthPEDES is drawn', gt=0, le=1)
+    image_width: int = opt(224, 'pixels; people are 1:2, the paper squeezes them into a square', '224 (4.2)',
+                           ge=16)
+    columns: float = opt(1.0, 'share of the width that is read, in the middle: a detector cuts photographs '
+                         'closer than SynthPEDES is drawn', gt=0, le=1)
     max_length: int = opt(77, 'longest text in tokens', ge=8, le=512)
     flip: float = opt(0.5, 'chance of a horizontal flip', ge=0, le=1)
     pad: int = opt(10, 'pixels of padding before the random crop', ge=0)
     erase: float = opt(0.5, 'chance that a rectangle is erased', ge=0, le=1)
     ids_per_batch: int = opt(32, 'P: identities in a batch', ge=1)
     images_per_id: int = opt(2, 'K: images of each in a batch; the triplet loss needs 2', ge=1)
-    val_fraction: float = opt(0.1, 'ICFG-PEDES has no validation split: identities held out of train', 'none printed', gt=0, lt=1)
-    id_text: Literal['caption', 'generated', 'both'] = opt('both', 't_i of Eq. 3: the human caption (what queries are), the '
+    val_fraction: float = opt(0.1, 'ICFG-PEDES has no validation split: identities held out of train',
+                              'none printed', gt=0, lt=1)
+    id_text: Literal['caption', 'generated', 'both'] = opt(
+        'both', 't_i of Eq. 3: the human caption (what queries are), the '
         'generated identity description, or both', 'ambiguous (3.3)')
-    two_captions: bool = opt(False, 'a batch has a second caption of each image, where there is one', 'not printed')
-    descriptions: str = opt('auto', "descriptions file; 'auto': `descriptions.jsonl` beside the images where it exists, 'none'")
+    two_captions: bool = opt(False, 'a batch has a second caption of each image, where there is one',
+                             'not printed')
+    descriptions: str = opt(
+        'auto', "descriptions file; 'auto': `descriptions.jsonl` beside the images where it exists, 'none'")
 
 class SynthOptions(Options):
     synth_train_ids: int = opt(7000, 'SynthPEDES: identities to train on', ge=2)
@@ -102,34 +115,42 @@ class SynthOptions(Options):
     synth_error: float = opt(0.05, 'SynthPEDES: share of wrong attributes in the descriptions', ge=0, le=1)
     clothes_change: bool = opt(False, 'SynthPEDES: another outfit in each image')
 
-# %% ../nbs/00_config.ipynb #000018
+# %% ../nbs/00_config.ipynb #ee3a9b0e
 class EncoderOptions(Options):
-    vision: str | dict[str, str | int] = opt('google/vit-base-patch16-224', 'hub name, local folder, or a size for a random start',
+    vision: str | dict[str, str | int] = opt('google/vit-base-patch16-224',
+                                             'hub name, local folder, or a size for a random start',
                                              'vit-base-patch16-224 (4.2)')
-    text: str | dict[str, str | int] = opt('bert-base-uncased', 'hub name, local folder, or a size for a random start',
+    text: str | dict[str, str | int] = opt('bert-base-uncased',
+                                           'hub name, local folder, or a size for a random start',
                                            'bert-base-uncased (4.2)')
     vocab_size: int = opt(3000, 'words of the tokenizer that a random start trains on the captions', ge=200)
-    text_pool: Literal['cls', 'mean'] = opt('cls', "the text's vector: its [CLS] (CLIP: closing) token, or the mean over its tokens", 'not printed')
+    text_pool: Literal['cls', 'mean'] = opt(
+        'cls', "the text's vector: its [CLS] (CLIP: closing) token, or the mean over its tokens",
+        'not printed')
     dim: int = opt(768, 'D: width of the identity, clothing and text features', '768 (4.2)', ge=8)
     dropout: float = opt(0.1, 'everywhere', '0.1 (4.2)', ge=0, lt=1)
     grad_checkpoint: bool = opt(False, 'less memory for more time in the encoders')
 
-# %% ../nbs/00_config.ipynb #000020
+# %% ../nbs/00_config.ipynb #7bf96207
 class BdamOptions(Options):
     bdam: bool = opt(True, 'split identity and clothing; off: one pooled feature (the baseline)')
     bdam_depth: int = opt(6, 'self-attention layers a branch; Table 1 calls 3 shallow', '> 3 (Tab. 1)', ge=1)
     bdam_heads: int = opt(8, 'attention heads', ge=1)
-    bdam_mlp: float = opt(0.0, 'width of a feed-forward part per layer, in D; 0: attention alone, as printed', ge=0)
+    bdam_mlp: float = opt(0.0, 'width of a feed-forward part per layer, in D; 0: attention alone, as printed',
+                          ge=0)
     bdam_cross: bool = opt(True, 'cross-attention between the branches', 'on (3.2)')
-    bdam_order: Literal['after', 'between'] = opt('after', 'cross-attention after the stack, or in each layer', 'after (3.2)')
+    bdam_order: Literal['after', 'between'] = opt(
+        'after', 'cross-attention after the stack, or in each layer', 'after (3.2)')
     bdam_gate: bool = opt(True, 'g ⊙ f_id, (1−g) ⊙ f_clo; off: both as they are', 'on (3.2)')
     keep_cls: bool = opt(False, '[CLS] among the tokens of the branches', 'dropped (3.2)')
 
-# %% ../nbs/00_config.ipynb #000022
+# %% ../nbs/00_config.ipynb #49108db9
 class FusionOptions(Options):
     fusion: bool = opt(True, 'fuse image and text, re-score the best of `dual`')
-    fusion_kind: Literal['mamba', 'none', 'simple', 'transformer'] = opt('mamba', 'the layers after the gate', 'mamba (3.4)')
-    fusion_input: Literal['pooled', 'tokens'] = opt('pooled', 'one vector a pair, or one sequence of patches and words', 'pooled (3.4)')
+    fusion_kind: Literal['mamba', 'none', 'simple', 'transformer'] = opt(
+        'mamba', 'the layers after the gate', 'mamba (3.4)')
+    fusion_input: Literal['pooled', 'tokens'] = opt(
+        'pooled', 'one vector a pair, or one sequence of patches and words', 'pooled (3.4)')
     fusion_layers: int = opt(2, 'layers', '2 (4.2)', ge=1)
     fusion_dim: int = opt(256, 'width', '256 (4.2)', ge=8)
     fusion_heads: int = opt(4, 'attention heads, where transformer', ge=1)
@@ -137,28 +158,35 @@ class FusionOptions(Options):
     d_conv: int = opt(4, "Mamba's convolution", '4 (4.2)', ge=2)
     fusion_gate: bool = opt(True, 'w = softmax(W[f_img; f_txt]); off: one half each', 'on (3.4)')
     fusion_align: bool = opt(True, 'an MLP for each modality; off: a linear map to the width', 'on (3.4)')
-    fusion_text: Literal['query', 'identity', 'clothing'] = opt('query', 'which text is fused in training: the one of Eq. 3, the '
+    fusion_text: Literal['query', 'identity', 'clothing'] = opt(
+        'query', 'which text is fused in training: the one of Eq. 3, the '
         'generated identity or clothing text', 'f_id^t in 3.4, f_clo^t in Fig. 2')
     fusion_loss: Literal['match', 'triplet', 'infonce'] = opt('match', 'what trains f_final', 'none (3.5)')
-    fusion_grad: bool = opt(False, "the fusion's loss trains the towers too, see `34_model`; the audit has what it costs on `tiny`", 'not printed')
+    fusion_grad: bool = opt(False, "the fusion's loss trains the towers too, see `34_model`; the audit has "
+                            "what it costs on `tiny`", 'not printed')
     fusion_negatives: int = opt(3, 'hardest wrong images a text is fused with in training', ge=1)
     rerank: int = opt(32, 'K: how many of `dual` the fusion re-scores', ge=1)
     rerank_weight: float = opt(1.0, 'λ of dual/τ + λ · match', ge=0)
 
-# %% ../nbs/00_config.ipynb #000024
+# %% ../nbs/00_config.ipynb #c3bc77ce
 class LossOptions(Options):
-    align_loss: Literal['infonce', 'sdm', 'tal'] = opt('infonce', 'image-text alignment: Eq. 3, or the baselines SDM and TAL', 'InfoNCE (3.5)')
+    align_loss: Literal['infonce', 'sdm', 'tal'] = opt(
+        'infonce', 'image-text alignment: Eq. 3, or the baselines SDM and TAL', 'InfoNCE (3.5)')
     tau: float = opt(0.05, 'τ of Eq. 1 and 3', 'not printed', gt=0)
-    tau_decay: float = opt(1.0, 'τ falls to this share of itself over the training, each step by the same factor', 'not printed', gt=0)
-    positives: Literal['diagonal', 'mask', 'multi'] = opt('multi', 'other images of the identity in the batch: negatives, left out, '
+    tau_decay: float = opt(1.0, 'τ falls to this share of itself over the training, each step by the '
+                           'same factor', 'not printed', gt=0)
+    positives: Literal['diagonal', 'mask', 'multi'] = opt(
+        'multi', 'other images of the identity in the batch: negatives, left out, '
         'positives', 'same identity is positive (3.5)')
     symmetric: bool = opt(True, 'Eq. 3 in both directions', 'one is printed (3.5)')
     margin: float = opt(0.3, 'm of Eq. 4', 'not printed', ge=0)
     mining: Literal['hard', 'random', 'all'] = opt('hard', 'which triplets', 'not printed')
-    clothing: Literal['literal', 'matching', 'matching_grl', 'both'] = opt('matching', 'Eq. 1 as printed; matching of f_clo with its text (4.3); '
+    clothing: Literal['literal', 'matching', 'matching_grl', 'both'] = opt(
+        'matching', 'Eq. 1 as printed; matching of f_clo with its text (4.3); '
         'that with reversed gradients on f_id; matching and Eq. 1', 'Eq. 1 against 4.3')
     p_pos: Literal['softmax', 'sigmoid'] = opt('softmax', 'P_pos of Eq. 1', 'not printed')
-    hsic_kernel: Literal['linear', 'linear_normalized', 'rbf', 'cka'] = opt('linear_normalized', 'kernel of Eq. 2', 'linear (Eq. 2)')
+    hsic_kernel: Literal['linear', 'linear_normalized', 'rbf', 'cka'] = opt(
+        'linear_normalized', 'kernel of Eq. 2', 'linear (Eq. 2)')
     gate_reg: Literal['half', 'entropy'] = opt('half', '(g − ½)², or entropy', 'not printed')
     c_align: float = opt(1.0, 'coefficient of the alignment', ge=0)
     c_triplet: float = opt(1.0, 'coefficient of Eq. 4', ge=0)
@@ -167,9 +195,10 @@ class LossOptions(Options):
     c_gate: float = opt(1.0, 'coefficient of the gate regularization', ge=0)
     c_fusion: float = opt(1.0, "coefficient of the fusion's loss", ge=0)
 
-# %% ../nbs/00_config.ipynb #000026
+# %% ../nbs/00_config.ipynb #667f2afb
 class TrainOptions(Options):
-    balance: Literal['gradnorm', 'literal', 'fixed'] = opt('gradnorm', "task weights: GradNorm's closed form, Eq. 5-6 as printed, or 1", 'GradNorm (3.5)')
+    balance: Literal['gradnorm', 'literal', 'fixed'] = opt(
+        'gradnorm', "task weights: GradNorm's closed form, Eq. 5-6 as printed, or 1", 'GradNorm (3.5)')
     gradnorm_alpha: float = opt(1.5, "GradNorm's exponent", '1.5 (4.2)', ge=0)
     gradnorm_lr: float = opt(0.025, 'step of the task weights', '0.025 (4.2)', gt=0)
     gradnorm_every: int = opt(5, 'training steps between two of GradNorm', ge=1)
@@ -178,48 +207,61 @@ class TrainOptions(Options):
     epochs: int = opt(60, 'epochs', 'not printed', ge=1)
     lr: float = opt(1e-4, 'learning rate', '1e-4 (4.2)', gt=0)
     weight_decay: float = opt(1e-3, 'weight decay', '1e-3 (4.2)', ge=0)
-    optimizer: Literal['adam', 'adamw', 'muon'] = opt('adam', 'muon: orthogonalized momentum for the matrices, AdamW for the rest', 'Adam (4.2)')
+    optimizer: Literal['adam', 'adamw', 'muon'] = opt(
+        'adam', 'muon: orthogonalized momentum for the matrices, AdamW for the rest', 'Adam (4.2)')
     muon_lr: float = opt(0.01, 'learning rate of the matrices, where muon', gt=0)
-    schedule: Literal['cosine', 'hold'] = opt('cosine', 'of the learning rate after the warm-up: half a cosine to zero; or all of it for two thirds of the steps, '
+    schedule: Literal['cosine', 'hold'] = opt(
+        'cosine', 'of the learning rate after the warm-up: half a cosine to zero; or all of it for two '
+        'thirds of the steps, '
         'then straight to zero', 'cosine (4.2)')
     warmup: float = opt(5, 'epochs of linear warm-up', 'not printed', ge=0)
     grad_clip: float = opt(1.0, 'largest gradient norm; 0: no limit', ge=0)
-    amp: Literal['auto', 'bf16', 'fp16', 'off'] = opt('auto', 'mixed precision; auto: bf16 where the device is quick at it')
+    amp: Literal['auto', 'bf16', 'fp16', 'off'] = opt(
+        'auto', 'mixed precision; auto: bf16 where the device is quick at it')
     eval_every: int = opt(1, 'epochs between two validations', ge=1)
-    log_test: bool = opt(False, 'note the test of every epoch too, for the audit of the protocol (point 17): nothing reads it')
+    log_test: bool = opt(False, 'note the test of every epoch too, for the audit of the protocol (point '
+                         '17): nothing reads it')
     shuffle_captions: bool = opt(False, 'chance check: train on captions of other people')
 
-class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions, FusionOptions, LossOptions, TrainOptions):
+class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions, FusionOptions, LossOptions,
+             TrainOptions):
     "All options of a run. Make one with `make_config`."
     @property
     def tau_end(self) -> float:
         "τ at the end of the training, with which `dual` and the fusion's score are added."
         return self.tau*self.tau_decay
 
-# %% ../nbs/00_config.ipynb #000028
+# %% ../nbs/00_config.ipynb #e7cfd5c9
 PRESETS: dict[str, dict[str, Any]] = {
     'paper': {},
     'tiny': dict(
-        image_height=128, image_width=48, columns=0.7, max_length=64, flip=0.0, pad=0, ids_per_batch=32, images_per_id=2, two_captions=True,
+        image_height=128, image_width=48, columns=0.7, max_length=64, flip=0.0, pad=0, ids_per_batch=32,
+        images_per_id=2, two_captions=True,
         vision={'type': 'vit', 'hidden': 96, 'layers': 4, 'heads': 3, 'patch': 16},
-        text={'type': 'bert', 'hidden': 96, 'layers': 2, 'heads': 3, 'mlp': 2}, text_pool='mean', dim=96, bdam_depth=2, bdam_heads=3,
+        text={'type': 'bert', 'hidden': 96, 'layers': 2, 'heads': 3, 'mlp': 2}, text_pool='mean', dim=96,
+        bdam_depth=2, bdam_heads=3,
         fusion_dim=64, fusion_negatives=7, tau=0.07, tau_decay=0.3, mining='all',
-        erase=0.0, dropout=0.0, epochs=3, optimizer='muon', lr=6e-3, muon_lr=0.009, weight_decay=0.02, schedule='hold', warmup=0.25, amp='off',
+        erase=0.0, dropout=0.0, epochs=3, optimizer='muon', lr=6e-3, muon_lr=0.009, weight_decay=0.02,
+        schedule='hold', warmup=0.25, amp='off',
         gradnorm_every=10, workers=0),
     'smoke': dict(
-        image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2, two_captions=True, text_pool='mean', folder='SynthPEDES-smoke',
+        image_height=64, image_width=32, max_length=48, pad=2, ids_per_batch=8, images_per_id=2,
+        two_captions=True, text_pool='mean', folder='SynthPEDES-smoke',
         synth_train_ids=32, synth_val_ids=8, synth_test_ids=8, vocab_size=600,
         vision={'type': 'vit', 'hidden': 32, 'layers': 2, 'heads': 2, 'patch': 16},
         text={'type': 'bert', 'hidden': 32, 'layers': 2, 'heads': 2}, dim=32, bdam_depth=2, bdam_heads=2,
-        fusion_dim=16, fusion_heads=2, d_state=4, tau=0.1, mining='all', dropout=0.0, epochs=2, optimizer='muon', lr=1e-3, warmup=0, workers=0, rerank=8),
+        fusion_dim=16, fusion_heads=2, d_state=4, tau=0.1, mining='all', dropout=0.0, epochs=2,
+        optimizer='muon', lr=1e-3, warmup=0, workers=0, rerank=8),
 }
 
-# %% ../nbs/00_config.ipynb #000030
-_bdam_only, _fusion_only = dict(fusion=False), dict(bdam=False, id_text='caption')      # descriptions come with BDAM
+# %% ../nbs/00_config.ipynb #c68a2228
+# descriptions come with BDAM
+_bdam_only, _fusion_only = dict(fusion=False), dict(bdam=False, id_text='caption')
 VARIANTS: dict[str, dict[str, Any]] = {
     'full': {},
     'baseline': _bdam_only | _fusion_only,
-    'baseline_described': _bdam_only | _fusion_only | dict(id_text='both'),      # the plain model with the identity descriptions as texts
+    # the plain model with the identity descriptions as texts
+    'baseline_described': _bdam_only | _fusion_only | dict(id_text='both'),
     'bdam': _bdam_only,
     'bdam_no_cross': _bdam_only | dict(bdam_cross=False),
     'bdam_no_gate': _bdam_only | dict(bdam_gate=False),
@@ -241,18 +283,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'tal': _bdam_only | _fusion_only | dict(align_loss='tal', tau=0.015, tau_decay=1.0, margin=0.1),
 }
 
-# %% ../nbs/00_config.ipynb #000032
+# %% ../nbs/00_config.ipynb #96ad594f
 def _say(e: ValidationError) -> str:
     "pydantic's findings in one line."
     def one(x):
         name = '.'.join(map(str, x['loc'][:1]))
         if x['type'] == 'extra_forbidden':
             near = difflib.get_close_matches(name, Config.model_fields, 1)
-            return f"unknown option {name!r}" + (f", did you mean {near[0]!r}?" if near else '; `options()` in 00_config lists all')
+            return f"unknown option {name!r}" + (f", did you mean {near[0]!r}?" if near
+                                                 else '; `options()` in 00_config lists all')
         return f"option {name}={x['input']!r}: {x['msg'][0].lower() + x['msg'][1:]}"
     return '; '.join(dict.fromkeys(map(one, e.errors())))
 
-# %% ../nbs/00_config.ipynb #000033
+# %% ../nbs/00_config.ipynb #89a76818
 def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
                 preset: str | None = None,  # None: 'tiny' for synth, 'paper' for real data
                 variant: str = 'full',      # a name in `VARIANTS`
@@ -261,7 +304,8 @@ def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
     "Preset, then variant, then `options`. Raises `UserError` for a name or value that is not known."
     preset = preset or ('tiny' if dataset == 'synth' else 'paper')
     for kind, name, known in (('preset', preset, PRESETS), ('variant', variant, VARIANTS)):
-        if not isinstance(name, str) or name not in known: raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")
+        if not isinstance(name, str) or name not in known:
+            raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")
     values = dict(dataset=dataset, preset=preset, variant=variant) | PRESETS[preset] | VARIANTS[variant]
     if dataset != 'synth': values.pop('folder', None)
     if variant == 'bdam_shallow': values['bdam_depth'] = PRESETS[preset].get('bdam_depth', 6) // 2
@@ -269,19 +313,23 @@ def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
     except ValidationError as e: raise UserError(_say(e)) from None
     return check_config(config)
 
-# %% ../nbs/00_config.ipynb #000035
+# %% ../nbs/00_config.ipynb #3fb74933
 def check_config(config: Config) -> Config:  # the same one
     "What no single field can see. Raises `UserError`."
     def need(ok, say):
         if not ok: raise UserError(say)
     c = config
     need(c.dim % c.bdam_heads == 0, f'dim={c.dim} must be a multiple of bdam_heads={c.bdam_heads}')
-    need(c.fusion_dim % c.fusion_heads == 0, f'fusion_dim={c.fusion_dim} must be a multiple of fusion_heads={c.fusion_heads}')
+    need(c.fusion_dim % c.fusion_heads == 0,
+         f'fusion_dim={c.fusion_dim} must be a multiple of fusion_heads={c.fusion_heads}')
     need(c.ids_per_batch > 1, 'a batch of one identity has no negatives: raise ids_per_batch')
     need(c.warmup < c.epochs, f'warmup={c.warmup} must be shorter than epochs={c.epochs}')
-    need(c.c_align + c.c_fusion * c.fusion > 0, 'nothing relates image and text: c_align is 0 and there is no fusion loss')
-    need(not c.fusion or c.c_fusion > 0, 'a fusion that no loss trains (c_fusion=0) scores at random: set fusion=False')
-    need(c.clothes_change is False or c.dataset == 'synth', f'clothes_change exists for dataset synth only, not {c.dataset}')
+    need(c.c_align + c.c_fusion * c.fusion > 0,
+         'nothing relates image and text: c_align is 0 and there is no fusion loss')
+    need(not c.fusion or c.c_fusion > 0,
+         'a fusion that no loss trains (c_fusion=0) scores at random: set fusion=False')
+    need(c.clothes_change is False or c.dataset == 'synth',
+         f'clothes_change exists for dataset synth only, not {c.dataset}')
     return config
 
 # %% ../nbs/00_config.ipynb #000039
@@ -299,33 +347,37 @@ def run_dir(config: Config,                  # the run's options
     name = config.variant + (f'-{config.tag}' if config.tag else '')
     return Path(runs or ROOT/'runs')/config.dataset/config.preset/name/f'seed{config.seed}'
 
-# %% ../nbs/00_config.ipynb #000042
+# %% ../nbs/00_config.ipynb #111dcab9
 _PLAIN = (str, int, float, list, tuple, dict, type(None))       # what papermill can pass
 
 def given_names(names: dict[str, Any]  # a notebook's `globals()`
                ) -> dict[str, Any]:     # what its parameters cell, or papermill, put there
     "The parameters among a notebook's globals: what a shell, an import or a later cell left there is none."
-    return {k: v for k, v in names.items() if not k.startswith('_') and k not in {'In', 'Out', 'exit', 'quit'} and isinstance(v, _PLAIN)}
+    return {k: v for k, v in names.items() if not k.startswith('_')
+            and k not in {'In', 'Out', 'exit', 'quit'} and isinstance(v, _PLAIN)}
 
 # %% ../nbs/00_config.ipynb #6a082944
 def in_test() -> bool:
     "Whether `nbdev_test` runs this notebook: it sets `IN_TEST`, papermill and JupyterLab do not."
     return bool(os.environ.get('IN_TEST'))
 
-# %% ../nbs/00_config.ipynb #d17e9323
+# %% ../nbs/00_config.ipynb #1e53ed35
 def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
-    given = {k: v for k, v in given_names(names).items() if k not in extra and (k in Config.model_fields or not isinstance(v, (list, tuple, dict)))}
+    given = {k: v for k, v in given_names(names).items() if k not in extra
+             and (k in Config.model_fields or not isinstance(v, (list, tuple, dict)))}
     for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name
-        raise UserError(f'{k} is now a {type(names[k]).__name__}, no parameter: run the cell of the parameters again')
+        raise UserError(f'{k} is now a {type(names[k]).__name__}, no parameter: run the cell of the '
+                        f'parameters again')
     if in_test() and given.get('preset') is None: given['preset'] = 'smoke'
     return make_config(**given)
 
-# %% ../nbs/00_config.ipynb #000046
+# %% ../nbs/00_config.ipynb #d9a25609
 def options() -> pd.DataFrame:  # columns: value in the paper, and each preset; index: the option
     "Every option with its default, its presets and what the paper prints."
-    rows = {n: {'paper prints': f.json_schema_extra['paper'], 'default': f.default, 'tiny': PRESETS['tiny'].get(n, ''), 'what': f.description}
+    rows = {n: {'paper prints': f.json_schema_extra['paper'], 'default': f.default,
+                'tiny': PRESETS['tiny'].get(n, ''), 'what': f.description}
             for n, f in Config.model_fields.items()}
     return pd.DataFrame(rows).T

@@ -17,28 +17,31 @@ from typing import TextIO
 
 import click
 
-# %% ../nbs/02_engine.ipynb #020006
+# %% ../nbs/02_engine.ipynb #159e061e
 def repository(notebook: str | None  # path as typed; None when it comes from a pipe
               ) -> Path | None:      # the root, None for other people's notebooks
     "The repository that a notebook of ours lies in."
     if not notebook: return None
     path = Path(notebook).resolve()
     settings = path.parent.parent/'settings.ini'
-    ours = path.parent.name == 'nbs' and path.is_file() and settings.is_file() and re.search(r'(?m)^lib_name *= *bdam_repro$', settings.read_text())
+    if path.parent.name != 'nbs' or not path.is_file() or not settings.is_file(): return None
+    ours = re.search(r'(?m)^lib_name *= *bdam_repro$', settings.read_text())
     return path.parent.parent if ours else None
 
-# %% ../nbs/02_engine.ipynb #020010
+# %% ../nbs/02_engine.ipynb #e129a2e6
 def output_name(notebook: str,   # path of the notebook
                 params: dict     # papermill's options, as click parsed them
                ) -> str:         # file name
     "`train-dataset=cuhk-seed=1.ipynb`"
     given = [f'{k}={v}' for o in ('parameters', 'parameters_raw') for k, v in params.get(o) or ()]
-    hidden = [x for o in ('parameters_file', 'parameters_yaml', 'parameters_base64') for x in params.get(o) or ()]
+    hidden = [x for o in ('parameters_file', 'parameters_yaml', 'parameters_base64') for x in params.get(o)
+              or ()]
     name = '-'.join([Path(notebook).stem, *(re.sub(r'[^\w.=+-]+', '_', x) for x in given)])
-    if hidden or len(name) > 120: name = f'{name[:100]}-{hashlib.sha256(repr(given + hidden).encode()).hexdigest()[:8]}'
+    if hidden or len(name) > 120:
+        name = f'{name[:100]}-{hashlib.sha256(repr(given + hidden).encode()).hexdigest()[:8]}'
     return name + '.ipynb'
 
-# %% ../nbs/02_engine.ipynb #020013
+# %% ../nbs/02_engine.ipynb #0eb19d53
 class Live:
     "Shows a cell's output as it comes: whole lines, and on a terminal the unfinished line too."
     def __init__(self, out: TextIO): self.out, self.line = out, ''
@@ -48,7 +51,8 @@ class Live:
         self.line = line[line[:-1].rfind('\r') + 1:]                  # what was overwritten is gone
         clear = '\r\x1b[K' if self.out.isatty() else ''
         for x in whole: self.out.write(clear + x.rstrip('\r').split('\r')[-1] + '\n')
-        if clear and self.line: self.out.write(clear + self.line.strip('\r')[:shutil.get_terminal_size().columns - 1])
+        if clear and self.line:
+            self.out.write(clear + self.line.strip('\r')[:shutil.get_terminal_size().columns - 1])
 
     def flush(self) -> None: self.out.flush()
 
@@ -57,14 +61,17 @@ class Live:
         if self.line.strip(): self.write('\n')
         self.flush()
 
-# %% ../nbs/02_engine.ipynb #020017
+# %% ../nbs/02_engine.ipynb #ecf40df6
 class BdamEngine:
     "papermill's engine, showing what the cells print as they print it."
     @staticmethod
     def execute_notebook(nb, kernel_name: str, stdout_file=None, stderr_file=None, **options):
         from papermill.engines import NBClientEngine
         live = Live(sys.stdout), Live(sys.stderr)
-        try: return NBClientEngine.execute_notebook(nb, kernel_name, stdout_file=stdout_file or live[0], stderr_file=stderr_file or live[1], **options)
+        try:
+            return NBClientEngine.execute_notebook(
+                nb, kernel_name, stdout_file=stdout_file or live[0], stderr_file=stderr_file or live[1],
+                **options)
         finally:
             for l in live: l.close()
 
@@ -78,7 +85,7 @@ class BdamEngine:
         from papermill.utils import nb_language
         return nb_language(nb, language)
 
-# %% ../nbs/02_engine.ipynb #020019
+# %% ../nbs/02_engine.ipynb #efdeddb4
 def complete_command(params: dict,  # papermill's options, as click parsed them; changed in place
            root: Path     # the repository
           ) -> None:
@@ -87,20 +94,23 @@ def complete_command(params: dict,  # papermill's options, as click parsed them;
     if not params['output_path']:
         folder = Path(os.environ['BDAM_ROOT'])/'runs'
         try: folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise click.ClickException(f'cannot make the folder {folder}: {e.strerror}; name an output path') from None
+        except OSError as e:
+            say = f'cannot make the folder {folder}: {e.strerror}; name an output path'
+            raise click.ClickException(say) from None
         params['output_path'] = str(folder/output_name(params['notebook_path'], params))
     if params['engine'] is None and params['output_path'] != '-' and not params['log_output']:
         params['engine'] = 'bdam'
-        if params['progress_bar'] is None: params['progress_bar'] = False   # a second bar would draw over the notebook's
+        if params['progress_bar'] is None:
+            params['progress_bar'] = False   # a second bar would draw over the notebook's
 
-# %% ../nbs/02_engine.ipynb #020021
+# %% ../nbs/02_engine.ipynb #5b097bd8
 USER_ERRORS = 'UserError', 'ImageError'   # by name: the kernel that raised them is another process
 
 def run_ours(invoke,                # papermill's command, without arguments
              ctx: click.Context,    # its parsed options
              root: Path             # the repository
             ):
-    "Run papermill on a notebook of ours. Raises `ClickException`, which click prints as one line before it exits with 1."
+    "Run papermill on a notebook of ours. Raises `ClickException`, which click prints as one line; the exit code is 1."
     from papermill.exceptions import PapermillExecutionError
     complete_command(ctx.params, root)
     try: result = invoke()
@@ -115,7 +125,7 @@ def short(path: str) -> str:
     relative = os.path.relpath(path)
     return path if relative.startswith('..') else relative
 
-# %% ../nbs/02_engine.ipynb #020023
+# %% ../nbs/02_engine.ipynb #d37d7788
 def install() -> None:
     "Let papermill's command ask `repository` first. Once is enough."
     original = click.Command.invoke
@@ -124,7 +134,8 @@ def install() -> None:
     @functools.wraps(original)
     def invoke(self, ctx):
         run = lambda: original(self, ctx)
-        if self.name != 'papermill' or 'output_path' not in ctx.params or ctx.params['help_notebook'] or ctx.params['prepare_only']: return run()
+        executes = self.name == 'papermill' and 'output_path' in ctx.params
+        if not executes or ctx.params['help_notebook'] or ctx.params['prepare_only']: return run()
         root = repository(ctx.params['notebook_path'])
         return run() if root is None else run_ours(run, ctx, root)
 

@@ -14,9 +14,10 @@ import pandas as pd
 # %% ../nbs/01_paper.ipynb #010004
 from .config import UserError
 
-# %% ../nbs/01_paper.ipynb #010007
+# %% ../nbs/01_paper.ipynb #8afd0ba4
 TITLES = {1: 'Ablation on the BDAM module (CUHK-PEDES)', 2: 'Ablation on the fusion module (CUHK-PEDES)',
-          3: 'Ablation on loss components (CUHK-PEDES)', 4: 'Ablation on clustering for style prompts (CUHK-PEDES)',
+          3: 'Ablation on loss components (CUHK-PEDES)',
+          4: 'Ablation on clustering for style prompts (CUHK-PEDES)',
           5: 'Comparison with the state of the art'}
 
 # %% ../nbs/01_paper.ipynb #010008
@@ -67,8 +68,9 @@ SOTA = '''
     Ours   ViT      | 79.93 92.95 96.47 72.61 | 68.68 84.29 89.74 41.78 | 74.33 88.85 92.95 57.68
 '''
 
-# %% ../nbs/01_paper.ipynb #010010
-def _lines(text: str) -> list[list[str]]: return [[p.strip() for p in x.split('|')] for x in text.strip().splitlines()]
+# %% ../nbs/01_paper.ipynb #55e79c43
+def _lines(text: str) -> list[list[str]]:
+    return [[p.strip() for p in x.split('|')] for x in text.strip().splitlines()]
 
 def _ablation(n: int) -> pd.DataFrame:
     rows = [(method, *rest.split()) for method, rest in _lines(ABLATIONS[n])]
@@ -77,14 +79,19 @@ def _ablation(n: int) -> pd.DataFrame:
 
 def _sota() -> pd.DataFrame:
     rows = _lines(SOTA)
-    values = [[float('nan') if v == '-' else float(v) for part in parts for v in part.split()] for _, *parts in rows]
-    return pd.DataFrame(values, index=pd.MultiIndex.from_tuples([tuple(r[0].split()) for r in rows], names=['method', 'backbone']),
-                        columns=pd.MultiIndex.from_product([['cuhk', 'icfg', 'rstp'], ['R1', 'R5', 'R10', 'mAP']]))
+    values = [[float('nan') if v == '-' else float(v) for part in parts for v in part.split()] for _,
+              *parts in rows]
+    names = [tuple(r[0].split()) for r in rows]
+    return pd.DataFrame(values, index=pd.MultiIndex.from_tuples(names, names=['method', 'backbone']),
+                        columns=pd.MultiIndex.from_product([
+                            ['cuhk', 'icfg', 'rstp'], ['R1', 'R5', 'R10', 'mAP']]))
 
-# %% ../nbs/01_paper.ipynb #010011
+# %% ../nbs/01_paper.ipynb #d08cff73
 def table(n: int                # 1 to 5
-         ) -> pd.DataFrame:     # rows as printed, percent. 1-4: method → mAP, R1, R5, R10, variant; 5: (method, backbone) → (dataset, metric)
-    "A printed table. A metric that is not printed is NaN. `UserError` for a table that the paper does not have."
+         ) -> pd.DataFrame:     # rows as printed, percent
+    """A printed table; a metric that is not printed is NaN. Raises `UserError` for a table that the paper does not have.
+
+    Tables 1 to 4: method → mAP, R1, R5, R10, variant. Table 5: (method, backbone) → (dataset, metric)."""
     if n not in TITLES: raise UserError(f'the paper has tables 1 to 5, not {n!r}')
     return _sota() if n == 5 else _ablation(n)
 
@@ -95,37 +102,44 @@ def figure3() -> pd.DataFrame:  # gate → mean, std, shape; NaN where nothing i
             'fusion_image': (.53, .12, ''), 'fusion_text': (.47, .12, '')}
     return pd.DataFrame.from_dict(rows, orient='index', columns=['mean', 'std', 'shape'])
 
-# %% ../nbs/01_paper.ipynb #010016
-FIGURE5 = {'axes': ['Params', 'FLOPs', 'Memory', 'mAP', 'Speed'],            # normalized to 0…100, cost axes inverted
-           'models': ['Simple', 'Mamba', 'Transformer-4Layer']}              # named in the text; no numbers are printed
+# %% ../nbs/01_paper.ipynb #5841351a
+FIGURE5 = {'axes': ['Params', 'FLOPs', 'Memory', 'mAP',
+                    'Speed'],            # normalized to 0…100, cost axes inverted
+           'models': ['Simple', 'Mamba', 'Transformer-4Layer']}          # named in the text; no numbers are printed
 
-# %% ../nbs/01_paper.ipynb #010017
+# %% ../nbs/01_paper.ipynb #a80de46e
 def datasets() -> pd.DataFrame:  # dataset → counts, as printed in Sec. 4.1; missing where nothing is printed
-    "The datasets as the paper describes them (their official counts are in `10_pedes`)."
-    rows = {'cuhk': dict(images=40206, ids=13003, captions_per_image=2, train_ids=11003, val_ids=1000, test_ids=1000),
+    "The datasets as the paper describes them; `10_pedes` has their official counts."
+    rows = {'cuhk': dict(images=40206, ids=13003, captions_per_image=2, train_ids=11003, val_ids=1000,
+                         test_ids=1000),
             'icfg': dict(images=54552, ids=4102, captions_per_image=1, train_ids=3102, test_ids=1000),
             'rstp': dict(images=20505, ids=4104, cameras=15, images_per_id=5, captions_per_image=2,
                          train_ids=3701, val_ids=200, test_ids=200)}
     return pd.DataFrame.from_dict(rows, orient='index').astype('Int64')
 
-# %% ../nbs/01_paper.ipynb #010018
-def hyperparameters() -> pd.DataFrame:  # name → value, where, option (the field of our `Config`, empty where there is none)
+# %% ../nbs/01_paper.ipynb #8cddd969
+def hyperparameters() -> pd.DataFrame:  # name → value, where, option: the field of our `Config`, or empty
     "Every setting that the paper prints."
-    rows = [('text_encoder', 'bert-base-uncased', '4.2', 'text'), ('visual_encoder', 'vit-base-patch16-224', '4.2', 'vision'),
+    rows = [('text_encoder', 'bert-base-uncased', '4.2', 'text'),
+            ('visual_encoder', 'vit-base-patch16-224', '4.2', 'vision'),
             ('image_size', 224, '4.2', 'image_height'), ('hidden', 768, '4.2', 'dim'),
             ('fusion_layers', 2, '4.2', 'fusion_layers'), ('fusion_dim', 256, '4.2', 'fusion_dim'),
-            ('d_state', 16, '4.2', 'd_state'), ('d_conv', 4, '4.2', 'd_conv'), ('dropout', .1, '4.2', 'dropout'),
-            ('optimizer', 'Adam', '4.2', 'optimizer'), ('lr', 1e-4, '4.2', 'lr'), ('weight_decay', 1e-3, '4.2', 'weight_decay'),
-            ('schedule', 'cosine annealing', '4.2', 'schedule'), ('gradnorm_alpha', 1.5, '4.2', 'gradnorm_alpha'),
-            ('weight_lr', .025, '4.2', 'gradnorm_lr'), ('weight_clip', [1e-4, 10], '4.2', ''), ('log_reg', 1e-3, '4.2', 'log_reg'),
+            ('d_state', 16, '4.2', 'd_state'), ('d_conv', 4, '4.2', 'd_conv'),
+            ('dropout', .1, '4.2', 'dropout'),
+            ('optimizer', 'Adam', '4.2', 'optimizer'), ('lr', 1e-4, '4.2', 'lr'),
+            ('weight_decay', 1e-3, '4.2', 'weight_decay'),
+            ('schedule', 'cosine annealing', '4.2', 'schedule'),
+            ('gradnorm_alpha', 1.5, '4.2', 'gradnorm_alpha'),
+            ('weight_lr', .025, '4.2', 'gradnorm_lr'), ('weight_clip', [1e-4, 10], '4.2', ''),
+            ('log_reg', 1e-3, '4.2', 'log_reg'),
             ('style_encoder', 'clip-vit-base-patch32 (Sec. 4.2) / ViT-L/14 (Sec. 3.3)', '3.3, 4.2', ''),
             ('mllm', 'ChatGPT-4o', '3.3, 4.2', ''), ('seeds', [0, 1, 2], '4.2', 'seed')]
     return pd.DataFrame(rows, columns=['name', 'value', 'where', 'option']).set_index('name')
 
-# %% ../nbs/01_paper.ipynb #010041
+# %% ../nbs/01_paper.ipynb #9a330f48
 @dataclass(frozen=True)
 class OpenPoint:
-    "A choice that the paper leaves to who repeats it."
+    "A choice that the paper leaves to whoever repeats it."
     n: int                       # number, kept for good
     where: str                   # section, equation, table
     point: str                   # what is open
@@ -134,108 +148,181 @@ class OpenPoint:
     why: str                     # the reason for the default
     options: tuple[str, ...] = ()  # fields of `Config` that choose the reading
 
-# %% ../nbs/01_paper.ipynb #010044
+# %% ../nbs/01_paper.ipynb #b445abf6
 _PROTOCOL = (
-    OpenPoint(1, '4.1', 'how a test query is scored against a gallery image', ('dual', 'fused', 'pair (invalid)'), 'dual, and fused beside it',
-              'a query is a caption alone; a literal fusion of each pair lets the query see its own image', ('rerank', 'rerank_weight')),
-    OpenPoint(17, '4.1', 'ICFG-PEDES has no validation split, but checkpoints are selected on one', ('identities held out of train', 'test'),
-              'a tenth of the train identities', 'selection on test would flatter every number', ('val_fraction',)),
-    OpenPoint(19, '4.1', 'RSTPReid: 4,104 identities, its splits sum to 4,101; ICFG-PEDES: 54,552 images, its files hold 54,522; '
-              'the citations of these two datasets are exchanged', ('slips of the pen', 'other releases'), 'the official files', 'they add up'),
-    OpenPoint(23, '4.2', 'which validation number selects the checkpoint', ('R-1', 'mAP', 'sum'), 'R-1', 'the field ranks by it'),
-    OpenPoint(24, '4.2, Tab. 1-5', 'means of three runs are printed without spread, and differences under a point are read as effects',
-              ('trust', 'intervals'), 'three seeds, intervals over people and seeds', 'the error of sampling the queries alone is half a point'),
-    OpenPoint(25, '4.1', 'how ties, and feature rounding that makes or breaks them, are ranked', ('sort order', 'average', 'pessimistic'),
+    OpenPoint(1, '4.1', 'how a test query is scored against a gallery image',
+              ('dual', 'fused', 'pair (invalid)'), 'dual, and fused beside it',
+              'a query is a caption alone; a literal fusion of each pair lets the query see its own image',
+              ('rerank', 'rerank_weight')),
+    OpenPoint(17, '4.1', 'ICFG-PEDES has no validation split, but checkpoints are selected on one',
+              ('identities held out of train', 'test'),
+              'a tenth of the train identities', 'selection on test would flatter every number',
+              ('val_fraction',)),
+    OpenPoint(19, '4.1', 'RSTPReid: 4,104 identities, its splits sum to 4,101; ICFG-PEDES: 54,552 images, '
+              'its files hold 54,522; '
+              'the citations of these two datasets are exchanged', ('slips of the pen', 'other releases'),
+              'the official files', 'they add up'),
+    OpenPoint(23, '4.2', 'which validation number selects the checkpoint', ('R-1', 'mAP', 'sum'), 'R-1',
+              'the field ranks by it'),
+    OpenPoint(24, '4.2, Tab. 1-5', 'means of three runs are printed without spread, and differences under a '
+              'point are read as effects',
+              ('trust', 'intervals'), 'three seeds, intervals over people and seeds',
+              'the error of sampling the queries alone is half a point'),
+    OpenPoint(25, '4.1', 'how ties, and feature rounding that makes or breaks them, are ranked',
+              ('sort order', 'average', 'pessimistic'),
               'average over orderings', 'a collapsed model then scores as chance'),
-    OpenPoint(26, '1, 3.2, 4.1', 'clothing is to be purged from what is matched, yet people keep their clothes within each dataset and captions '
-              'describe mostly these', ('purge', 'use'), 'measured on SynthPEDES, also where clothes change', 'the claim needs a test in which clothes mislead',
+    OpenPoint(26, '1, 3.2, 4.1', 'clothing is to be purged from what is matched, yet people keep their '
+              'clothes within each dataset and captions '
+              'describe mostly these', ('purge', 'use'), 'measured on SynthPEDES, also where clothes change',
+              'the claim needs a test in which clothes mislead',
               ('clothes_change',)),
-    OpenPoint(27, '1, 3.3, 4.3', 'what belongs to identity: hair is called irrelevant in 1; posture is identity in 4.3, a nuisance in 1',
-              ('body and face', 'also hair', 'also posture'), 'gender, age, build, height, hair; of SynthPEDES skin, beard and glasses too',
+    OpenPoint(27, '1, 3.3, 4.3', 'what belongs to identity: hair is called irrelevant in 1; posture is '
+              'identity in 4.3, a nuisance in 1',
+              ('body and face', 'also hair', 'also posture'),
+              'gender, age, build, height, hair; of SynthPEDES skin, beard and glasses too',
               'lasting traits that 3.3 asks for; hair, since it does not come off with the coat'),
 )
 
-# %% ../nbs/01_paper.ipynb #010047
+# %% ../nbs/01_paper.ipynb #80e14123
 _MODEL = (
-    OpenPoint(3, '3.4', 'one weighted sum of two vectors is a sequence of length 1, on which the recurrence of Mamba does nothing',
-              ('pooled (literal)', 'tokens'), 'pooled, tokens in the audit', 'the equation says so; the claim of long-range modeling needs tokens', ('fusion_input',)),
-    OpenPoint(12, '3.2, Tab. 1', 'depth (more than 3), heads, feed-forward parts, order of self- and cross-attention', ('after the stack', 'in each layer'),
-              'six layers, cross-attention after them', 'shallow is 3, hence the default is deeper; the text names self-attention first',
+    OpenPoint(3, '3.4', 'one weighted sum of two vectors is a sequence of length 1, on which the recurrence '
+              'of Mamba does nothing',
+              ('pooled (literal)', 'tokens'), 'pooled, tokens in the audit',
+              'the equation says so; the claim of long-range modeling needs tokens', ('fusion_input',)),
+    OpenPoint(12, '3.2, Tab. 1', 'depth (more than 3), heads, feed-forward parts, order of self- and '
+              'cross-attention', ('after the stack', 'in each layer'),
+              'six layers, cross-attention after them',
+              'shallow is 3, hence the default is deeper; the text names self-attention first',
               ('bdam_depth', 'bdam_heads', 'bdam_mlp', 'bdam_order')),
-    OpenPoint(13, '3.2', '[CLS] is not the descriptor; whether it stays among the tokens is not said', ('dropped', 'kept'), 'dropped',
+    OpenPoint(13, '3.2', '[CLS] is not the descriptor; whether it stays among the tokens is not said',
+              ('dropped', 'kept'), 'dropped',
               'the text speaks of the patch sequence', ('keep_cls',)),
-    OpenPoint(16, 'Fig. 2, 3.4', 'the fusion takes f_clo^t (caption of the figure) or f_id^t (text)', ('f_id^t', 'f_clo^t', 'the query'),
-              'the query', 'at test time there is nothing else; the text discards clothing on purpose', ('fusion_text',)),
-    OpenPoint(28, '3.2, Fig. 4', 'f_i is a token tensor in 3.2 and an entangled global feature elsewhere; the gated features go by two names',
+    OpenPoint(16, 'Fig. 2, 3.4', 'the fusion takes f_clo^t (caption of the figure) or f_id^t (text)',
+              ('f_id^t', 'f_clo^t', 'the query'),
+              'the query', 'at test time there is nothing else; the text discards clothing on purpose',
+              ('fusion_text',)),
+    OpenPoint(28, '3.2, Fig. 4', 'f_i is a token tensor in 3.2 and an entangled global feature elsewhere; '
+              'the gated features go by two names',
               ('tokens', 'pooled'), 'tokens into BDAM, means out', 'the shapes in 3.2'),
-    OpenPoint(29, '4.2', 'images are 224×224, people are about 1:2 and get squeezed', ('square', '384×128', '256×128'), 'square for `paper`, 128×48 of the middle for `tiny`',
+    OpenPoint(29, '4.2', 'images are 224×224, people are about 1:2 and get squeezed',
+              ('square', '384×128', '256×128'), 'square for `paper`, 128×48 of the middle for `tiny`',
               'as printed; the pretrained positions fit', ('image_height', 'image_width')),
-    OpenPoint(30, '3.1, 4.2', 'one text encoder for captions, identity and clothing texts or several; trained or frozen; [CLS] or mean',
-              ('one, trained', 'several', 'frozen', '[CLS]', 'mean'), 'one, trained, [CLS]', 'one BERT is named, with one learning rate; its own summary of a text is [CLS]', ('text_pool',)),
-    OpenPoint(31, '3.4, 4.2', 'D_out, and how features of 768 and 256 dimensions are compared', ('256', '768'), 'the fusion projects; dual stays at D',
+    OpenPoint(30, '3.1, 4.2', 'one text encoder for captions, identity and clothing texts or several; '
+              'trained or frozen; [CLS] or mean',
+              ('one, trained', 'several', 'frozen', '[CLS]', 'mean'), 'one, trained, [CLS]',
+              'one BERT is named, with one learning rate; its own summary of a text is [CLS]',
+              ('text_pool',)),
+    OpenPoint(31, '3.4, 4.2', 'D_out, and how features of 768 and 256 dimensions are compared',
+              ('256', '768'), 'the fusion projects; dual stays at D',
               'the dual score needs no fusion', ('dim', 'fusion_dim')),
-    OpenPoint(32, '3.4, 4.2', 'expansion of Mamba, normalization before a layer', ('expand 2, none', 'expand 2, pre-norm'), 'expand 2, a LayerNorm before each layer',
+    OpenPoint(32, '3.4, 4.2', 'expansion of Mamba, normalization before a layer',
+              ('expand 2, none', 'expand 2, pre-norm'), 'expand 2, a LayerNorm before each layer',
               'the defaults of Mamba; a residual stack without norm trains badly'),
-    OpenPoint(21, '4.3, Fig. 3', 'the gate is B×D: the histogram is over entries, dimensions or samples; right-skewed and bimodal are said of one curve',
-              ('all entries', 'per dimension', 'per sample'), 'all entries, the others beside it', 'nothing is averaged away'),
-    OpenPoint(33, '4.3', 'the means of g are read as the importance of identity, but the scale of g cancels in the normalization and 1 − g weighs a '
-              'feature that is discarded', ('importance', 'no meaning'), 'shown, not interpreted', 'another scale of f_id gives another mean and the same ranking'),
+    OpenPoint(21, '4.3, Fig. 3', 'the gate is B×D: the histogram is over entries, dimensions or samples; '
+              'right-skewed and bimodal are said of one curve',
+              ('all entries', 'per dimension', 'per sample'), 'all entries, the others beside it',
+              'nothing is averaged away'),
+    OpenPoint(33, '4.3', 'the means of g are read as the importance of identity, but the scale of g cancels '
+              'in the normalization and 1 − g weighs a '
+              'feature that is discarded', ('importance', 'no meaning'), 'shown, not interpreted',
+              'another scale of f_id gives another mean and the same ranking'),
 )
 
-# %% ../nbs/01_paper.ipynb #010050
+# %% ../nbs/01_paper.ipynb #8dcf343e
 _LOSSES = (
-    OpenPoint(2, '3.3, Eq. 3', 'which text t_i is', ('caption', 'generated', 'both'), 'both with a BDAM, the caption without',
-              'captions, since queries are captions; the descriptions too, since else no loss reads them', ('id_text',)),
-    OpenPoint(4, '3.4-3.5', 'no loss names f_final: as printed the fusion gets no gradient', ('match head', 'Eq. 4 with f_final', 'InfoNCE with f_final'),
-              'match head', 'it is what re-scoring a pair needs', ('fusion_loss', 'fusion_negatives', 'fusion_grad')),
-    OpenPoint(5, 'Eq. 1, 4.3', 'Eq. 1 pushes the clothing feature from its own text, while 4.3 has the clothing branch learn appearance by a matching loss '
-              'without an equation', ('literal', 'matching', 'matching and reversed gradients on f_id', 'both'), 'matching',
+    OpenPoint(2, '3.3, Eq. 3', 'which text t_i is', ('caption', 'generated', 'both'),
+              'both with a BDAM, the caption without',
+              'captions, since queries are captions; the descriptions too, since else no loss reads them',
+              ('id_text',)),
+    OpenPoint(4, '3.4-3.5', 'no loss names f_final: as printed the fusion gets no gradient',
+              ('match head', 'Eq. 4 with f_final', 'InfoNCE with f_final'),
+              'match head', 'it is what re-scoring a pair needs',
+              ('fusion_loss', 'fusion_negatives', 'fusion_grad')),
+    OpenPoint(5, 'Eq. 1, 4.3', 'Eq. 1 pushes the clothing feature from its own text, while 4.3 has the '
+              'clothing branch learn appearance by a matching loss '
+              'without an equation', 
+              ('literal', 'matching', 'matching and reversed gradients on f_id', 'both'), 'matching',
               'pushed off its text, f_clo need not hold clothing at all', ('clothing',)),
-    OpenPoint(6, 'Eq. 1', 'P_pos is called a similarity; the logarithm needs a probability', ('softmax', 'sigmoid'), 'softmax', 'the name says positive of a batch', ('p_pos',)),
-    OpenPoint(7, 'Eq. 2', 'a linear kernel, unnormalized, is minimized by shrinking the features; 4.3 speaks of an RKHS',
-              ('linear', 'linear, normalized', 'RBF', 'CKA'), 'linear, normalized', 'the nearest to the print that cannot be cheated', ('hsic_kernel',)),
-    OpenPoint(8, '4.2, Tab. 3', 'gate regularization has a row in a table and no formula', ('(g − ½)²', 'entropy'), '(g − ½)²', 'the simplest', ('gate_reg', 'c_gate')),
-    OpenPoint(10, 'Eq. 3', 'one direction or two; other images of the identity in the batch', ('diagonal', 'left out', 'positives'), 'both directions, positives',
+    OpenPoint(6, 'Eq. 1', 'P_pos is called a similarity; the logarithm needs a probability',
+              ('softmax', 'sigmoid'), 'softmax', 'the name says positive of a batch', ('p_pos',)),
+    OpenPoint(7, 'Eq. 2', 'a linear kernel, unnormalized, is minimized by shrinking the features; 4.3 '
+              'speaks of an RKHS',
+              ('linear', 'linear, normalized', 'RBF', 'CKA'), 'linear, normalized',
+              'the nearest to the print that cannot be cheated', ('hsic_kernel',)),
+    OpenPoint(8, '4.2, Tab. 3', 'gate regularization has a row in a table and no formula',
+              ('(g − ½)²', 'entropy'), '(g − ½)²', 'the simplest', ('gate_reg', 'c_gate')),
+    OpenPoint(10, 'Eq. 3', 'one direction or two; other images of the identity in the batch',
+              ('diagonal', 'left out', 'positives'), 'both directions, positives',
               'same identity is called positive in 3.5', ('symmetric', 'positives')),
-    OpenPoint(11, 'Eq. 4', 'margin, mining, modality of the three, identities × images in a batch', ('hard', 'random', 'all'), 'hardest in the batch, margin 0.3',
+    OpenPoint(11, 'Eq. 4', 'margin, mining, modality of the three, identities × images in a batch',
+              ('hard', 'random', 'all'), 'hardest in the batch, margin 0.3',
               'custom of re-identification', ('margin', 'mining', 'ids_per_batch', 'images_per_id')),
-    OpenPoint(34, 'Eq. 3', 'v is the feature "from the visual encoder": before BDAM, before or after the gate; its index is missing',
-              ('encoder output', 'pooled identity', 'gated identity'), 'gated identity', 'taken before BDAM, the loss would not train BDAM'),
-    OpenPoint(35, 'Eq. 4', 'bars of an absolute value, explained as an L2 norm; of raw or of normalized features', ('raw', 'normalized'),
+    OpenPoint(34, 'Eq. 3', 'v is the feature "from the visual encoder": before BDAM, before or after the '
+              'gate; its index is missing',
+              ('encoder output', 'pooled identity', 'gated identity'), 'gated identity',
+              'taken before BDAM, the loss would not train BDAM'),
+    OpenPoint(35, 'Eq. 4', 'bars of an absolute value, explained as an L2 norm; of raw or of normalized '
+              'features', ('raw', 'normalized'),
               'squared L2, normalized', 'a margin needs a scale'),
-    OpenPoint(9, 'Eq. 5-6, 4.2', 'α is an exponent (1.5) or a coefficient; weights exp(s) or renormalized; G_ref of the first task or the mean, detached or not; '
-              'L/L⁰ where L⁰ ≈ 0; four tasks or five; which layer is shared', ('GradNorm', 'literal', 'fixed'), 'GradNorm, closed form',
-              'taken literally the weights fall to 0', ('balance', 'gradnorm_alpha', 'gradnorm_ref', 'gradnorm_every')),
-    OpenPoint(36, 'Eq. 5', 'subtracts a number from a gradient vector; the text compares norms', ('norms', 'vectors'), 'norms', 'only these have one shape', ('balance',)),
-    OpenPoint(37, '4.2', 'Adam with weight decay 1e-3: added to the gradient, or decoupled; to all parameters or not', ('Adam', 'AdamW'), 'Adam for `paper`',
+    OpenPoint(9, 'Eq. 5-6, 4.2', 'α is an exponent (1.5) or a coefficient; weights exp(s) or renormalized; '
+              'G_ref of the first task or the mean, detached or not; '
+              'L/L⁰ where L⁰ ≈ 0; four tasks or five; which layer is shared',
+              ('GradNorm', 'literal', 'fixed'), 'GradNorm, closed form',
+              'taken literally the weights fall to 0',
+              ('balance', 'gradnorm_alpha', 'gradnorm_ref', 'gradnorm_every')),
+    OpenPoint(36, 'Eq. 5', 'subtracts a number from a gradient vector; the text compares norms',
+              ('norms', 'vectors'), 'norms', 'only these have one shape', ('balance',)),
+    OpenPoint(37, '4.2', 'Adam with weight decay 1e-3: added to the gradient, or decoupled; to all '
+              'parameters or not', ('Adam', 'AdamW'), 'Adam for `paper`',
               'as named', ('optimizer', 'weight_decay')),
-    OpenPoint(20, '4.2', 'batch size, epochs, warm-up, text length, image augmentation, τ', ('those of the field',), '60 epochs, 64 images, 77 tokens, 5 warm-up epochs, τ 0.05',
-              'custom of the field', ('ids_per_batch', 'images_per_id', 'epochs', 'warmup', 'schedule', 'max_length', 'tau', 'tau_decay', 'flip', 'pad', 'erase')),
+    OpenPoint(20, '4.2', 'batch size, epochs, warm-up, text length, image augmentation, τ',
+              ('those of the field',), '60 epochs, 64 images, 77 tokens, 5 warm-up epochs, τ 0.05',
+              'custom of the field', 
+              ('ids_per_batch', 'images_per_id', 'epochs', 'warmup', 'schedule', 'max_length', 'tau', 'tau_decay',
+               'flip', 'pad', 'erase')),
 )
 
-# %% ../nbs/01_paper.ipynb #010053
+# %% ../nbs/01_paper.ipynb #62b1389e
 _REST = (
-    OpenPoint(14, '3.3, 4.2', 'the style encoder is ViT-L/14 in one section and ViT-B/32 in the other', ('ViT-L/14', 'ViT-B/32'), 'TF-IDF of words and characters; ViT-L/14 where CLIP is chosen', 'needs no download; 3.3 is the section on styles'),
-    OpenPoint(15, '3.3, 4.4', 'DBSCAN needs eps and min_samples (it is called free of tuning); when noise is reassigned and clusters merged',
+    OpenPoint(14, '3.3, 4.2', 'the style encoder is ViT-L/14 in one section and ViT-B/32 in the other',
+              ('ViT-L/14', 'ViT-B/32'), 'TF-IDF of words and characters; ViT-L/14 where CLIP is chosen',
+              'needs no download; 3.3 is the section on styles'),
+    OpenPoint(15, '3.3, 4.4', 'DBSCAN needs eps and min_samples (it is called free of tuning); when noise '
+              'is reassigned and clusters merged',
               ('k-distance knee', 'grid'), 'k-distance knee', 'needs no labels'),
-    OpenPoint(38, '3.3', 'how style reaches a description: the style of its own caption or a random one, one description an image or many, '
-              'prompts, temperature and length unprinted', ('own', 'random', 'many'), 'random, one an image', 'no caption of the image reaches its own prompt by design', ('descriptions',)),
-    OpenPoint(39, '3.3', 'whether an MLLM strips content from captions before they are embedded, and how', ('strip', 'embed as is'), 'strip attribute words',
+    OpenPoint(38, '3.3', 'how style reaches a description: the style of its own caption or a random one, '
+              'one description an image or many, '
+              'prompts, temperature and length unprinted', ('own', 'random', 'many'), 'random, one an image',
+              'no caption of the image reaches its own prompt by design', ('descriptions',)),
+    OpenPoint(39, '3.3', 'whether an MLLM strips content from captions before they are embedded, and how',
+              ('strip', 'embed as is'), 'strip attribute words',
               'else clusters are of clothes and not of styles'),
-    OpenPoint(18, 'Tab. 1-3', 'both ablations share one baseline, and "+ BDAM" and "Full Fusion" are below the full model', ('each alone on the baseline', 'nested'),
+    OpenPoint(18, 'Tab. 1-3', 'both ablations share one baseline, and "+ BDAM" and "Full Fusion" are below '
+              'the full model', ('each alone on the baseline', 'nested'),
               'each alone, baseline = neither', 'the rows are equal to the digit', ('bdam', 'fusion')),
-    OpenPoint(22, 'Tab. 2-3', 'fusion without BDAM (78.42) is above the full model without the triplet, adversarial or decoupling loss (74.89 to 77.81); what it fuses then is not said',
-              ('no BDAM', 'a BDAM without its losses'), 'no BDAM: the pooled image feature', 'the shared baseline', ('bdam',)),
-    OpenPoint(40, '4.4, Tab. 4', 'the text ranks centroid methods above random styles, the table the reverse (R-1); four rows are in steps of 0.05',
+    OpenPoint(22, 'Tab. 2-3', 'fusion without BDAM (78.42) is above the full model without the triplet, '
+              'adversarial or decoupling loss (74.89 to 77.81); what it fuses then is not said',
+              ('no BDAM', 'a BDAM without its losses'), 'no BDAM: the pooled image feature',
+              'the shared baseline', ('bdam',)),
+    OpenPoint(40, '4.4, Tab. 4', 'the text ranks centroid methods above random styles, the table the '
+              'reverse (R-1); four rows are in steps of 0.05',
               ('text', 'table'), 'table', 'it has the numbers'),
-    OpenPoint(41, '4.6, Tab. 5', 'methods under "ViT" include one that its own title calls CLIP-driven; "no vision-language pretraining" stands beside an MLLM '
-              'that wrote the supervision', ('by backbone', 'by all pretraining'), 'printed as it is, with this note', 'the grouping is the paper\'s'),
-    OpenPoint(42, '4.5, Fig. 5', 'no numbers, batch, sequence length or hardware; how axes are normalized', ('share of the best', 'min-max'), 'worst to best, logarithmic, both ends printed; mAP over ten points at least',
+    OpenPoint(41, '4.6, Tab. 5', 'methods under "ViT" include one that its own title calls CLIP-driven; "no '
+              'vision-language pretraining" stands beside an MLLM '
+              'that wrote the supervision', ('by backbone', 'by all pretraining'),
+              'printed as it is, with this note', 'the grouping is the paper\'s'),
+    OpenPoint(42, '4.5, Fig. 5', 'no numbers, batch, sequence length or hardware; how axes are normalized',
+              ('share of the best', 'min-max'),
+              'worst to best, logarithmic, both ends printed; mAP over ten points at least',
               'equal distance is equal factor, and the ends show how small a difference is'),
-    OpenPoint(44, '4.4, Tab. 4', 'what "w/o Style" still has (79.18, just below the full model): descriptions written without a style, or none',
-              ('unstyled descriptions', 'none'), 'unstyled descriptions', 'the table is about prompts', ('descriptions',)),
-    OpenPoint(43, '4.4, Fig. 4', 'which split, features and perplexity; t-SNE cannot show orthogonality, and two linear heads land apart even untrained',
-              ('test', 'train'), 'test features, untrained model beside it', 'the control shows what training adds'),
+    OpenPoint(44, '4.4, Tab. 4', 'what "w/o Style" still has (79.18, just below the full model): '
+              'descriptions written without a style, or none',
+              ('unstyled descriptions', 'none'), 'unstyled descriptions', 'the table is about prompts',
+              ('descriptions',)),
+    OpenPoint(43, '4.4, Fig. 4', 'which split, features and perplexity; t-SNE cannot show orthogonality, '
+              'and two linear heads land apart even untrained',
+              ('test', 'train'), 'test features, untrained model beside it',
+              'the control shows what training adds'),
 )
 
 # %% ../nbs/01_paper.ipynb #010055
@@ -257,50 +344,74 @@ class Claim:
     test: str                # how SynthPEDES can test it
     fails: str               # the outcome that speaks against it
 
-# %% ../nbs/01_paper.ipynb #010061
+# %% ../nbs/01_paper.ipynb #2130ee5e
 _ACCURACY = (
-    Claim('whole', '4.4, Tab. 1-3', 'the whole model beats the plain dual encoder', 'R-1 70.54 → 79.93', '`full` and `baseline`, three seeds, same budget',
+    Claim('whole', '4.4, Tab. 1-3', 'the whole model beats the plain dual encoder', 'R-1 70.54 → 79.93',
+          '`full` and `baseline`, three seeds, same budget',
           'the interval of the difference holds 0 or lies below'),
-    Claim('bdam', 'Tab. 1', 'BDAM alone beats the baseline', 'R-1 +5.73, mAP +6.93', '`bdam` and `baseline`', 'no gain'),
-    Claim('cross', 'Tab. 1', 'cross-attention between branches is the part of BDAM that matters most', 'R-1 −4.88 without it', '`bdam`, `bdam_no_cross`, `bdam_no_gate`, `bdam_shallow`',
+    Claim('bdam', 'Tab. 1', 'BDAM alone beats the baseline', 'R-1 +5.73, mAP +6.93', '`bdam` and `baseline`',
+          'no gain'),
+    Claim('cross', 'Tab. 1', 'cross-attention between branches is the part of BDAM that matters most',
+          'R-1 −4.88 without it', '`bdam`, `bdam_no_cross`, `bdam_no_gate`, `bdam_shallow`',
           'another part costs more, or none costs anything'),
-    Claim('gate', 'Tab. 1', 'the gate of BDAM helps', 'R-1 −1.64 without it', '`bdam`, `bdam_no_gate`', 'no loss without it'),
-    Claim('depth', 'Tab. 1', 'three layers are too few', 'R-1 −2.53', '`bdam`, `bdam_shallow`', 'no loss at half the depth'),
-    Claim('fusion', 'Tab. 2', 'fusion alone beats the baseline', 'R-1 +7.88, mAP +9.77', '`fusion` and `baseline`, dual and fused', 'no gain in either score'),
-    Claim('mamba', 'Tab. 2', 'Mamba is the largest part of the fusion', 'R-1 −2.69 without it', '`fusion`, `fusion_no_mamba`, `_no_gate`, `_no_align`, in both readings of its input',
+    Claim('gate', 'Tab. 1', 'the gate of BDAM helps', 'R-1 −1.64 without it', '`bdam`, `bdam_no_gate`',
+          'no loss without it'),
+    Claim('depth', 'Tab. 1', 'three layers are too few', 'R-1 −2.53', '`bdam`, `bdam_shallow`',
+          'no loss at half the depth'),
+    Claim('fusion', 'Tab. 2', 'fusion alone beats the baseline', 'R-1 +7.88, mAP +9.77',
+          '`fusion` and `baseline`, dual and fused', 'no gain in either score'),
+    Claim('mamba', 'Tab. 2', 'Mamba is the largest part of the fusion', 'R-1 −2.69 without it',
+          '`fusion`, `fusion_no_mamba`, `_no_gate`, `_no_align`, in both readings of its input',
           'the layers can be left out, as at length 1 one may expect'),
-    Claim('losses', 'Tab. 3', 'each loss contributes; InfoNCE most, then the triplet', 'R-1 −43.38, −5.04, −3.01, −2.12, −0.70', 'the five `no_…` variants',
+    Claim('losses', 'Tab. 3', 'each loss contributes; InfoNCE most, then the triplet',
+          'R-1 −43.38, −5.04, −3.01, −2.12, −0.70', 'the five `no_…` variants',
           'another order, or a loss whose removal helps'),
-    Claim('styles', 'Tab. 4', 'style prompts help, and DBSCAN finds the best styles', 'R-1 +0.75; rivals −0.13 to +0.36', 'the `style_…` variants; clusters against the true annotators',
+    Claim('styles', 'Tab. 4', 'style prompts help, and DBSCAN finds the best styles',
+          'R-1 +0.75; rivals −0.13 to +0.36', 'the `style_…` variants; clusters against the true annotators',
           'all within the interval of no style; another method agrees better with the truth'),
-    Claim('sota', 'Tab. 5', 'better than the compared methods on CUHK-PEDES and RSTPReid, near HAM on ICFG-PEDES', 'R-1 79.93, 68.68, 74.33', 'only real data can; `sdm` and `tal` stand beside `full`',
+    Claim('sota', 'Tab. 5', 'better than the compared methods on CUHK-PEDES and RSTPReid, near HAM on '
+          'ICFG-PEDES', 'R-1 79.93, 68.68, 74.33', 'only real data can; `sdm` and `tal` stand beside `full`',
           'a plain loss of the field does as well under one budget'),
 )
 
-# %% ../nbs/01_paper.ipynb #010063
+# %% ../nbs/01_paper.ipynb #3ba0617e
 _MECHANISM = (
-    Claim('purity', '3.1, 3.2', 'the identity feature is free of clothing', '', 'linear probes for upper and lower color from f_id, f_clo and the pooled encoder',
+    Claim('purity', '3.1, 3.2', 'the identity feature is free of clothing', '',
+          'linear probes for upper and lower color from f_id, f_clo and the pooled encoder',
           'clothing is read from f_id as well as from the encoder'),
-    Claim('clothing_branch', '4.3', 'the clothing branch specializes in appearance', '', 'the same probes on f_clo, and probes for gender and build',
+    Claim('clothing_branch', '4.3', 'the clothing branch specializes in appearance', '',
+          'the same probes on f_clo, and probes for gender and build',
           'f_clo tells clothing no better than f_id does'),
-    Claim('independent', '3.2, 4.3', 'HSIC makes the two features statistically independent', 'R-1 −2.12 without it', 'RBF-HSIC and probes between the features, `full` and `no_decoupling`',
+    Claim('independent', '3.2, 4.3', 'HSIC makes the two features statistically independent',
+          'R-1 −2.12 without it', 'RBF-HSIC and probes between the features, `full` and `no_decoupling`',
           'dependence as before, or small only since the features shrank'),
-    Claim('robust', 'Abstract, 3.4', 'robust where clothes change', '', 'people who change clothes, in a gallery of their other pictures; trained on such people too', 'the baseline finds them as well'),
-    Claim('gate_mean', '4.3, Fig. 3', 'identity dominates the gate', 'mean 0.62, spread 0.18', 'gate statistics over seeds, and after rescaling f_id',
+    Claim('robust', 'Abstract, 3.4', 'robust where clothes change', '',
+          'people who change clothes, in a gallery of their other pictures; trained on such people too',
+          'the baseline finds them as well'),
+    Claim('gate_mean', '4.3, Fig. 3', 'identity dominates the gate', 'mean 0.62, spread 0.18',
+          'gate statistics over seeds, and after rescaling f_id',
           'mean near ½, or another with each seed, at equal accuracy'),
-    Claim('balance', '4.3, Fig. 3', 'image and text weigh about the same in the fusion', '0.53 and 0.47, spread 0.12', 'fusion weights on right and on wrong pairs',
+    Claim('balance', '4.3, Fig. 3', 'image and text weigh about the same in the fusion',
+          '0.53 and 0.47, spread 0.12', 'fusion weights on right and on wrong pairs',
           'one modality takes over, or the weights do not depend on the pair'),
-    Claim('tsne', '4.4, Fig. 4', 'identity and clothing features form separate regions', '', 'silhouettes in feature space, with the untrained model as control', 'the untrained model separates as well'),
-    Claim('gradnorm', '3.5', 'tasks balanced by GradNorm train better than with fixed weights, of which one may dominate', '', '`balance` = gradnorm, literal, fixed', 'fixed weights do as well'),
-    Claim('descriptions', '3.3, 5', 'separate descriptions from an MLLM are useful supervision, their errors a limitation', '', '`full` against itself without any description, and description error rates from 0 to ½',
+    Claim('tsne', '4.4, Fig. 4', 'identity and clothing features form separate regions', '',
+          'silhouettes in feature space, with the untrained model as control',
+          'the untrained model separates as well'),
+    Claim('gradnorm', '3.5', 'tasks balanced by GradNorm train better than with fixed weights, of which one '
+          'may dominate', '', '`balance` = gradnorm, literal, fixed', 'fixed weights do as well'),
+    Claim('descriptions', '3.3, 5',
+          'separate descriptions from an MLLM are useful supervision, their errors a limitation', '',
+          '`full` against itself without any description, and description error rates from 0 to ½',
           'captions alone do as well, or accuracy does not depend on whether descriptions are right'),
 )
 
-# %% ../nbs/01_paper.ipynb #010065
+# %% ../nbs/01_paper.ipynb #ffaddfdb
 _EFFICIENCY = (
-    Claim('linear', '2.2, 4.5', 'Mamba costs linear, attention quadratic time, which pays here', '', 'time, memory and FLOPs of both fusions at lengths 1, patches + words, 512, 1,024',
+    Claim('linear', '2.2, 4.5', 'Mamba costs linear, attention quadratic time, which pays here', '',
+          'time, memory and FLOPs of both fusions at lengths 1, patches + words, 512, 1,024',
           'at the lengths that occur, attention is as fast'),
-    Claim('tradeoff', '4.5, Fig. 5', 'accuracy of a four-layer Transformer at the cost of a simple fusion', '', '`full`, `fusion_simple`, `fusion_transformer1`, `2`, `4`',
+    Claim('tradeoff', '4.5, Fig. 5', 'accuracy of a four-layer Transformer at the cost of a simple fusion',
+          '', '`full`, `fusion_simple`, `fusion_transformer1`, `2`, `4`',
           'a simple fusion has as much mAP, or Mamba costs as much as the Transformer'),
 )
 CLAIMS: tuple[Claim, ...] = _ACCURACY + _MECHANISM + _EFFICIENCY

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -68,8 +69,11 @@ def test_readme_begins_with_the_two_commands():
 
 def test_map_names_every_notebook():
     table = (REPO/'README.md').read_text().split('## The map')[1].split('\n## ')[0]
-    listed = {n for row in re.findall(r'^\| (`.*?) \|', table, re.M) for n in re.findall(r'`(\w+)`', row)}
-    assert listed == {p.stem for p in NOTEBOOKS} - {'index'}
+    rows = re.findall(r'^\| \[(\w+)\]\(nbs/(\w+)\.ipynb\) \| (?:`(\w+)`)? \|', table, re.M)
+    assert [name for name, target, _ in rows if name != target] == []
+    assert [name for name, *_ in rows] == sorted(p.stem for p in NUMBERED) + [name for name, *_ in rows if not name[:2].isdigit()]
+    assert {name for name, *_ in rows} == {p.stem for p in NOTEBOOKS} - {'index'}
+    assert {name: module for name, _, module in rows if module} == {p.stem: p.stem[3:] for p in NUMBERED}
 
 
 def test_imports_go_one_way():
@@ -77,6 +81,75 @@ def test_imports_go_one_way():
         tree = ast.parse((REPO/'bdam_repro'/f'{name}.py').read_text())
         used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module}
         assert [u for u in used if MODULES[u] >= number] == [], name
+
+
+def top_level_names(module):
+    "What a module defines, by itself and at its top level."
+    for n in ast.parse((REPO/'bdam_repro'/f'{module}.py').read_text()).body:
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): yield n.name
+        if isinstance(n, (ast.Assign, ast.AnnAssign)):
+            targets = n.targets if isinstance(n, ast.Assign) else [n.target]
+            for t in targets: yield from (x.id for x in ast.walk(t) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store))
+
+
+def test_a_name_means_one_thing():
+    homes = {}
+    for module in MODULES:
+        for name in {*top_level_names(module)} - {'__all__'}: homes.setdefault(name, []).append(module)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
+
+
+def test_no_private_name_is_imported():
+    for module in MODULES:
+        for n in ast.walk(ast.parse((REPO/'bdam_repro'/f'{module}.py').read_text())):
+            if isinstance(n, ast.ImportFrom) and n.level: assert [a.name for a in n.names if a.name[0] == '_' and a.name[1] != '_'] == [], module
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_a_module_can_be_read_in_one_sitting(module):
+    assert len((REPO/'bdam_repro'/f'{module}.py').read_text().splitlines()) <= 450
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_lines_of_code_fit_the_page(notebook):
+    width = tomllib.loads((REPO/'pyproject.toml').read_text())['tool']['ruff']['line-length']
+    wide = [line for c in cells(notebook) for line in ''.join(c['source']).splitlines() if len(line) > width]
+    assert wide == [], f'{len(wide)} lines are wider than {width} columns'
+
+
+def slug(heading):
+    "The anchor of a heading, as code hosts and site builders make it."
+    text = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', heading)
+    return re.sub(r'[^\w\- ]', '', text.strip().lower()).replace(' ', '-')
+
+
+def anchors(text):
+    text = re.sub(r'```.*?```', '', text, flags=re.S)
+    return {slug(h) for h in re.findall(r'^#+ +(.*)$', text, re.M)} | {*re.findall(r'<a id="([^"]+)"></a>', text)}
+
+
+def prose(path):
+    if path.suffix != '.ipynb': return path.read_text()
+    return '\n\n'.join(''.join(c['source']) for c in cells(path, 'markdown'))
+
+
+@pytest.mark.parametrize('page', [*NOTEBOOKS, REPO/'README.md'], ids=lambda p: p.stem)
+def test_links_lead_somewhere(page):
+    text = re.sub(r'`[^`\n]*`', '', re.sub(r'```.*?```', '', prose(page), flags=re.S))
+    for target in re.findall(r'\]\(([^)\s]+)\)', text):
+        if re.match(r'https?:|attachment:', target): continue
+        file, _, anchor = target.partition('#')
+        there = (page.parent/file).resolve() if file else page
+        assert there.exists() and REPO in (there, *there.parents), f'{target}: no such file'
+        if anchor: assert anchor in anchors(prose(there)), f'{target}: no such place'
+
+
+@pytest.mark.parametrize('notebook', NUMBERED, ids=lambda p: p.stem)
+def test_a_notebook_that_is_named_is_a_link(notebook):
+    text = re.sub(r'```.*?```', '', prose(notebook), flags=re.S)
+    stems = '|'.join(p.stem for p in NOTEBOOKS if p.stem[:2].isdigit() and p != notebook)
+    bare = re.findall(rf'(?<!\[)`?\b({stems})\b`?(?!\]|\.ipynb)', text)
+    assert bare == [], 'name it as [32_mamba](32_mamba.ipynb)'
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
