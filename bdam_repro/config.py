@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 class UserError(ValueError):
     "A mistake in the input. Its one line says what is wrong, where, and how to mend it."
 
-# %% ../nbs/00_config.ipynb #27419173
+# %% ../nbs/00_config.ipynb #de55c18a
 def find_root() -> Path:  # the folder that holds `runs/`, `data/`, `nbs/`
-    "The repository's root from anywhere inside it. `$BDAM_ROOT` wins; outside a repository it is the current folder."
+    "The repository's root from anywhere inside it. `$BDAM_ROOT` wins; elsewhere it is the current folder."
     if os.environ.get('BDAM_ROOT'): return Path(os.environ['BDAM_ROOT']).resolve()
     here = Path.cwd().resolve()
     return next((p for p in (here, *here.parents) if (p/'settings.ini').exists() and (p/'nbs').is_dir()),

@@ -103,14 +103,14 @@ def complete_command(params: dict,  # papermill's options, as click parsed them;
         if params['progress_bar'] is None:
             params['progress_bar'] = False   # a second bar would draw over the notebook's
 
-# %% ../nbs/02_engine.ipynb #5b097bd8
+# %% ../nbs/02_engine.ipynb #2a9d8abc
 USER_ERRORS = 'UserError', 'ImageError'   # by name: the kernel that raised them is another process
 
 def run_ours(invoke,                # papermill's command, without arguments
              ctx: click.Context,    # its parsed options
              root: Path             # the repository
             ):
-    "Run papermill on a notebook of ours. Raises `ClickException`, which click prints as one line; the exit code is 1."
+    "Run papermill on a notebook of ours. Raises `ClickException`, of which click prints one line."
     from papermill.exceptions import PapermillExecutionError
     complete_command(ctx.params, root)
     try: result = invoke()

@@ -34,15 +34,16 @@ from .results import Features
 from .figure_style import (BASELINE_COLOR, CHART_STYLE, CLOTHING_COLOR, IDENTITY_COLOR, runs_source,
                                      settle_layout, write_caption)
 
-# %% ../nbs/74_features.ipynb #720038
+# %% ../nbs/74_features.ipynb #837f5864
 def pick_people(pids: np.ndarray,   # [N] identity of each image
                 n: int = 250        # people
                ) -> np.ndarray:     # their images, as positions in `pids`
     "The images of `n` people spread evenly over all; everybody where there are fewer."
     who = np.unique(pids)
-    return np.flatnonzero(np.isin(pids, who[np.unique(np.linspace(0, len(who) - 1, min(n, len(who))).round().astype(int))]))
+    return np.flatnonzero(np.isin(
+        pids, who[np.unique(np.linspace(0, len(who) - 1, min(n, len(who))).round().astype(int))]))
 
-# %% ../nbs/74_features.ipynb #720041
+# %% ../nbs/74_features.ipynb #7e630c4f
 @dataclass(frozen=True)
 class Sample:
     "The same images as two runs of one seed see them, and what is known of each."
@@ -54,24 +55,31 @@ def unit_rows(x: np.ndarray) -> np.ndarray: return x/np.linalg.norm(x, axis=-1, 
 
 def make_sample(baseline: Features, full: Features, ds: PedesDataset, people: int = 250) -> Sample:
     "The three features of whole people. Raises `UserError` where the runs were tested on different images."
-    if not np.array_equal(baseline['g_rows'], full['g_rows']): raise UserError(f'{baseline.folder} and {full.folder} were tested on different images: train one of them again')
+    if not np.array_equal(baseline['g_rows'], full['g_rows']):
+        raise UserError(f'{baseline.folder} and {full.folder} were tested on different images: train one of '
+                        f'them again')
     keep = pick_people(ds.records['pid'].to_numpy()[full['g_rows']], people)
     known = ds.records.iloc[full['g_rows'][keep]].reset_index(drop=True)
-    return Sample(full.config.seed, dict(f=unit_rows(baseline['f_id'][keep]), f_id=unit_rows(full['f_id'][keep]), f_clo=unit_rows(full['f_clo'][keep])), known)
+    features = dict(f=unit_rows(baseline['f_id'][keep]), f_id=unit_rows(full['f_id'][keep]),
+                    f_clo=unit_rows(full['f_clo'][keep]))
+    return Sample(full.config.seed, features, known)
 
-def make_samples(baselines: list[Features], fulls: list[Features], ds: PedesDataset, people: int = 250) -> list[Sample]:
+def make_samples(baselines: list[Features], fulls: list[Features], ds: PedesDataset,
+                 people: int = 250) -> list[Sample]:
     "A sample for each seed that both variants have. Raises `UserError` where there is none."
     pairs = [(b, f) for f in fulls for b in baselines if b.config.seed == f.config.seed]
     if not pairs: raise UserError('baseline and full have no seed in common: train them with the same seeds')
     return [make_sample(b, f, ds, people) for b, f in pairs]
 
-# %% ../nbs/74_features.ipynb #720044
+# %% ../nbs/74_features.ipynb #1f859c06
 def probe_hits(x: np.ndarray,         # [N, D]
                y: np.ndarray,         # [N] classes
                people: np.ndarray,    # [N] who
                folds: int = 5
               ) -> tuple[np.ndarray, int]:  # [N] whose mean is the balanced accuracy, in [0, 1]; classes
-    "What linear discriminants find on people they have not seen. NaN where fewer than two classes have as many people as there are folds."
+    """What linear discriminants find on people that they have not seen.
+
+    NaN where fewer than two classes have as many people as there are folds."""
     y, people = np.asarray(y).astype(str), np.asarray(people)
     count = pd.Series(people).groupby(y).nunique()
     classes = count.index[count >= folds]
@@ -80,50 +88,59 @@ def probe_hits(x: np.ndarray,         # [N, D]
     for seen, new in StratifiedGroupKFold(folds).split(x[keep], y[keep], people[keep]):
         seen, new = keep[seen], keep[new]
         n = len(np.unique(y[seen]))
-        hits[new] = y[new] == LinearDiscriminantAnalysis('lsqr', 'auto', priors=np.full(n, 1/n)).fit(x[seen], y[seen]).predict(x[new])
+        hits[new] = y[new] == LinearDiscriminantAnalysis('lsqr', 'auto', priors=np.full(n, 1/n)).fit(
+            x[seen], y[seen]).predict(x[new])
     return hits*len(y)/(k*pd.Series(y).groupby(y).transform('size').to_numpy()), k
 
-def probe(x: np.ndarray, y: np.ndarray, people: np.ndarray, folds: int = 5) -> tuple[float, float]:  # in [0, 1]; NaN as above
+def probe(x: np.ndarray, y: np.ndarray, people: np.ndarray, folds: int = 5) -> tuple[
+    float, float]:  # in [0, 1]; NaN as above
     "Balanced accuracy on unseen people, and chance."
     hits, k = probe_hits(x, y, people, folds)
     return float(hits.mean()), 1/k if k > 1 else float('nan')
 
-# %% ../nbs/74_features.ipynb #720047
-FACTOR_LAYERS = {'identity': IDENTITY_FACTORS, 'clothing': CLOTHING_FACTORS, 'image': ('view', 'camera', 'occlusion')}
+# %% ../nbs/74_features.ipynb #b733783f
+FACTOR_LAYERS = {'identity': IDENTITY_FACTORS, 'clothing': CLOTHING_FACTORS,
+                 'image': ('view', 'camera', 'occlusion')}
 
 def factors_of(known: pd.DataFrame) -> list[tuple[str, str]]:   # (layer, factor)
     "Which factors a dataset knows, and draws in more than one way; none for photographs."
-    return [(layer, k) for layer, names in FACTOR_LAYERS.items() for k in names if f'f_{k}' in known and known[f'f_{k}'].astype(str).nunique() > 1]
+    return [(layer, k) for layer, names in FACTOR_LAYERS.items() for k in names if f'f_{k}' in known
+            and known[f'f_{k}'].astype(str).nunique() > 1]
 
-def probe_table(samples: list[Sample]) -> pd.DataFrame:  # layer, factor, feature, seed, accuracy (balanced), chance (percent)
-    "Each known factor from each feature."
+def probe_table(samples: list[Sample]) -> pd.DataFrame:
+    "Each known factor from each feature: layer, factor, feature, seed; balanced accuracy and chance in %."
     rows = []
     for s in samples:
         people = s.known['pid'].to_numpy()
         for layer, k in factors_of(s.known):
             for name, x in s.features.items():
                 accuracy, chance = probe(x, s.known[f'f_{k}'].to_numpy(), people)
-                rows.append(dict(layer=layer, factor=k, feature=name, seed=s.seed, accuracy=100*accuracy, chance=100*chance))
-    return pd.DataFrame(rows, columns=['layer', 'factor', 'feature', 'seed', 'accuracy', 'chance']).dropna(ignore_index=True)     # too few people to say
+                rows.append(dict(layer=layer, factor=k, feature=name, seed=s.seed, accuracy=100*accuracy,
+                                 chance=100*chance))
+    # too few people to say
+    columns = ['layer', 'factor', 'feature', 'seed', 'accuracy', 'chance']
+    return pd.DataFrame(rows, columns=columns).dropna(ignore_index=True)
 
-# %% ../nbs/74_features.ipynb #720050
+# %% ../nbs/74_features.ipynb #beec490d
 def probe_summary(probes: pd.DataFrame) -> pd.DataFrame:  # layer → feature; percent
-    "How far above chance a layer is read from a feature: (accuracy − chance)/(100 − chance), mean over factors and seeds."
+    "How far above chance a layer is read: (accuracy − chance)/(100 − chance), mean over factors and seeds."
     skill = 100*(probes['accuracy'] - probes['chance'])/(100 - probes['chance'])
-    return probes.assign(skill=skill).pivot_table(index='layer', columns='feature', values='skill', sort=False)
+    return probes.assign(skill=skill).pivot_table(index='layer', columns='feature', values='skill',
+                                                  sort=False)
 
-# %% ../nbs/74_features.ipynb #720053
+# %% ../nbs/74_features.ipynb #c18dba63
 def feature_dependence(x: np.ndarray, y: np.ndarray, deals: int = 5) -> dict[str, float]:
-    "CKA (linear) and HSIC (RBF) of two features of the same images, and their means where the rows of `y` are shuffled."
+    "CKA (linear) and HSIC (RBF) of two features of the same images, and their means over shuffles of `y`."
     a, b = torch.from_numpy(x).double(), torch.from_numpy(y).double()
-    orders = [torch.arange(len(b)), *(torch.from_numpy(np.random.default_rng(i).permutation(len(b))) for i in range(deals))]
+    orders = [torch.arange(len(b)),
+              *(torch.from_numpy(np.random.default_rng(i).permutation(len(b))) for i in range(deals))]
     out = {}
     for name, kernel in (('CKA', 'cka'), ('HSIC', 'rbf')):
         value, *shuffled = [float(hsic(a, b[o], kernel)) for o in orders]
         out |= {name: value, f'{name}, dealt anew': float(np.mean(shuffled))}
     return out
 
-# %% ../nbs/74_features.ipynb #720056
+# %% ../nbs/74_features.ipynb #6613a5bf
 def outfit(known: pd.DataFrame) -> np.ndarray | None:   # [N]; None where it is not known
     "Upper and lower color; empty where only one person wears these."
     if not {'f_upper_color', 'f_lower_color'} <= set(known): return None
@@ -133,15 +150,18 @@ def outfit(known: pd.DataFrame) -> np.ndarray | None:   # [N]; None where it is 
 def silhouette(x: np.ndarray, labels: np.ndarray) -> float:
     "Mean silhouette in cosine distance of the images that have a label; NaN where there are no two groups."
     on = labels != ''
-    return float(silhouette_score(x[on], labels[on], metric='cosine')) if 1 < len(np.unique(labels[on])) < on.sum() else float('nan')
+    return float(silhouette_score(
+        x[on], labels[on], metric='cosine')) if 1 < len(np.unique(labels[on])) < on.sum() else float('nan')
 
-# %% ../nbs/74_features.ipynb #720059
+# %% ../nbs/74_features.ipynb #eedd671d
 def region(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     "Silhouette of the two branches as two groups: as they are, and with each one's mean at the origin."
     two = np.repeat(['f_id', 'f_clo'], [len(x), len(y)])
-    return {'as it is': silhouette(np.r_[x, y], two), 'means removed': silhouette(np.r_[unit_rows(x - x.mean(0)), unit_rows(y - y.mean(0))], two)}
+    return {'as it is': silhouette(np.r_[x, y], two),
+            'means removed': silhouette(np.r_[unit_rows(x - x.mean(0)), unit_rows(y - y.mean(0))], two)}
 
-def untrained(run: Features, ds: PedesDataset) -> dict[str, np.ndarray]:   # 'f_id', 'f_clo' of the test's images, unit length
+def untrained(run: Features, ds: PedesDataset) -> dict[
+    str, np.ndarray]:   # 'f_id', 'f_clo' of the test's images, unit length
     "The run's own model before its first step."
     c = run.config
     torch.manual_seed(c.seed)
@@ -151,7 +171,7 @@ def untrained(run: Features, ds: PedesDataset) -> dict[str, np.ndarray]:   # 'f_
     i = [order[int(r)] for r in run['g_rows']]
     return dict(f_id=unit_rows(g.f_id.numpy()[i]), f_clo=unit_rows(g.f_clo.numpy()[i]))
 
-# %% ../nbs/74_features.ipynb #720061
+# %% ../nbs/74_features.ipynb #62a380b5
 def silhouette_table(samples: list[Sample],
                      starts: Iterable[dict[str, np.ndarray]] = ()   # of `untrained`
                     ) -> pd.DataFrame:                     # label, feature, seed, silhouette
@@ -159,12 +179,16 @@ def silhouette_table(samples: list[Sample],
     rows = []
     for s in samples:
         labels = {'identity': s.known['pid'].astype(str).to_numpy(), 'outfit': outfit(s.known)}
-        rows += [dict(label=l, feature=k, seed=s.seed, silhouette=silhouette(x, y)) for l, y in labels.items() if y is not None for k, x in s.features.items()]
-        rows += [dict(label='branch', feature=k, seed=s.seed, silhouette=v) for k, v in region(s.features['f_id'], s.features['f_clo']).items()]
-    rows += [dict(label='branch', feature='untrained', seed=s.seed, silhouette=region(**dict(zip('xy', x.values())))['as it is']) for s, x in zip(samples, starts)]
+        rows += [dict(label=l, feature=k, seed=s.seed, silhouette=silhouette(x, y)) for l,
+                 y in labels.items() if y is not None for k, x in s.features.items()]
+        rows += [dict(label='branch', feature=k, seed=s.seed, silhouette=v) for k,
+                 v in region(s.features['f_id'], s.features['f_clo']).items()]
+    rows += [dict(
+        label='branch', feature='untrained', seed=s.seed,
+        silhouette=region(**dict(zip('xy', x.values())))['as it is']) for s, x in zip(samples, starts)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/74_features.ipynb #720064
+# %% ../nbs/74_features.ipynb #52f47a76
 def tsne_map(x: np.ndarray,            # [N, D]
              perplexity: float = 30,
              seed: int = 0,            # of the random start
@@ -172,23 +196,27 @@ def tsne_map(x: np.ndarray,            # [N, D]
             ) -> np.ndarray:           # [N, 2]
     "A t-SNE map; the same for the same seed (one thread: sums keep their order)."
     with threadpool_limits(1):
-        return TSNE(perplexity=min(perplexity, (len(x) - 1)/3), init='random', random_state=seed, max_iter=steps).fit_transform(x)
+        return TSNE(perplexity=min(perplexity, (len(x) - 1)/3), init='random', random_state=seed,
+                    max_iter=steps).fit_transform(x)
 
 def trust(x: np.ndarray, at: np.ndarray) -> float:
     "Trustworthiness of a map for the nearest ten."
     return float(trustworthiness(x, at, n_neighbors=min(10, (len(x) - 1)//2), metric='cosine'))
 
-# %% ../nbs/74_features.ipynb #720066
+# %% ../nbs/74_features.ipynb #3cd4d89b
 PERPLEXITIES, MAP_SEEDS = (5, 30, 50), (0, 1, 2)
 
-def stability(x: np.ndarray, perplexities=PERPLEXITIES, seeds=MAP_SEEDS, steps: int = 500) -> dict[tuple[int, int], tuple[np.ndarray, float]]:
+def stability(x: np.ndarray, perplexities=PERPLEXITIES, seeds=MAP_SEEDS,
+              steps: int = 500) -> dict[tuple[int, int], tuple[np.ndarray, float]]:
     "(perplexity, seed) → map and its trustworthiness."
     maps = {(p, s): tsne_map(x, p, s, steps) for p in perplexities for s in seeds}
     return {k: (m, trust(x, m)) for k, m in maps.items()}
 
-# %% ../nbs/74_features.ipynb #720069
+# %% ../nbs/74_features.ipynb #44ec9caa
 SHAPES = 'os^DvP*X<>'
-FEATURE_MARKS = {'f': ('s', BASELINE_COLOR, BASELINE_COLOR), 'f_id': ('o', IDENTITY_COLOR, IDENTITY_COLOR), 'f_clo': ('D', CLOTHING_COLOR, 'white')}   # marker, edge, face
+# marker, edge, face
+FEATURE_MARKS = {'f': ('s', BASELINE_COLOR, BASELINE_COLOR), 'f_id': ('o', IDENTITY_COLOR, IDENTITY_COLOR),
+                 'f_clo': ('D', CLOTHING_COLOR, 'white')}
 
 def bare(ax, title: str = '') -> None:
     "No ticks: the axes of a map have no unit, and one scale."
@@ -201,20 +229,23 @@ def draw_people(ax, at: np.ndarray, pids: np.ndarray, people: np.ndarray, open_:
     import matplotlib.pyplot as plt
     ax.scatter(*at.T, s=3, marker='x' if open_ else 'o', linewidths=.4 if open_ else 0, color='0.72')
     for who, shape, color in zip(people, SHAPES, plt.get_cmap('tab10').colors):
-        ax.scatter(*at[pids == who].T, s=20, marker=shape, facecolor='white' if open_ else color, edgecolor=color if open_ else 'black', linewidths=1 if open_ else .4)
+        ax.scatter(*at[pids == who].T, s=20, marker=shape, facecolor='white' if open_ else color,
+                   edgecolor=color if open_ else 'black', linewidths=1 if open_ else .4)
 
 def draw_colors(ax, at: np.ndarray, worn: np.ndarray, common: list[str]) -> None:
     "All points, and a shape and their own color for the commonest."
     ax.scatter(*at.T, s=3, color='0.8', linewidths=0)
     for c, shape in zip(common, SHAPES):
-        ax.scatter(*at[worn == c].T, s=9, marker=shape, facecolor=np.array(COLORS[c])/255, edgecolor='0.15', linewidths=.35, label=c)
+        ax.scatter(*at[worn == c].T, s=9, marker=shape, facecolor=np.array(COLORS[c])/255, edgecolor='0.15',
+                   linewidths=.35, label=c)
 
 def name_regions(ax, at: np.ndarray, n: int) -> None:
     "Write f_id above the first `n` points, and f_clo above the rest."
     for name, part in (('f_id', at[:n]), ('f_clo', at[n:])):
-        ax.annotate(name, (np.median(part[:, 0]), part[:, 1].max()), (0, 2), textcoords='offset points', ha='center', va='bottom', fontsize=8, weight='bold')
+        ax.annotate(name, (np.median(part[:, 0]), part[:, 1].max()), (0, 2), textcoords='offset points',
+                    ha='center', va='bottom', fontsize=8, weight='bold')
 
-# %% ../nbs/74_features.ipynb #720070
+# %% ../nbs/74_features.ipynb #78346ef7
 MAP_PEOPLE = 125   # in a map; more do not get clearer
 
 def draw_tsne_maps(axes, s: Sample) -> None:
@@ -230,12 +261,15 @@ def draw_tsne_maps(axes, s: Sample) -> None:
         common = pd.Series(worn).value_counts().sort_index().nlargest(6).index.tolist()
         draw_colors(axes[1, 0], one, worn, common); draw_colors(axes[1, 1], both, np.r_[worn, worn], common)
     else:
-        for ax in axes[1]: ax.text(.5, .5, 'what people wear is not known', ha='center', transform=ax.transAxes)
-    for ax, title in zip(axes.flat, ('(a) Entangled, by person', '(b) Disentangled, by person', '(c) Entangled, by upper color', '(d) Disentangled, by upper color')):
+        for ax in axes[1]:
+            ax.text(.5, .5, 'what people wear is not known', ha='center', transform=ax.transAxes)
+    titles = ('(a) Entangled, by person', '(b) Disentangled, by person',
+              '(c) Entangled, by upper color', '(d) Disentangled, by upper color')
+    for ax, title in zip(axes.flat, titles):
         ax.margins(x=.07, y=.12); bare(ax, title)
     for ax in axes[:, 1]: name_regions(ax, both, n)
 
-# %% ../nbs/74_features.ipynb #720071
+# %% ../nbs/74_features.ipynb #1b5802c7
 def dot(ax, values, y: float, feature: str, ms: float = 3.6) -> None:
     "The mean of some seeds as a marker, and a line from the least to the most."
     marker, edge, face = FEATURE_MARKS[feature]
@@ -246,42 +280,50 @@ def draw_probes(ax, probes: pd.DataFrame) -> None:
     "Balanced accuracy of each probe, a row a factor, with chance as a bar."
     ax.set_title('(e) Linear probes, accuracy (%)')
     if probes.empty:
-        ax.text(.5, .5, 'no factor of this dataset is known', ha='center', va='center', transform=ax.transAxes); ax.set_axis_off()
+        ax.text(.5, .5, 'no factor of this dataset is known', ha='center', va='center',
+                transform=ax.transAxes); ax.set_axis_off()
         return
     y, ticks, skill = 0., {}, probe_summary(probes)
     for layer, rows in probes.groupby('layer', sort=False):
         ticks[y] = layer
         for k, at in zip(FEATURE_MARKS, (3, 37, 71)):
-            dot(ax, [at], y, k); ax.text(at + 4, y, f'{skill.loc[layer, k]:.0f} %', fontsize=7, weight='bold', va='center')
+            dot(ax, [at], y, k); ax.text(at + 4, y, f'{skill.loc[layer, k]:.0f} %', fontsize=7, weight='bold',
+                                         va='center')
         for factor, of in rows.groupby('factor', sort=False):
             ticks[y := y + 1] = factor.replace('_', ' ')
             ax.plot(of['chance'].mean(), y, '|', color='black', ms=8, mew=1.2)
-            for i, (k, v) in enumerate(of.groupby('feature', sort=False)): dot(ax, v['accuracy'].tolist(), y + .22*(i - 1), k, 3)
+            for i, (k, v) in enumerate(of.groupby('feature', sort=False)):
+                dot(ax, v['accuracy'].tolist(), y + .22*(i - 1), k, 3)
         y += 1.3
     ax.set(ylim=(y - .6, -.8), yticks=list(ticks), yticklabels=list(ticks.values()), xlim=(0, 102))
-    for label in ax.get_yticklabels(): label.set_weight('bold' if label.get_text() in FACTOR_LAYERS else 'normal')
+    for label in ax.get_yticklabels():
+        label.set_weight('bold' if label.get_text() in FACTOR_LAYERS else 'normal')
     ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='0.9', linewidth=.5); ax.set_axisbelow(True)
 
-# %% ../nbs/74_features.ipynb #720072
+# %% ../nbs/74_features.ipynb #a1291cb0
 def draw_stability(axes, s: Sample, people: int = 40) -> None:
     "The disentangled map of fewer people again: a row a perplexity, a column a start."
     keep = pick_people(s.known['pid'].to_numpy(), people)
     n, x = len(keep), np.r_[s.features['f_id'][keep], s.features['f_clo'][keep]]
     for ax, ((perplexity, seed), (at, t)) in zip(axes.flat, stability(x).items()):
-        ax.scatter(*at[:n].T, s=1.6, color=IDENTITY_COLOR, linewidths=0); ax.scatter(*at[n:].T, s=2, marker='x', color=CLOTHING_COLOR, linewidths=.4)
+        ax.scatter(*at[:n].T, s=1.6, color=IDENTITY_COLOR, linewidths=0); ax.scatter(
+            *at[n:].T, s=2, marker='x', color=CLOTHING_COLOR, linewidths=.4)
         bare(ax); ax.set_xlabel(f'{t:.3f}', fontsize=7, labelpad=1)
-        if seed == MAP_SEEDS[0]: ax.set_ylabel(f'{perplexity}', fontsize=7, rotation=0, ha='right', va='center', labelpad=2)
+        if seed == MAP_SEEDS[0]:
+            ax.set_ylabel(f'{perplexity}', fontsize=7, rotation=0, ha='right', va='center', labelpad=2)
 
 def draw_silhouettes(ax, table: pd.DataFrame) -> None:
     "A row a grouping."
     y, names = 0, []
     for label, rows in table.groupby('label', sort=False):
         if label == 'branch':
-            for k, name in (('as it is', 'branches'), ('untrained', '… untrained'), ('means removed', '… centered')):
+            for k, name in (('as it is', 'branches'), ('untrained', '… untrained'),
+                            ('means removed', '… centered')):
                 v = rows.loc[rows['feature'] == k, 'silhouette'].tolist()
                 if v: ax.plot(v, [y]*len(v), 'k+', ms=5, mew=.9); names.append(name); y += 1
             continue
-        for i, (k, v) in enumerate(rows.groupby('feature', sort=False)): dot(ax, v['silhouette'].tolist(), y + .22*(i - 1), k)
+        for i, (k, v) in enumerate(rows.groupby('feature', sort=False)):
+            dot(ax, v['silhouette'].tolist(), y + .22*(i - 1), k)
         names.append(f'by {label}'); y += 1
     ax.axvline(0, color='0.5', linewidth=.6)
     ax.set(title='(g) Silhouettes', yticks=range(y), yticklabels=names, ylim=(y - .4, -.6), xlim=(-.35, 1.02))
@@ -295,10 +337,11 @@ def draw_dependence(ax, table: pd.DataFrame) -> None:
         ax.plot(t['CKA, dealt anew'].mean(), y, '|', color='black', ms=9, mew=1.2)
         ax.plot(t['CKA'], [y]*len(t), 'k+', ms=5, mew=.9)
         ax.text(t['CKA'].mean(), y - .36, f'{t["CKA"].mean():.2f}', ha='center', va='center', fontsize=7)
-    ax.set(title='(h) CKA of f_id, f_clo', yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.7), xlim=(-.03, 1.03))
+    ax.set(title='(h) CKA of f_id, f_clo', yticks=range(len(names)), yticklabels=names,
+           ylim=(len(names) - .4, -.7), xlim=(-.03, 1.03))
     ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='0.9', linewidth=.5); ax.set_axisbelow(True)
 
-# %% ../nbs/74_features.ipynb #720073
+# %% ../nbs/74_features.ipynb #6a4adaaf
 @dataclass(frozen=True)
 class Measured:
     "All numbers of Figure 4."
@@ -313,23 +356,31 @@ def measure_features(baselines: list[Features],
             ds: PedesDataset,
             without: Iterable[Features] = ()   # runs without the decoupling loss, where there are
            ) -> Measured:
-    "What the features hold and how they depend on each other, for each seed that both variants have. Raises `UserError`."
+    "What the features hold and how they depend on each other, per seed of both variants. Raises `UserError`."
     samples = make_samples(baselines, fulls, ds)
     seeds = {s.seed for s in samples}
-    used, without = [r for r in fulls if r.config.seed in seeds], [r for r in without if r.config.seed in seeds and 'f_id' in r.tensors]
+    used, without = [r for r in fulls if r.config.seed in seeds], [
+        r for r in without if r.config.seed in seeds and 'f_id' in r.tensors]
     keep = pick_people(ds.records['pid'].to_numpy()[used[0]['g_rows']])
     starts = [{k: x[keep] for k, x in untrained(r, ds).items()} for r in used]
     pairs = [('full', s.seed, s.features['f_id'], s.features['f_clo']) for s in samples]
-    pairs += [('w/o decoupling', r.config.seed, unit_rows(r['f_id'][keep]), unit_rows(r['f_clo'][keep])) for r in without]
+    pairs += [('w/o decoupling', r.config.seed, unit_rows(r['f_id'][keep]), unit_rows(r['f_clo'][keep]))
+              for r in without]
     pairs += [('untrained', s.seed, x['f_id'], x['f_clo']) for s, x in zip(samples, starts)]
     rows = [dict(model=m, seed=seed) | feature_dependence(x, y) for m, seed, x, y in pairs]
     runs = [r for r in baselines if r.config.seed in seeds] + used + without
-    return Measured(runs, samples, probe_table(samples), silhouette_table(samples, starts), pd.DataFrame(rows))
+    return Measured(runs, samples, probe_table(samples), silhouette_table(samples, starts),
+                    pd.DataFrame(rows))
 
-# %% ../nbs/74_features.ipynb #720074
-FIGURE4 = ('Figure 4. t-SNE of image features: f of the baseline, trained on captions alone (a, c); f_id (filled in b) and f_clo (open in b) of the full model, trained on descriptions too, in one map (b, d). Gray: everybody else. '
-           '(e) Linear discriminants on unseen people, balanced accuracy; the bar: one of the values by chance; beside a layer, the mean share of the way from there to 100\u00a0%. (f) A row a perplexity, a column a random start, below each the trustworthiness. '
-           '(g) f_id against f_clo as two groups: trained, untrained, each with its mean at the origin. (h) The bar: images dealt anew. Lines and crosses: seeds. ')
+# %% ../nbs/74_features.ipynb #65023e31
+FIGURE4 = ('Figure 4. t-SNE of image features: f of the baseline, trained on captions alone (a, c); f_id '
+           '(filled in b) and f_clo (open in b) of the full model, trained on descriptions too, in one map '
+           '(b, d). Gray: everybody else. '
+           '(e) Linear discriminants on unseen people, balanced accuracy; the bar: one of the values by '
+           'chance; beside a layer, the mean share of the way from there to 100\u00a0%. (f) A row a '
+           'perplexity, a column a random start, below each the trustworthiness. '
+           '(g) f_id against f_clo as two groups: trained, untrained, each with its mean at the origin. (h) '
+           'The bar: images dealt anew. Lines and crosses: seeds. ')
 
 def plot_features(m: Measured, dpi: int = 75):   # matplotlib's figure, 7 inches wide
     "Figure 4: the maps of the paper, and the numbers that say what they show."
@@ -341,14 +392,20 @@ def plot_features(m: Measured, dpi: int = 75):   # matplotlib's figure, 7 inches
         left, right = top.subfigures(1, 2, width_ratios=[4.4, 2.6])
         axes = left.subplots(2, 2)
         draw_tsne_maps(axes, m.samples[0]); draw_probes(right.subplots(), m.probes)
-        left.legend(*axes[1, 0].get_legend_handles_labels(), loc='outside lower center', ncols=6, frameon=False, handletextpad=.1, columnspacing=1)
-        marks = [Line2D([], [], marker=k, mec=e, mfc=f, ls='', ms=4, label=n) for n, (k, e, f) in FEATURE_MARKS.items()]
-        right.legend(handles=[*marks, Line2D([], [], marker='|', color='black', ls='', ms=7, mew=1.2, label='chance')], loc='outside lower center', ncols=4, frameon=False, handletextpad=.1, columnspacing=1)
+        left.legend(*axes[1, 0].get_legend_handles_labels(), loc='outside lower center', ncols=6,
+                    frameon=False, handletextpad=.1, columnspacing=1)
+        marks = [Line2D([], [], marker=k, mec=e, mfc=f, ls='', ms=4, label=n) for n,
+                 (k, e, f) in FEATURE_MARKS.items()]
+        marks.append(Line2D([], [], marker='|', color='black', ls='', ms=7, mew=1.2, label='chance'))
+        right.legend(handles=marks, loc='outside lower center', ncols=4, frameon=False, handletextpad=.1,
+                     columnspacing=1)
         maps, sil, dep = bottom.subfigures(1, 3, width_ratios=[2.2, 2.6, 2.2])
         draw_stability(maps.subplots(len(PERPLEXITIES), len(MAP_SEEDS)), m.samples[0])
         maps.suptitle('(f) Map (b), perplexity and start', x=.02, ha='left', fontsize=8)
         draw_silhouettes(sil.subplots(), m.silhouettes); draw_dependence(dep.subplots(), m.dependence)
-        write_caption(fig, FIGURE4 + runs_source(m.runs, f'Maps: seed {m.samples[0].seed}, {MAP_PEOPLE} people at most; numbers: {len(m.samples[0].known):,} images. '))
+        write_caption(fig, FIGURE4 + runs_source(m.runs, f'Maps: seed {m.samples[0].seed}, {MAP_PEOPLE} '
+                                                 f'people at most; numbers: {len(m.samples[0].known):,} '
+                                                 f'images. '))
         settle_layout(fig)
     plt.close(fig)
     return fig

@@ -86,10 +86,10 @@ def _sota() -> pd.DataFrame:
                         columns=pd.MultiIndex.from_product([
                             ['cuhk', 'icfg', 'rstp'], ['R1', 'R5', 'R10', 'mAP']]))
 
-# %% ../nbs/01_paper.ipynb #d08cff73
+# %% ../nbs/01_paper.ipynb #ec2e79dd
 def table(n: int                # 1 to 5
          ) -> pd.DataFrame:     # rows as printed, percent
-    """A printed table; a metric that is not printed is NaN. Raises `UserError` for a table that the paper does not have.
+    """A printed table; a metric that is not printed is NaN. Raises `UserError` for any other number.
 
     Tables 1 to 4: method → mAP, R1, R5, R10, variant. Table 5: (method, backbone) → (dataset, metric)."""
     if n not in TITLES: raise UserError(f'the paper has tables 1 to 5, not {n!r}')
@@ -102,10 +102,10 @@ def figure3() -> pd.DataFrame:  # gate → mean, std, shape; NaN where nothing i
             'fusion_image': (.53, .12, ''), 'fusion_text': (.47, .12, '')}
     return pd.DataFrame.from_dict(rows, orient='index', columns=['mean', 'std', 'shape'])
 
-# %% ../nbs/01_paper.ipynb #5841351a
+# %% ../nbs/01_paper.ipynb #7974576d
 FIGURE5 = {'axes': ['Params', 'FLOPs', 'Memory', 'mAP',
                     'Speed'],            # normalized to 0…100, cost axes inverted
-           'models': ['Simple', 'Mamba', 'Transformer-4Layer']}          # named in the text; no numbers are printed
+           'models': ['Simple', 'Mamba', 'Transformer-4Layer']}      # named in the text without numbers
 
 # %% ../nbs/01_paper.ipynb #a80de46e
 def datasets() -> pd.DataFrame:  # dataset → counts, as printed in Sec. 4.1; missing where nothing is printed
@@ -228,7 +228,7 @@ _MODEL = (
               'another scale of f_id gives another mean and the same ranking'),
 )
 
-# %% ../nbs/01_paper.ipynb #8dcf343e
+# %% ../nbs/01_paper.ipynb #16890675
 _LOSSES = (
     OpenPoint(2, '3.3, Eq. 3', 'which text t_i is', ('caption', 'generated', 'both'),
               'both with a BDAM, the caption without',
@@ -278,8 +278,8 @@ _LOSSES = (
     OpenPoint(20, '4.2', 'batch size, epochs, warm-up, text length, image augmentation, τ',
               ('those of the field',), '60 epochs, 64 images, 77 tokens, 5 warm-up epochs, τ 0.05',
               'custom of the field', 
-              ('ids_per_batch', 'images_per_id', 'epochs', 'warmup', 'schedule', 'max_length', 'tau', 'tau_decay',
-               'flip', 'pad', 'erase')),
+              ('ids_per_batch', 'images_per_id', 'epochs', 'warmup', 'schedule', 'max_length', 'tau',
+               'tau_decay', 'flip', 'pad', 'erase')),
 )
 
 # %% ../nbs/01_paper.ipynb #62b1389e

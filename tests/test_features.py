@@ -36,7 +36,8 @@ def ds(full, p): return results.load_dataset(full[0], p)
 
 
 @pytest.fixture(scope='module')
-def measured(baseline, full, ds): return features.measure_features(baseline, full, ds, full[:1])     # one run twice: as if without the loss
+def measured(baseline, full, ds):
+    return features.measure_features(baseline, full, ds, full[:1])     # one run twice: as if without the loss
 
 
 def no_tsne(patch): patch.setattr(features, 'tsne_map', lambda x, *_: x[:, :2])
@@ -50,7 +51,8 @@ def quick_maps(monkeypatch): no_tsne(monkeypatch)
 def drawn(full, ds, measured):
     with pytest.MonkeyPatch.context() as patch:
         no_tsne(patch)
-        return dict(fig3=gates.plot_gates(full, ds.records['pid'].to_numpy()), fig4=features.plot_features(measured))
+        return dict(fig3=gates.plot_gates(full, ds.records['pid'].to_numpy()),
+                    fig4=features.plot_features(measured))
 
 
 def with_tensors(run, **tensors):
@@ -69,13 +71,16 @@ def test_seeds_come_in_their_order_and_unfinished_runs_do_not(p, tmp_path):
     for seed in ('seed10', 'seed9', 'seed0-old', 'seed3'):
         shutil.copytree(p.runs_path/'synth'/'smoke'/'full'/'seed0', runs/seed)
     (runs/'seed3'/'metrics.json').unlink()
-    assert [r.folder.name for r in results.find_features(p.model_copy(update=dict(runs=str(tmp_path))))] == ['seed9', 'seed10']
+    found = results.find_features(p.model_copy(update=dict(runs=str(tmp_path))))
+    assert [r.folder.name for r in found] == ['seed9', 'seed10']
 
 
 @pytest.mark.parametrize('spoil, say', [
     (lambda f: (f/'features.safetensors').unlink(), 'features.safetensors'),
-    (lambda f: (f/'features.safetensors').write_bytes((f/'features.safetensors').read_bytes()[:999]), 'not a whole'),
-    (lambda f: write_tensors(f/'features.safetensors', {'g': torch.ones(2, 2)}, dict(config_hash='another')), 'different runs'),
+    (lambda f: (f/'features.safetensors').write_bytes((f/'features.safetensors').read_bytes()[:999]),
+     'not a whole'),
+    (lambda f: write_tensors(f/'features.safetensors', {'g': torch.ones(2, 2)}, dict(config_hash='another')),
+     'different runs'),
     (lambda f: (f/'config.json').write_text('[1'), 'not a JSON object'),
     (lambda f: (f/'config.json').write_text('{}'), 'different runs'),
     (lambda f: (f/'provenance.json').unlink(), 'provenance.json is missing'),
@@ -88,8 +93,10 @@ def test_a_spoiled_run_is_one_line(p, tmp_path, spoil, say):
 
 
 def test_runs_that_do_not_go_together(full, baseline, ds):
-    with pytest.raises(UserError, match='no seed in common'): features.make_samples(baseline[:1], full[1:], ds)
-    moved = replace(baseline[0], tensors=baseline[0].tensors | dict(g_rows=baseline[0].tensors['g_rows'].flip(0)))
+    with pytest.raises(UserError, match='no seed in common'):
+        features.make_samples(baseline[:1], full[1:], ds)
+    tensors = baseline[0].tensors
+    moved = replace(baseline[0], tensors=tensors | dict(g_rows=tensors['g_rows'].flip(0)))
     with pytest.raises(UserError, match='different images'): features.make_samples([moved], full, ds)
 
 
@@ -97,12 +104,14 @@ def test_runs_that_do_not_go_together(full, baseline, ds):
 
 def test_the_ranking_with_the_learned_gate_is_that_of_the_run(full, ds):
     pids = ds.records['pid'].to_numpy()
-    for run in full: assert gates.gate_worth(run, pids)['as learned'] == pytest.approx(100*run['dual.R1'].mean(), abs=1e-3)
+    for run in full:
+        assert gates.gate_worth(run, pids)['as learned'] == pytest.approx(100*run['dual.R1'].mean(), abs=1e-3)
 
 
 def test_a_gate_without_spread_has_no_shape_and_no_shares(full, ds):
     flat = with_tensors(full[0], g=np.full_like(full[0]['g'], .5))
-    assert gates.gate_table([flat])['sd'].iloc[:3].tolist() == [0, 0, 0] and gates.gate_table([flat])['skewness'].iloc[:3].isna().all()
+    assert gates.gate_table([flat])['sd'].iloc[:3].tolist() == [
+        0, 0, 0] and gates.gate_table([flat])['skewness'].iloc[:3].isna().all()
     assert np.isnan(list(gates.variance_shares(flat['g']).values())).all()
     worth = gates.gate_worth(with_tensors(flat, f_id=full[0]['f_id']), ds.records['pid'].to_numpy())
     assert len(set(worth.values())) == 1                    # the same number everywhere is no gate
@@ -123,7 +132,8 @@ def test_a_gate_of_zeros_does_not_divide(full, ds):
     g = full[0]['g'].copy()
     g[:, :3] = 0
     f_id = full[0]['f_id']*(g > 0)
-    assert all(0 <= v <= 100 for v in gates.gate_worth(with_tensors(full[0], g=g, f_id=f_id), ds.records['pid'].to_numpy()).values())
+    assert all(0 <= v <= 100 for v in gates.gate_worth(
+        with_tensors(full[0], g=g, f_id=f_id), ds.records['pid'].to_numpy()).values())
 
 
 def test_printed_numbers_stand_in_figure_3_as_printed(drawn):
@@ -183,7 +193,8 @@ def test_dependence_tells_shared_from_separate():
 
 def test_each_model_has_its_dependence(measured):
     t = measured.dependence.set_index(['model', 'seed'])
-    assert list(t.index) == [('full', 0), ('full', 1), ('w/o decoupling', 0), ('untrained', 0), ('untrained', 1)]
+    assert list(t.index) == [('full', 0), ('full', 1), ('w/o decoupling', 0), ('untrained', 0),
+                             ('untrained', 1)]
     assert np.allclose(t.loc[('full', 0)], t.loc[('w/o decoupling', 0)])
 
 
@@ -191,8 +202,10 @@ def test_regions_of_two_biases_vanish_with_their_means(full, ds, measured):
     t = measured.silhouettes.query("label == 'branch'").groupby('feature')['silhouette'].mean()
     assert t['as it is'] > .3 and abs(t['means removed']) < .15
     again = features.untrained(full[0], ds)
-    assert all(np.array_equal(again[k], v) for k, v in features.untrained(full[0], ds).items())      # a seed, one start
-    assert not np.allclose(again['f_id'], features.unit_rows(full[0]['f_id']), atol=1e-3)                  # … which is not the end
+    # a seed, one start
+    assert all(np.array_equal(again[k], v) for k, v in features.untrained(full[0], ds).items())
+    # … which is not the end
+    assert not np.allclose(again['f_id'], features.unit_rows(full[0]['f_id']), atol=1e-3)
 
 
 def test_outfits_that_one_person_wears_are_left_out():
@@ -211,22 +224,27 @@ def test_a_figure_as_it_must_be(drawn, p, name):
     assert [f.suffix for f in files] == ['.pdf', '.png'] and max(f.stat().st_size for f in files) < 2**20
     with Image.open(files[1]) as image: assert image.size[0] == 1400
     caption = ' '.join(next(t for t in texts(fig) if t.startswith(f'Figure {name[-1]}.')).split())
-    for word in ('SynthPEDES (rendered; no photographs)', 'preset smoke', 'full', 'seeds 0, 1', 'Code 0.'): assert word in caption
+    for word in ('SynthPEDES (rendered; no photographs)', 'preset smoke', 'full', 'seeds 0, 1', 'Code 0.'):
+        assert word in caption
 
 
 def test_the_same_runs_give_the_same_picture(full, ds, drawn, p):
     first = save_figure(drawn['fig3'], 'first', p)[0].read_bytes()
     assert save_figure(drawn['fig3'], 'first', p)[0].read_bytes() == first      # drawing moves nothing
-    assert save_figure(gates.plot_gates(full, ds.records['pid'].to_numpy()), 'again', p)[0].read_bytes() == first
+    assert save_figure(gates.plot_gates(full, ds.records['pid'].to_numpy()), 'again',
+                       p)[0].read_bytes() == first
 
 
 def test_a_map_is_that_of_its_seed():
     x = features.unit_rows(np.random.default_rng(0).normal(size=(60, 5)))
-    assert np.array_equal(features.tsne_map(x, 9), features.tsne_map(x, 9)) and not np.array_equal(features.tsne_map(x, 9), features.tsne_map(x, 9, seed=1))
+    assert np.array_equal(
+        features.tsne_map(x, 9), features.tsne_map(x, 9)) and not np.array_equal(
+            features.tsne_map(x, 9), features.tsne_map(x, 9, seed=1))
 
 
 def test_identity_and_clothing_differ_on_gray_paper():
-    gray = [np.array([int(c[i:i + 2], 16) for i in (1, 3, 5)]) @ (.299, .587, .114) for c in (figure_style.IDENTITY_COLOR, figure_style.BASELINE_COLOR, figure_style.CLOTHING_COLOR)]
+    gray = [np.array([int(c[i:i + 2], 16) for i in (1, 3, 5)]) @ (.299, .587, .114)
+            for c in (figure_style.IDENTITY_COLOR, figure_style.BASELINE_COLOR, figure_style.CLOTHING_COLOR)]
     assert np.diff(gray).min() > 25 and len({m for m, *_ in features.FEATURE_MARKS.values()}) == 3
 
 
