@@ -211,7 +211,7 @@ def map_of(c: Config, runs: pd.DataFrame) -> dict[str, float | int | str]:
 def measure_fusions(p: ArtifactParameters,
                     device: torch.device,
                     budget: float = .4        # seconds for a measurement
-                   ) -> pd.DataFrame:         # a row a fusion
+                   ) -> pd.DataFrame:         # one row per fusion
     "The five axes, mAP from the finished runs of `p`. Raises `UserError` where a run folder is broken."
     runs, configs = collect_runs(p.runs_path, [p.config.dataset], p.config.preset), fusion_configs(p)
     pairs = number_of_pairs(configs.values(), device)
@@ -282,7 +282,7 @@ def layer_costs(device: torch.device,
                 c: Config | None = None,             # whose fusion; None: the paper's
                 budget: float = 36.,                 # seconds for all
                 each: float = .4                     # seconds for the repeats of one
-               ) -> pd.DataFrame:                    # a row a kind and length; NaN where it was left out
+               ) -> pd.DataFrame:                    # one row per kind and length; NaN where it was left out
     "FLOPs (forward), peak bytes and seconds (forward and backward) of one sequence."
     c, begin, last, rows = c or make_config('cuhk', 'paper'), clock(device), {}, []
     for L in lengths:
@@ -310,7 +310,7 @@ COSTS = {'seconds': 'seconds', 'memory': 'peak memory', 'flops': 'FLOPs'}
 
 def growth(costs: pd.DataFrame,      # of `layer_costs`
            last: int = 3             # over the longest lengths that were measured
-          ) -> pd.DataFrame:         # a row a kind, a column a cost
+          ) -> pd.DataFrame:         # one row per kind, one column per cost
     "The power of the length with which a cost grows: 1 is linear, 2 quadratic."
     def power(t, what):
         t = t.dropna(subset=[what]).tail(last)

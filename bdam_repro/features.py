@@ -277,7 +277,7 @@ def dot(ax, values, y: float, feature: str, ms: float = 3.6) -> None:
     ax.plot(np.mean(values), y, marker, ms=ms, mec=edge, mfc=face, mew=.9, zorder=3)
 
 def draw_probes(ax, probes: pd.DataFrame) -> None:
-    "Balanced accuracy of each probe, a row a factor, with chance as a bar."
+    "Balanced accuracy of each probe, one row per factor, with chance as a bar."
     ax.set_title('(e) Linear probes, accuracy (%)')
     if probes.empty:
         ax.text(.5, .5, 'no factor of this dataset is known', ha='center', va='center',
@@ -302,7 +302,7 @@ def draw_probes(ax, probes: pd.DataFrame) -> None:
 
 # %% ../nbs/74_features.ipynb #a1291cb0
 def draw_stability(axes, s: Sample, people: int = 40) -> None:
-    "The disentangled map of fewer people again: a row a perplexity, a column a start."
+    "The disentangled map of fewer people again: one row per perplexity, one column per start."
     keep = pick_people(s.known['pid'].to_numpy(), people)
     n, x = len(keep), np.r_[s.features['f_id'][keep], s.features['f_clo'][keep]]
     for ax, ((perplexity, seed), (at, t)) in zip(axes.flat, stability(x).items()):
@@ -330,7 +330,7 @@ def draw_silhouettes(ax, table: pd.DataFrame) -> None:
     ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='0.9', linewidth=.5); ax.set_axisbelow(True)
 
 def draw_dependence(ax, table: pd.DataFrame) -> None:
-    "CKA of f_id and f_clo, a row a model, with what independent features would give as a bar."
+    "CKA of f_id and f_clo, one row per model, with the value of independent features as a bar."
     names = list(dict.fromkeys(table['model']))
     for y, name in enumerate(names):
         t = table[table['model'] == name]
@@ -349,7 +349,7 @@ class Measured:
     samples: list[Sample]
     probes: pd.DataFrame       # of `probe_table`
     silhouettes: pd.DataFrame  # of `silhouette_table`
-    dependence: pd.DataFrame   # a row a model and seed: CKA and HSIC, and both with images dealt anew
+    dependence: pd.DataFrame   # one row per model and seed: CKA and HSIC, and both with images dealt anew
 
 def measure_features(baselines: list[Features],
             fulls: list[Features],

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-WHAT = {'styles': 'descriptions by style', 'describe': 'descriptions', 'train': 'a job a variant and seed',
+WHAT = {'styles': 'descriptions by style', 'describe': 'descriptions', 'train': 'one job per variant, seed',
         'collect': 'runs.csv, intervals', 'table1-5': '.csv .md .tex', 'fig1-5': '.pdf .png', 'audit': 'audit.csv .md'}
 
 W = .9      # half the width of a box
