@@ -1,9 +1,13 @@
-"""Attention on a CPU: PyTorch's fused kernel against the plain products of `bdam.attend`, forward and backward.
+"""Attention on a CPU: PyTorch's fused kernel against the plain products of `bdam.attend`, forward and
+backward.
 
-    python benchmarks/bench_attention.py [--batch 64] [--heads 4] [--width 32] [--lengths 32 96 196] [--threads 1] [--rounds 7]
+    python benchmarks/bench_attention.py [--batch 64] [--heads 4] [--width 32] [--lengths 32 96 196]
+    [--threads 1] [--rounds 7]
 
-The two take turns, each round a forward and a backward pass on the same tensors. What counts is the median of the rounds, in
-seconds of the process's own clock, so that a machine busy with other work adds little. The ratio is fused / plain: above 1 the
+The two take turns, each round a forward and a backward pass on the same tensors. What counts is the median
+of the rounds, in
+seconds of the process's own clock, so that a machine busy with other work adds little. The ratio is fused /
+plain: above 1 the
 plain products are faster.
 """
 import argparse
@@ -35,8 +39,10 @@ def compare(batch, heads, length, width, dtype, rounds):
     found = {name: [] for name in KERNELS}
     for _ in range(rounds + 1):
         for name, kernel in KERNELS.items(): found[name].append(measure(kernel, q, k, v, dy))
-    torch.testing.assert_close(*(f(q, k, v) for f in KERNELS.values()), rtol=.05, atol=.05 if dtype == torch.bfloat16 else 1e-4)
-    return {name: [statistics.median(t) for t in zip(*times[1:])] for name, times in found.items()}     # the first round warms up
+    torch.testing.assert_close(*(f(q, k, v) for f in KERNELS.values()), rtol=.05, atol=.05
+                               if dtype == torch.bfloat16 else 1e-4)
+    # the first round warms up
+    return {name: [statistics.median(t) for t in zip(*times[1:])] for name, times in found.items()}
 
 
 def main():
@@ -48,13 +54,16 @@ def main():
     a = a.parse_args()
     torch.set_num_threads(a.threads)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    print(f'batch {a.batch}, {a.heads} heads of {a.width}, {a.threads} thread(s), median of {a.rounds} rounds in turns; '
+    print(f'batch {a.batch}, {a.heads} heads of {a.width}, {a.threads} thread(s), median of {a.rounds} '
+          f'rounds in turns; '
           f'bf16 {"native" if native else "emulated"} on this CPU; ms')
-    print('dtype    length   plain: forward backward    fused: forward backward    fused / plain: forward backward together')
+    print('dtype    length   plain: forward backward    fused: forward backward    fused / plain: forward '
+          'backward together')
     for dtype in (torch.float32, torch.bfloat16):
         for length in a.lengths:
             (pf, pb), (ff, fb) = compare(a.batch, a.heads, length, a.width, dtype, a.rounds).values()
-            print(f'{str(dtype).removeprefix("torch."):8} {length:6} {1e3*pf:16.1f} {1e3*pb:8.1f} {1e3*ff:17.1f} {1e3*fb:8.1f} '
+            print(f'{str(dtype).removeprefix("torch."):8} {length:6} {1e3*pf:16.1f} {1e3*pb:8.1f} '
+                  f'{1e3*ff:17.1f} {1e3*fb:8.1f} '
                   f'{ff/pf:23.2f} {fb/pb:8.2f} {(ff + fb)/(pf + pb):8.2f}', flush=True)
 
 

@@ -2,9 +2,12 @@
 
     python benchmarks/bench_mamba.py [--batch 64] [--lengths 66 197 261] [--threads 1] [--rounds 2]
 
-Each measurement runs in a fresh process (its peak memory is then its own) and the two take turns, so that a machine
-busy with other work slows both. Prints the best time of each, the peak memory beyond model and input, and the ratios.
-Where mambapy would not fit into the free memory, both take the largest halved batch that does (the column `batch` tells),
+Each measurement runs in a fresh process (its peak memory is then its own) and the two take turns, so that a
+machine
+busy with other work slows both. Prints the best time of each, the peak memory beyond model and input, and
+the ratios.
+Where mambapy would not fit into the free memory, both take the largest halved batch that does (the column
+`batch` tells),
 and a second line has ours at the full batch.
 """
 import argparse
@@ -13,12 +16,14 @@ import subprocess
 import sys
 import time
 
-MAMBAPY_BYTES = 18e9 / (64 * 261)     # per token, two layers of 256: what it takes, to choose a batch that fits
+# per token, two layers of 256: what it takes, to choose a batch that fits
+MAMBAPY_BYTES = 18e9 / (64 * 261)
 
 
 def available() -> float:
     "Bytes that can be taken without swapping."
-    with open('/proc/meminfo') as f: return next(1024. * int(line.split()[1]) for line in f if line.startswith('MemAvailable'))
+    with open('/proc/meminfo') as f:
+        return next(1024. * int(line.split()[1]) for line in f if line.startswith('MemAvailable'))
 
 
 def make_block(peer: str, d_model: int):
@@ -55,8 +60,10 @@ def measure(peer: str, batch: int, length: int, threads: int, repeats: int) -> N
 
 def run(peer: str, batch: int, length: int, threads: int, repeats: int) -> list[float]:
     "Measure in a fresh process: seconds, MiB, checksum."
-    command = [sys.executable, __file__, '--measure', peer, str(batch), str(length), str(threads), str(repeats)]
-    return [float(v) for v in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+    command = [sys.executable, __file__, '--measure', peer, str(batch), str(length), str(threads),
+               str(repeats)]
+    return [float(v) for v in subprocess.run(command, check=True, capture_output=True,
+                                             text=True).stdout.split()]
 
 
 def compare(batch: int, length: int, threads: int, rounds: int) -> str:
@@ -65,9 +72,11 @@ def compare(batch: int, length: int, threads: int, rounds: int) -> str:
     rows = {'ours': [], 'mambapy': []}
     for _ in range(rounds):
         for peer, found in rows.items(): found.append(run(peer, batch, length, threads, repeats=2))
-    (t, m, c), (t_peer, m_peer, c_peer) = ([min(v) for v in zip(*found, strict=True)] for found in rows.values())
+    (t, m, c), (t_peer, m_peer, c_peer) = ([min(v) for v in zip(*found, strict=True)]
+                                           for found in rows.values())
     assert abs(c - c_peer) < 1e-3 * c, 'the two do not compute the same'
-    return f'{length:5d} {batch:6d} {t:9.2f} {t_peer:9.2f} {t_peer / t:7.1f}x {m:9.0f} {m_peer:9.0f}   1/{m_peer / m:.0f}'
+    times = f'{t:9.2f} {t_peer:9.2f} {t_peer / t:7.1f}x'
+    return f'{length:5d} {batch:6d} {times} {m:9.0f} {m_peer:9.0f}   1/{m_peer / m:.0f}'
 
 
 def main() -> None:

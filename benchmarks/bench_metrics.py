@@ -2,9 +2,12 @@
 
     python benchmarks/bench_metrics.py [--dim 512] [--rounds 5] [--threads 1]
 
-The rival is the usual evaluation of text-to-image person retrieval, written here after IRRA's: all similarities in
-float32, an argsort of each row, cumulated matches. Each side lives in a process of its own, so that its peak memory is its own.
-(torchmetrics is no rival here: its retrieval metrics group predictions by query in a Python loop, one query at a time.)
+The rival is the usual evaluation of text-to-image person retrieval, written here after IRRA's: all
+similarities in
+float32, an argsort of each row, cumulated matches. Each side lives in a process of its own, so that its peak
+memory is its own.
+(torchmetrics is no rival here: its retrieval metrics group predictions by query in a Python loop, one query
+at a time.)
 """
 import argparse
 import json
@@ -50,12 +53,14 @@ def resident(field):
 
 
 def serve(side, dim, threads):
-    "One side: each line read is one evaluation; the answer is its seconds, its peak memory above the features, its values."
+    """One side: each line read is one evaluation; the answer is its seconds, its peak memory above the
+    features, its values."""
     torch.set_num_threads(threads)
     data = features(dim)
     evaluate = {'ours': retrieval_metrics, 'argsort': by_argsort}[side]
     for _ in sys.stdin:
-        Path('/proc/self/clear_refs').write_text('5')                  # Linux: the peak starts again from here
+        # Linux: the peak starts again from here
+        Path('/proc/self/clear_refs').write_text('5')
         before, start = resident('VmRSS'), time.perf_counter()
         values = evaluate(*data)
         print(json.dumps([time.perf_counter() - start, resident('VmHWM') - before, values]), flush=True)
@@ -77,12 +82,15 @@ def main():
             p.stdin.write('\n'); p.stdin.flush()
             results[s].append(json.loads(p.stdout.readline()))
     for p in sides.values(): p.stdin.close(); p.wait()
-    print(f'{Q} queries × {G} images, {a.dim} dimensions, {a.threads} thread(s), median of {a.rounds} alternated rounds')
+    print(f'{Q} queries × {G} images, {a.dim} dimensions, {a.threads} thread(s), median of {a.rounds} '
+          f'alternated rounds')
     seconds = {s: statistics.median(x[0] for x in r) for s, r in results.items()}
     memory = {s: max(x[1] for x in r) for s, r in results.items()}
     for s, r in results.items():
-        print(f'{s:8} {seconds[s]:6.2f} s {memory[s]:7.0f} MB   ' + '  '.join(f'{k} {v:.4f}' for k, v in r[0][2].items()))
-    print(f'argsort / ours: time ×{seconds["argsort"]/seconds["ours"]:.1f}, peak memory ×{memory["argsort"]/memory["ours"]:.1f}')
+        print(f'{s:8} {seconds[s]:6.2f} s {memory[s]:7.0f} MB   ' + '  '.join(
+            f'{k} {v:.4f}' for k, v in r[0][2].items()))
+    print(f'argsort / ours: time ×{seconds["argsort"]/seconds["ours"]:.1f}, peak memory '
+          f'×{memory["argsort"]/memory["ours"]:.1f}')
 
 
 if __name__ == '__main__': main()

@@ -1,4 +1,5 @@
-"""A training step of `tiny` on a CPU: both towers in one thread, two threads inside each operation, a thread for each tower.
+"""A training step of `tiny` on a CPU: both towers in one thread, two threads inside each operation, a thread
+for each tower.
 And the optimizer's part of it, beside `torch.optim.Muon` on the same matrices.
 
     python benchmarks/bench_step.py [--variant full] [--steps 20] [--rounds 3]
@@ -19,7 +20,8 @@ from bdam_repro.optimizers import Muon
 from bdam_repro.runs import prepare
 from bdam_repro.threads import SecondThread
 
-WAYS = {'one thread': (1, False), 'two threads in each operation': (2, False), 'a thread for each tower': (1, True)}
+WAYS = {'one thread': (1, False), 'two threads in each operation': (2, False),
+        'a thread for each tower': (1, True)}
 
 
 def seconds(trainer, batches, threads: int, second: bool) -> float:
@@ -33,10 +35,13 @@ def seconds(trainer, batches, threads: int, second: bool) -> float:
 
 
 def optimizers(trainer, rounds: int) -> dict[str, list[float]]:
-    "Seconds of a step on the matrices of the model, by its own Muon and by PyTorch's; gradients are those of the last step."
+    """Seconds of a step on the matrices of the model, by its own Muon and by PyTorch's; gradients are those
+    of the last step."""
     torch.set_num_threads(1)
-    matrices = [p for opt in trainer.opts if isinstance(opt, Muon) for g in opt.param_groups for p in g['params'] if p.ndim == 2]
-    rivals = {'ours, float32': Muon(matrices, lr=0., weight_decay=0.), 'torch.optim.Muon': torch.optim.Muon(matrices, lr=0.)}
+    matrices = [p for opt in trainer.opts if isinstance(opt, Muon) for g in opt.param_groups
+                for p in g['params'] if p.ndim == 2]
+    rivals = {'ours, float32': Muon(matrices, lr=0., weight_decay=0.),
+              'torch.optim.Muon': torch.optim.Muon(matrices, lr=0.)}
     times = {name: [] for name in rivals}
     for _ in range(rounds + 1):
         for name, opt in rivals.items():
@@ -53,15 +58,18 @@ def main():
     p.add_argument('--rounds', type=int, default=3)
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        c = make_config('synth', 'tiny', a.variant, data_root=folder, synth_train_ids=200, synth_val_ids=4, synth_test_ids=4)
+        c = make_config('synth', 'tiny', a.variant, data_root=folder, synth_train_ids=200, synth_val_ids=4,
+                        synth_test_ids=4)
         trainer = prepare(c, Path(folder)/'run', False)[2]
-        batches = [batch for _ in range(-(-a.steps//len(trainer.loader))) for batch in trainer.loader][:a.steps]
+        batches = [batch for _ in range(-(-a.steps//len(trainer.loader)))
+                   for batch in trainer.loader][:a.steps]
         times = {name: [] for name in WAYS}
         for _ in tqdm(range(a.rounds), 'rounds'):
             for name, way in WAYS.items(): times[name].append(seconds(trainer, batches, *way))
     base = statistics.median(times['one thread'])
     print(f'{a.variant}, batch of {len(batches[0])} images, median of {a.rounds} rounds of {a.steps} steps')
-    for name, t in times.items(): print(f'{name:30} {1e3*statistics.median(t):6.0f} ms   {base/statistics.median(t):.2f}x')
+    for name, t in times.items():
+        print(f'{name:30} {1e3*statistics.median(t):6.0f} ms   {base/statistics.median(t):.2f}x')
     times = {name: statistics.median(t) for name, t in optimizers(trainer, a.rounds).items()}
     for name, t in times.items(): print(f'{name:30} {1e3*t:6.0f} ms   {times["torch.optim.Muon"]/t:.2f}x')
 

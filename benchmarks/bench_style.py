@@ -2,8 +2,10 @@
 
     python benchmarks/bench_style.py [N] [--methods dbscan kmeans ...] [--dim 8] [--as-written] [--threads 1]
 
-The captions are SynthPEDES's first N (no picture is drawn). `--as-written` leaves the content in, so that hardly two
-captions are equal: the worst case, since equal ones are clustered once. Peak memory is the whole process's, the
+The captions are SynthPEDES's first N (no picture is drawn). `--as-written` leaves the content in, so that
+hardly two
+captions are equal: the worst case, since equal ones are clustered once. Peak memory is the whole process's,
+the
 interpreter and its libraries included.
 """
 import argparse
@@ -14,7 +16,8 @@ import subprocess
 import sys
 import time
 
-COLUMNS = dict(distinct='9', generalize='11.1f', embed='8.1f', cluster='9.1f', peak_mb='9.0f', k='4', noise='7.2f', ari='6.2f')
+COLUMNS = dict(distinct='9', generalize='11.1f', embed='8.1f', cluster='9.1f', peak_mb='9.0f', k='4',
+               noise='7.2f', ari='6.2f')
 
 
 def measure(n, method, dim, as_written):
@@ -49,7 +52,8 @@ def main():
     print(f'{a.n} captions, {a.dim} dimensions; times in seconds')
     print(f'{"method":14}' + ''.join(f'{name:>{int(form.split(".")[0])}}' for name, form in COLUMNS.items()))
     for method in a.methods:
-        command = [sys.executable, __file__, str(a.n), '--one', method, '--dim', str(a.dim)] + ['--as-written'] * a.as_written
+        command = [sys.executable, __file__, str(a.n), '--one', method, '--dim',
+                   str(a.dim)] + ['--as-written'] * a.as_written
         done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
         r = json.loads(done.stdout.splitlines()[-1])
         print(f'{method:14}' + ''.join(f'{r[name]:{form}}' for name, form in COLUMNS.items()), flush=True)

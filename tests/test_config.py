@@ -33,7 +33,7 @@ def refused(**kw) -> str:
     return str(e.value)
 
 
-# --- presets and variants -------------------------------------------------------------------------------------------
+# --- presets and variants -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('preset', PRESETS)
 @pytest.mark.parametrize('dataset', ['cuhk', 'icfg', 'rstp', 'synth'])
@@ -50,9 +50,11 @@ def test_the_names_of_the_variants_are_those_of_the_tables():
     assert set(VARIANTS) == {
         'full', 'baseline', 'baseline_described',
         'bdam', 'bdam_no_cross', 'bdam_no_gate', 'bdam_shallow', 'fusion', 'fusion_no_mamba',
-        'fusion_no_gate', 'fusion_no_align', 'no_infonce', 'no_triplet', 'no_adversarial', 'no_decoupling', 'no_gate_reg',
+        'fusion_no_gate', 'fusion_no_align', 'no_infonce', 'no_triplet', 'no_adversarial', 'no_decoupling',
+        'no_gate_reg',
         'style_none', 'style_random',
-        'style_kmeans', 'style_gmm', 'style_agglomerative', 'style_hdbscan', 'fusion_simple', 'fusion_transformer1',
+        'style_kmeans', 'style_gmm', 'style_agglomerative', 'style_hdbscan', 'fusion_simple',
+        'fusion_transformer1',
         'fusion_transformer2', 'fusion_transformer4', 'sdm', 'tal'}
 
 
@@ -62,13 +64,17 @@ def test_an_ablation_changes_what_its_name_says_and_nothing_else():
         return {k for k in a if a[k] != b[k]} - {'variant'}
     assert differs('full', 'baseline') == {'bdam', 'fusion', 'id_text'}
     assert differs('full', 'baseline_described') == {'bdam', 'fusion'}
-    assert differs('baseline', 'bdam') == {'bdam', 'id_text'} and differs('baseline', 'baseline_described') == {'id_text'}
+    assert differs('baseline', 'bdam') == {'bdam', 'id_text'} and differs(
+        'baseline', 'baseline_described') == {'id_text'}
     assert differs('baseline', 'fusion') == {'fusion'} and differs('fusion', 'full') == {'bdam', 'id_text'}
-    assert differs('bdam', 'bdam_no_cross') == {'bdam_cross'} and differs('bdam', 'bdam_no_gate') == {'bdam_gate'}
+    assert differs('bdam', 'bdam_no_cross') == {'bdam_cross'} and differs(
+        'bdam', 'bdam_no_gate') == {'bdam_gate'}
     assert differs('bdam', 'bdam_shallow') == {'bdam_depth'}
-    assert differs('fusion', 'fusion_no_mamba') == {'fusion_kind'} and differs('fusion', 'fusion_no_gate') == {'fusion_gate'}
+    assert differs('fusion', 'fusion_no_mamba') == {'fusion_kind'} and differs(
+        'fusion', 'fusion_no_gate') == {'fusion_gate'}
     assert differs('fusion', 'fusion_no_align') == {'fusion_align'}
-    loss = dict(infonce='c_align', triplet='c_triplet', adversarial='c_clothing', decoupling='c_decouple', gate_reg='c_gate')
+    loss = dict(infonce='c_align', triplet='c_triplet', adversarial='c_clothing', decoupling='c_decouple',
+                gate_reg='c_gate')
     for v, field in loss.items():
         assert differs('full', f'no_{v}') == {field}
     for v in ('none', 'random', 'kmeans', 'gmm', 'agglomerative', 'hdbscan'):
@@ -78,7 +84,8 @@ def test_an_ablation_changes_what_its_name_says_and_nothing_else():
 def test_what_the_paper_prints_is_the_paper_preset():
     c = make_config('cuhk')
     printed = dict(image_height=224, image_width=224, dim=768, lr=1e-4, weight_decay=1e-3, dropout=.1,
-                   fusion_dim=256, fusion_layers=2, d_state=16, d_conv=4, gradnorm_alpha=1.5, gradnorm_lr=.025, log_reg=1e-3,
+                   fusion_dim=256, fusion_layers=2, d_state=16, d_conv=4, gradnorm_alpha=1.5,
+                   gradnorm_lr=.025, log_reg=1e-3,
                    optimizer='adam', keep_cls=False, preset='paper')
     assert {k: getattr(c, k) for k in printed} == printed
 
@@ -95,26 +102,33 @@ def test_the_table_of_options_has_all_of_them():
     assert list(t.index) == list(Config.model_fields) and (t['what'].str.len() > 4).all()
 
 
-# --- wrong names, types, ranges, combinations ------------------------------------------------------------------------
+# --- wrong names, types, ranges, combinations ---------------------------------------------------------------
 
 @pytest.mark.parametrize('kw, words', [
     (dict(epoch=3), "did you mean 'epochs'"), (dict(qwertyuiop=3), "unknown option 'qwertyuiop'"),
     (dict(Seed=1), "did you mean 'seed'"),
     (dict(variant='ful'), "unknown variant 'ful'"), (dict(preset='big'), "unknown preset 'big'"),
     (dict(dataset='cuhk-pedes'), 'dataset='),
-    (dict(variant=['full']), 'unknown variant'), (dict(preset=['tiny']), 'unknown preset'), (dict(dataset=['cuhk']), 'dataset='),
+    (dict(variant=['full']), 'unknown variant'), (dict(preset=['tiny']), 'unknown preset'),
+    (dict(dataset=['cuhk']), 'dataset='),
     (dict(variant=''), 'unknown variant'),
-    (dict(epochs='many'), 'epochs='), (dict(epochs=True), 'epochs='), (dict(epochs=2.5), 'epochs='), (dict(epochs=0), 'epochs='),
+    (dict(epochs='many'), 'epochs='), (dict(epochs=True), 'epochs='), (dict(epochs=2.5), 'epochs='),
+    (dict(epochs=0), 'epochs='),
     (dict(lr='1e-4'), 'lr='),
-    (dict(bdam=1), 'bdam='), (dict(bdam='yes'), 'bdam='), (dict(seed=-1), 'seed='), (dict(dropout=1.), 'dropout='),
+    (dict(bdam=1), 'bdam='), (dict(bdam='yes'), 'bdam='), (dict(seed=-1), 'seed='),
+    (dict(dropout=1.), 'dropout='),
     (dict(dropout=-.1), 'dropout='),
     (dict(flip=1.5), 'flip='), (dict(tau=0), 'tau='), (dict(max_length=600), 'max_length='),
     (dict(image_height=8), 'image_height='), (dict(val_fraction=1), 'val_fraction='),
-    (dict(clothing='soft'), 'clothing='), (dict(fusion_kind='gru'), 'fusion_kind='), (dict(id_text='none'), 'id_text='),
+    (dict(clothing='soft'), 'clothing='), (dict(fusion_kind='gru'), 'fusion_kind='),
+    (dict(id_text='none'), 'id_text='),
     (dict(amp='fp8'), 'amp='),
-    (dict(vision=5), 'vision='), (dict(text={'type': 'bert', 'hidden': [3]}), 'text='), (dict(data_root=3), 'data_root='),
-    (dict(tag='../up'), 'tag='), (dict(tag='a/b'), 'tag='), (dict(tag='a\n'), 'tag='), (dict(tag='a b'), 'tag='),
-    (dict(lr=NAN), 'lr='), (dict(margin=NAN), 'margin='), (dict(warmup=NAN), 'warmup='), (dict(tau=INF), 'tau='),
+    (dict(vision=5), 'vision='), (dict(text={'type': 'bert', 'hidden': [3]}), 'text='),
+    (dict(data_root=3), 'data_root='),
+    (dict(tag='../up'), 'tag='), (dict(tag='a/b'), 'tag='), (dict(tag='a\n'), 'tag='),
+    (dict(tag='a b'), 'tag='),
+    (dict(lr=NAN), 'lr='), (dict(margin=NAN), 'margin='), (dict(warmup=NAN), 'warmup='),
+    (dict(tau=INF), 'tau='),
     (dict(lr=INF), 'lr='), (dict(c_align=INF), 'c_align='),
     (dict(cache_gb=INF), 'cache_gb='), (dict(seed=2**64), 'seed='),
 ])
@@ -122,7 +136,8 @@ def test_a_wrong_option_is_one_line_that_names_it(kw, words): assert words in re
 
 
 @pytest.mark.parametrize('kw, words', [
-    (dict(dim=100, bdam_heads=8), 'multiple of bdam_heads'), (dict(fusion_dim=66), 'multiple of fusion_heads'),
+    (dict(dim=100, bdam_heads=8), 'multiple of bdam_heads'),
+    (dict(fusion_dim=66), 'multiple of fusion_heads'),
     (dict(ids_per_batch=1, images_per_id=1), 'ids_per_batch'),
     (dict(warmup=99), 'warmup'), (dict(warmup=make_config().epochs), 'warmup'),
     (dict(variant='no_infonce', fusion=False), 'nothing relates'),
@@ -144,7 +159,7 @@ def test_a_config_is_frozen_and_shares_nothing_with_its_preset():
     assert PRESETS['tiny']['vision']['hidden'] == make_config().vision['hidden'] == 96
 
 
-# --- the hash --------------------------------------------------------------------------------------------------------
+# --- the hash -----------------------------------------------------------------------------------------------
 
 def another(name: str, value):
     "A value of the same kind."
@@ -168,42 +183,48 @@ def test_the_hash_survives_a_file_and_spelled_out_defaults(preset):
         c = make_config('cuhk', preset, variant)
         assert config_hash(Config(**json.loads(json.dumps(c.model_dump())))) == config_hash(c)
         assert config_hash(make_config(**c.model_dump())) == config_hash(c)
-    assert config_hash(make_config('cuhk', preset, warmup=0)) == config_hash(make_config('cuhk', preset, warmup=0.))
+    assert config_hash(make_config('cuhk', preset, warmup=0)) == config_hash(make_config(
+        'cuhk', preset, warmup=0.))
 
 
 def test_the_hash_is_the_same_in_another_process_and_blind_to_the_order_of_keys():
     code = 'from bdam_repro.config import *; print(config_hash(make_config()))'
     env = os.environ | {'PYTHONHASHSEED': '7'}
-    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, check=True).stdout
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env,
+                          check=True).stdout
     assert said.strip() == config_hash(make_config())
     vision = PRESETS['tiny']['vision']
     assert config_hash(make_config(vision=dict(reversed(vision.items())))) == config_hash(make_config())
 
 
 def test_run_folders():
-    assert run_dir(make_config('cuhk', seed=2, tag='lr=3e-4'), 'r').as_posix() == 'r/cuhk/paper/full-lr=3e-4/seed2'
+    assert run_dir(make_config('cuhk', seed=2, tag='lr=3e-4'),
+                   'r').as_posix() == 'r/cuhk/paper/full-lr=3e-4/seed2'
     assert run_dir(make_config(tag='..'), 'r').parts == ('r', 'synth', 'tiny', 'full-..', 'seed0')
 
 
-# --- a notebook's globals --------------------------------------------------------------------------------------------
+# --- a notebook's globals -----------------------------------------------------------------------------------
 
 def test_globals_of_a_notebook(monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
-    shell = dict(In=['x'], Out={}, get_ipython=print, exit=0, quit=0, _i='x', __name__='__main__', from_globals=from_globals)
+    shell = dict(In=['x'], Out={}, get_ipython=print, exit=0, quit=0, _i='x', __name__='__main__',
+                 from_globals=from_globals)
     assert from_globals(shell | dict(dataset='icfg', preset=None, seed=3)) == make_config('icfg', seed=3)
     with pytest.raises(UserError, match="did you mean 'seed'"): from_globals(shell | dict(sed=3))
     with pytest.raises(UserError, match="unknown option 'gallery'"): from_globals(shell | dict(gallery='x'))
     assert from_globals(shell | dict(gallery='x'), extra=('gallery',)) == make_config()
-    later = dict(own=dict(tau=1), configs=[1], usual=make_config(), result=1.5j)          # what later cells leave is no parameter
+    # what later cells leave is no parameter
+    later = dict(own=dict(tau=1), configs=[1], usual=make_config(), result=1.5j)
     assert from_globals(shell | later | dict(seed=3)) == make_config(seed=3)
-    with pytest.raises(UserError, match='dataset is now a PosixPath, no parameter: run the cell of the parameters again'):
+    with pytest.raises(UserError, match='dataset is now a PosixPath, no parameter: run the cell of the '
+                       'parameters again'):
         from_globals(dict(dataset=Path()))
     monkeypatch.setenv('IN_TEST', '1')
     assert from_globals(shell | dict(preset=None)).preset == 'smoke'
     assert from_globals(shell | dict(preset='tiny')).preset == 'tiny'
 
 
-# --- whole or absent -------------------------------------------------------------------------------------------------
+# --- whole or absent ----------------------------------------------------------------------------------------
 
 def names(folder): return sorted(p.name for p in folder.iterdir())
 
@@ -229,7 +250,8 @@ def test_nothing_written_is_said(tmp_path):
 
 def test_a_file_where_a_folder_should_be(tmp_path):
     (tmp_path/'runs').write_text('I am a file')
-    with pytest.raises(UserError, match='cannot make the folder') as e, atomic_path(tmp_path/'runs'/'x') as tmp:
+    refused = pytest.raises(UserError, match='cannot make the folder')
+    with refused as e, atomic_path(tmp_path/'runs'/'x') as tmp:
         tmp.write_text('x')
     assert '\n' not in str(e.value)
     (tmp_path/'x').mkdir()
@@ -252,7 +274,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     call = [sys.executable, '-c', WRITE, tmp_path/'x']
     said = subprocess.run(call, capture_output=True, text=True, check=True, preexec_fn=limit).stdout
-    assert said.startswith(f'cannot write {tmp_path}/x: File too large; free some space') and said.count('\n') == 1
+    assert said.startswith(f'cannot write {tmp_path}/x: File too large; free some space')
+    assert said.count('\n') == 1
     assert (tmp_path/'x').read_text() == 'old' and names(tmp_path) == ['x']
 
 
@@ -260,6 +283,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
 def test_a_read_only_folder_is_one_line(tmp_path):
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(UserError, match='cannot write'), atomic_path(tmp_path/'x') as tmp: tmp.write_text('x')
-        with pytest.raises(UserError, match='cannot make the folder'), atomic_path(tmp_path/'y'/'x') as tmp: tmp.write_text('x')
+        with pytest.raises(UserError, match='cannot write'), atomic_path(tmp_path/'x') as tmp:
+            tmp.write_text('x')
+        with pytest.raises(UserError, match='cannot make the folder'), atomic_path(tmp_path/'y'/'x') as tmp:
+            tmp.write_text('x')
     finally: tmp_path.chmod(0o700)

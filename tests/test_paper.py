@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 from bdam_repro.config import VARIANTS, Config, UserError
-from bdam_repro.paper import CLAIMS, FIGURE5, OPEN_POINTS, TITLES, claims, datasets, figure3, hyperparameters, open_points, table
+from bdam_repro.paper import (
+    CLAIMS,
+    FIGURE5,
+    OPEN_POINTS,
+    TITLES,
+    claims,
+    datasets,
+    figure3,
+    hyperparameters,
+    open_points,
+    table,
+)
 
 PRINTED = json.loads(Path(__file__).with_name('paper_numbers.json').read_text())
 METRICS = ['mAP', 'R1', 'R5', 'R10']
@@ -20,13 +31,15 @@ def plain(x):
 @pytest.mark.parametrize('n', [1, 2, 3, 4])
 def test_ablations_to_the_digit_and_in_printed_order(n):
     t = table(n)
-    assert [{'method': m, **row} for m, row in zip(t.index, t[METRICS].to_dict('records'))] == PRINTED[f'table{n}']['rows']
+    assert [{'method': m, **row} for m,
+            row in zip(t.index, t[METRICS].to_dict('records'))] == PRINTED[f'table{n}']['rows']
     assert TITLES[n] == PRINTED[f'table{n}']['title']
     assert t.variant.is_unique and set(t.variant) <= set(VARIANTS)
 
 
 def test_comparison_to_the_digit_and_in_printed_order():
-    ours = [{'method': m, 'backbone': b, **{d: {k: plain(v) for k, v in row[d].items()} for d in ('cuhk', 'icfg', 'rstp')}}
+    ours = [{'method': m, 'backbone': b,
+             **{d: {k: plain(v) for k, v in row[d].items()} for d in ('cuhk', 'icfg', 'rstp')}}
             for (m, b), row in table(5).iterrows()]
     assert ours == PRINTED['table5']['rows']
 
@@ -37,7 +50,8 @@ def test_figures_datasets_and_settings():
     assert said(figure3()) == {k: v for k, v in PRINTED['figure3'].items() if k != 'title'}
     assert said(datasets()) == PRINTED['datasets']
     assert hyperparameters().value.to_dict() == PRINTED['hyperparameters']
-    assert FIGURE5['axes'] == PRINTED['figure5']['axes'] and FIGURE5['models'] == PRINTED['figure5']['models_named_in_text']
+    assert FIGURE5['axes'] == PRINTED['figure5']['axes']
+    assert FIGURE5['models'] == PRINTED['figure5']['models_named_in_text']
 
 
 def test_a_table_is_a_copy():
@@ -55,7 +69,8 @@ def test_open_points_are_complete_records():
     assert [p.n for p in OPEN_POINTS] == list(range(1, len(OPEN_POINTS) + 1)) and len(OPEN_POINTS) > 21
     for p in OPEN_POINTS:
         assert p.where and p.point and p.default and p.why and p.readings, p.n
-        assert all(isinstance(r, str) and len(r) > 1 for r in p.readings), p.n       # a tuple of texts, not one text
+        # a tuple of texts, not one text
+        assert all(isinstance(r, str) and len(r) > 1 for r in p.readings), p.n
         assert set(p.options) <= set(Config.model_fields), p.n
     assert list(open_points().index) == [p.n for p in OPEN_POINTS]
 

@@ -45,15 +45,17 @@ def copy(tmp_path):
 def test_export_into_an_empty_folder_gives_the_package(copy):
     run(BIN/'nbdev_export', cwd=copy)
     def modules(folder):
-        return {p.stem: p.read_text() for p in (folder/'bdam_repro').glob('*.py') if p.stem not in ('__init__', '_modidx')}
+        return {p.stem: p.read_text() for p in (folder/'bdam_repro').glob('*.py')
+                if p.stem not in ('__init__', '_modidx')}
     here, fresh = modules(REPO), modules(copy)
-    assert set(here) == set(fresh) == set(MODULES), 'a module without a notebook, or a notebook that was never exported'
+    assert set(here) == set(fresh) == set(MODULES), 'a module without a notebook, or the reverse'
     assert [name for name in here if here[name] != fresh[name]] == [], 'run nbdev_export'
 
 
 def test_notebooks_are_clean(copy):
     run(BIN/'nbdev_clean', '--fname', copy/'nbs', cwd=copy)
-    assert [p.name for p in NOTEBOOKS if p.read_bytes() != (copy/'nbs'/p.name).read_bytes()] == [], 'run nbdev_clean'
+    assert [p.name for p in NOTEBOOKS
+            if p.read_bytes() != (copy/'nbs'/p.name).read_bytes()] == [], 'run nbdev_clean'
 
 
 def test_readme_is_the_index(tmp_path):
@@ -71,7 +73,8 @@ def test_map_names_every_notebook():
     table = (REPO/'README.md').read_text().split('## The map')[1].split('\n## ')[0]
     rows = re.findall(r'^\| \[(\w+)\]\(nbs/(\w+)\.ipynb\) \| (?:`(\w+)`)? \|', table, re.M)
     assert [name for name, target, _ in rows if name != target] == []
-    assert [name for name, *_ in rows] == sorted(p.stem for p in NUMBERED) + [name for name, *_ in rows if not name[:2].isdigit()]
+    assert [name for name, *_ in rows] == sorted(p.stem for p in NUMBERED) + [
+        name for name, *_ in rows if not name[:2].isdigit()]
     assert {name for name, *_ in rows} == {p.stem for p in NOTEBOOKS} - {'index'}
     assert {name: module for name, _, module in rows if module} == {p.stem: p.stem[3:] for p in NUMBERED}
 
@@ -79,7 +82,8 @@ def test_map_names_every_notebook():
 def test_imports_go_one_way():
     for name, number in MODULES.items():
         tree = ast.parse((REPO/'bdam_repro'/f'{name}.py').read_text())
-        used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module}
+        used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1
+                and n.module}
         assert [u for u in used if MODULES[u] >= number] == [], name
 
 
@@ -89,7 +93,9 @@ def top_level_names(module):
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): yield n.name
         if isinstance(n, (ast.Assign, ast.AnnAssign)):
             targets = n.targets if isinstance(n, ast.Assign) else [n.target]
-            for t in targets: yield from (x.id for x in ast.walk(t) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store))
+            for t in targets:
+                yield from (x.id for x in ast.walk(t) if isinstance(x, ast.Name)
+                            and isinstance(x.ctx, ast.Store))
 
 
 def test_a_name_means_one_thing():
@@ -102,7 +108,8 @@ def test_a_name_means_one_thing():
 def test_no_private_name_is_imported():
     for module in MODULES:
         for n in ast.walk(ast.parse((REPO/'bdam_repro'/f'{module}.py').read_text())):
-            if isinstance(n, ast.ImportFrom) and n.level: assert [a.name for a in n.names if a.name[0] == '_' and a.name[1] != '_'] == [], module
+            if isinstance(n, ast.ImportFrom) and n.level:
+                assert [a.name for a in n.names if a.name[0] == '_' and a.name[1] != '_'] == [], module
 
 
 @pytest.mark.parametrize('module', MODULES)
@@ -125,7 +132,8 @@ def slug(heading):
 
 def anchors(text):
     text = re.sub(r'```.*?```', '', text, flags=re.S)
-    return {slug(h) for h in re.findall(r'^#+ +(.*)$', text, re.M)} | {*re.findall(r'<a id="([^"]+)"></a>', text)}
+    return {slug(h) for h in re.findall(r'^#+ +(.*)$', text, re.M)} | {*re.findall(
+        r'<a id="([^"]+)"></a>', text)}
 
 
 def prose(path):
@@ -165,7 +173,8 @@ def test_named_notebook_has_one_parameters_cell(notebook):
     tagged = [c for c in cells(notebook) if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1
     for statement in ast.parse(''.join(tagged[0]['source'])).body:
-        assert isinstance(statement, ast.AnnAssign) and statement.value is not None, 'a parameter has a type and a default'
+        assert isinstance(statement, ast.AnnAssign), 'a parameter has a type'
+        assert statement.value is not None, 'a parameter has a default'
 
 
 def test_files_are_small_and_of_no_machine():

@@ -1,6 +1,7 @@
 """Draw which notebook waits for which, as the workflow says: `make paper-graph` writes workflow/graph.png.
 
-Reads what `snakemake --rulegraph` prints. Rules with the same neighbors and the same name but for a number share a box,
+Reads what `snakemake --rulegraph` prints. Rules with the same neighbors and the same name but for a number
+share a box,
 so that ten tables and figures are two.
 """
 import re
@@ -8,7 +9,8 @@ import sys
 from pathlib import Path
 
 WHAT = {'styles': 'descriptions by style', 'describe': 'descriptions', 'train': 'one job per variant, seed',
-        'collect': 'runs.csv, intervals', 'table1-5': '.csv .md .tex', 'fig1-5': '.pdf .png', 'audit': 'audit.csv .md'}
+        'collect': 'runs.csv, intervals', 'table1-5': '.csv .md .tex', 'fig1-5': '.pdf .png',
+        'audit': 'audit.csv .md'}
 
 W = .9      # half the width of a box
 
@@ -28,7 +30,8 @@ def boxes(names: dict[str, str], edges: set[tuple[str, str]]) -> tuple[list[str]
     label = {}
     for (stem, *_), members in groups.items():
         numbers = sorted(int(names[i].removeprefix(stem) or 0) for i in members)
-        label |= dict.fromkeys(members, f'{stem}{numbers[0]}-{numbers[-1]}' if len(members) > 1 else names[members[0]])
+        label |= dict.fromkeys(members, f'{stem}{numbers[0]}-{numbers[-1]}' if len(members) > 1
+                               else names[members[0]])
     return list(dict.fromkeys(label.values())), {(label[a], label[b]) for a, b in edges}
 
 
@@ -53,9 +56,11 @@ def draw(names: list[str], edges: set[tuple[str, str]], path: Path) -> None:
         for k, n in enumerate(column): at[n] = d*2.3, (k - (len(column) - 1)/2)*.85
     fig, ax = plt.subplots(figsize=(7, 2.6), layout='constrained')
     for n, (x, y) in at.items():
-        ax.text(x, y + (.12 if n in WHAT else 0), n, ha='center', va='center', fontsize=9, weight='bold', zorder=3)
+        ax.text(x, y + (.12 if n in WHAT else 0), n, ha='center', va='center', fontsize=9, weight='bold',
+                zorder=3)
         ax.text(x, y - .12, WHAT.get(n, ''), ha='center', va='center', fontsize=7, color='0.25', zorder=3)
-        ax.add_patch(plt.Rectangle((x - W, y - .34), 2*W, .68, facecolor='#eef3f8', edgecolor='#1f4e8c', linewidth=1, zorder=2))
+        ax.add_patch(plt.Rectangle((x - W, y - .34), 2*W, .68, facecolor='#eef3f8', edgecolor='#1f4e8c',
+                                   linewidth=1, zorder=2))
     for a, b in sorted(edges):
         if depth[b] != depth[a] + 1: continue
         arrow = dict(arrowstyle='-|>', color='0.35', linewidth=1, shrinkA=0, shrinkB=0)
