@@ -6,10 +6,10 @@
 __all__ = ['VERSION', 'IDENTITY', 'OUTFIT', 'IMAGE', 'CAPTION', 'DESCRIPTION', 'STYLE', 'GENDERS', 'AGES', 'BUILDS', 'HEIGHTS',
            'SKINS', 'HAIR_COLORS', 'HAIR_STYLES', 'IDENTITY_FACTORS', 'PROPORTIONS', 'COLORS', 'UPPER_COLORS',
            'LOWER_COLORS', 'JEANS_COLORS', 'SHOE_COLORS', 'BAG_COLORS', 'UPPER', 'PATTERNS', 'LOWER', 'LOWER_PATTERNS',
-           'SHOES', 'BAGS', 'HATS', 'CLOTHING_FACTORS', 'CAMERAS', 'GAINS', 'VIEWS', 'OCCLUSIONS', 'NUISANCE_FACTORS',
-           'WHITE', 'BLACK', 'PERSON_HEIGHTS', 'PERSON_GIRTHS', 'PROFILES', 'SIGNS', 'stream', 'pick', 'between',
-           'other', 'identity_factors', 'tint', 'outfit_factors', 'nuisance_factors', 'image_factors', 'far_bag',
-           'shade', 'mix_colors', 'seam_color', 'dye', 'Body', 'skeleton']
+           'SHOES', 'BAGS', 'HATS', 'CLOTHING_FACTORS', 'CAMERAS', 'GAINS', 'WALLS', 'GROUNDS', 'VIEWS', 'OCCLUSIONS',
+           'NUISANCE_FACTORS', 'WHITE', 'BLACK', 'PERSON_HEIGHTS', 'PERSON_GIRTHS', 'PROFILES', 'SIGNS', 'BULKY',
+           'stream', 'pick', 'between', 'other', 'identity_factors', 'tint', 'outfit_factors', 'nuisance_factors',
+           'image_factors', 'far_bag', 'shade', 'mix_colors', 'seam_color', 'dye', 'Body', 'skeleton', 'toward', 'cut']
 
 # %% ../nbs/11_people.ipynb #a6caced3
 import functools
@@ -151,10 +151,14 @@ def outfit_factors(rng: np.random.Generator,  # source of chance
     f |= dict(upper_tint=tint(rng), lower_tint=tint(rng), upper_scale=pick(rng, (4, 5, 6)))
     return f
 
-# %% ../nbs/11_people.ipynb #88c4094e
+# %% ../nbs/11_people.ipynb #b508b696
 CAMERAS = ('street', 'park', 'station', 'shop', 'road', 'plaza')
 GAINS = {'street': (256, 250, 240), 'park': (244, 262, 236), 'station': (268, 252, 216), 'shop': (262, 254, 250),
          'road': (238, 250, 268), 'plaza': (206, 214, 238)}  # R, G, B in 1/256
+WALLS = {'street': (158, 112, 92), 'park': (96, 132, 84), 'station': (206, 200, 184), 'shop': (120, 126, 136),
+         'road': (150, 160, 168), 'plaza': (112, 116, 128)}
+GROUNDS = {'street': (156, 152, 148), 'park': (150, 142, 112), 'station': (172, 164, 150), 'shop': (140, 136, 134),
+           'road': (104, 106, 110), 'plaza': (128, 130, 138)}  # R, G, B of each place
 VIEWS = {'front': 34, 'back': 30, 'left': 18, 'right': 18}  # 'left': walks to the left and shows the left side
 OCCLUSIONS = {'none': 80, 'pole': 6, 'bike': 5, 'passer-by': 5, 'box': 4}
 NUISANCE_FACTORS = ('camera', 'view', 'step', 'light', 'blur', 'noise', 'occlusion', 'shift_x', 'shift_y', 'zoom',
@@ -207,13 +211,14 @@ def dye(name: str, tint: list[int]) -> tuple:
     "A named color with an outfit's own tint."
     return tuple(min(250, max(8, c + d)) for c, d in zip(COLORS[name], tint))
 
-# %% ../nbs/11_people.ipynb #93796b81
+# %% ../nbs/11_people.ipynb #3dd81178
 PERSON_HEIGHTS = {'short': 98, 'average': 105, 'tall': 112}   # in units
 PERSON_GIRTHS = {'slim': .84, 'average': 1., 'heavy': 1.27}   # 1: average
 PROFILES = {'left': -1, 'right': 1}                           # where a person seen from the side walks
 SIGNS = (-1, 1)                                               # left and right in the picture
+BULKY = ('coat', 'hoodie', 'jacket')                          # these are wide
 
-# %% ../nbs/11_people.ipynb #93a0ed86
+# %% ../nbs/11_people.ipynb #658e8713
 @dataclass
 class Body:
     "Measures of a person in units; x is measured from the axis. Widths are half widths."
@@ -257,6 +262,12 @@ class Body:
     def arms(self) -> list:
         arm = _arm_in_profile if self.side else _arm
         return [arm(self, sign) for sign in SIGNS]
+
+    @property
+    def hem(self) -> float:
+        "y where the upper garment ends."
+        below_hip = {'coat': self.leg * .36, 'dress': self.leg * .4, 'hoodie': 3, 'jacket': 2.5}
+        return self.y_hip + below_hip.get(self.f['upper_type'], 1) + self.f['hem'] * .6
 
     def on_head(self, u: float, v: float) -> tuple:
         "The point `u` head radii to the right of the head's center and `v` below it."
@@ -319,3 +330,14 @@ def _arm_in_profile(b: Body, sign: int) -> list:
     elbow = swing * .5 - b.side, b.y_neck + 4 + length
     hand = swing + b.side * 1.5, b.y_neck + 3 + length * 2
     return [(-b.side * .5, b.y_neck + 4), elbow, hand]
+
+# %% ../nbs/11_people.ipynb #aae42ce8
+def toward(a: tuple, b: tuple, share: float) -> tuple:
+    "The point at a share of the way from `a` to `b`."
+    return a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share
+
+def cut(points: list, t: float) -> list:
+    "A limb of three joints shortened to the share `t` of its length (its halves count alike)."
+    start, middle, end = points
+    if t <= .5: return [start, toward(start, middle, 2 * t)]
+    return [start, middle, toward(middle, end, 2 * t - 1)]
