@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZE', 'FINE', 'LEG_WIDTHS', 'SLEEVES', 'NECKLINES', 'INK', 'Pen', 'estimated_length', 'bar_corners', 'pattern_mask',
            'round_mask', 'Cloth', 'draw_shoe', 'sew_lower', 'draw_skirt', 'draw_legs', 'trunk', 'sew_upper',
-           'draw_trunk', 'draw_arm', 'draw_neckline', 'head_pen', 'eye_pen', 'eye_positions', 'draw_face', 'draw_skull']
+           'draw_trunk', 'draw_arm', 'draw_neckline', 'head_pen', 'eye_pen', 'draw_face', 'draw_skull']
 
 # %% ../nbs/12_drawing.ipynb #cbd79f8e
 import functools
@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 from .people import BLACK, BULKY, COLORS, SIGNS, WHITE, Body, cut, dye, mix_colors, shade
 
-# %% ../nbs/12_drawing.ipynb #beaea434
+# %% ../nbs/12_drawing.ipynb #2beb48da
 SIZE = (128, 64)  # height, width of a picture in pixels
 FINE = 2          # the canvas is this much finer than the picture
 
@@ -31,7 +31,6 @@ class Pen:
     sy: float = 1.     # units per step down
 
     def __post_init__(self): self.draw = ImageDraw.Draw(self.img)
-
     def at(self, x: float, y: float, sx: float = 1., sy: float = 1.) -> 'Pen':
         "The pen with its origin at (x, y) and its axes stretched."
         return replace(self, x=self.x + x * self.sx, y=self.y + y * self.sy, sx=self.sx * sx, sy=self.sy * sy)
@@ -52,8 +51,8 @@ class Pen:
         return self.corners(x - rx, y - ry, x + rx, y + ry)
 
     def width(self, units: float) -> int: return max(1, round(units * self.unit))
-
     def poly(self, points, fill): self.draw.polygon(self.pixels(points), fill=fill)
+    def oval(self, center, rx, ry, fill): self.draw.ellipse(self.around(center, rx, ry), fill=fill)
 
     def line(self, points, fill, width=1.):
         self.draw.line(self.pixels(points), fill=fill, width=self.width(width), joint='curve')
@@ -63,12 +62,12 @@ class Pen:
         x, y = center
         self.line([(x - half, y), (x + half, y)], fill, width)
 
+    def upright(self, x, y0, y1, fill, width=1.): self.line([(x, y0), (x, y1)], fill, width)
+
     def box(self, x0, y0, x1, y1, fill, r=0.):
         "A box with corners rounded by `r`; nothing if its corners are in the wrong order."
         if x0 >= x1 or y0 >= y1: return
         self.draw.rounded_rectangle(self.corners(x0, y0, x1, y1), radius=round(r * self.unit), fill=fill)
-
-    def oval(self, center, rx, ry, fill): self.draw.ellipse(self.around(center, rx, ry), fill=fill)
 
     def ring(self, center, r, color, width):
         self.draw.ellipse(self.around(center, r, r), outline=color, width=self.width(width))
@@ -227,7 +226,7 @@ def draw_skirt(pen: Pen, b: Body, color: tuple):
         fold = [(waist * k, top + (hem - top) * .35), (flare * k * 1.15, hem - .5)]
         pen.line(fold, BLACK, .3)
 
-# %% ../nbs/12_drawing.ipynb #dc12488f
+# %% ../nbs/12_drawing.ipynb #349b06cc
 def draw_legs(pen: Pen, b: Body):
     "Skin, shoes, and the lower garment over them."
     f, kind = b.f, b.f['lower_type']
@@ -243,7 +242,7 @@ def draw_legs(pen: Pen, b: Body):
     if kind == 'skirt':
         draw_skirt(pen, b, color)
     elif kind != 'none' and not b.side:                             # the seam between the legs
-        pen.line([(0, b.y_hip + 3), (0, b.y_hip + b.leg * .4)], shade(color, .5), .7)
+        pen.upright(0, b.y_hip + 3, b.y_hip + b.leg * .4, shade(color, .5), .7)
 
 # %% ../nbs/12_drawing.ipynb #3b069829
 def trunk(b: Body) -> list:
@@ -263,11 +262,11 @@ def trunk(b: Body) -> list:
     left = half(b.shoulder - min(chest, 0), waist - lean)
     return right + [(-x, y) for x, y in reversed(left)]
 
-# %% ../nbs/12_drawing.ipynb #90211d81
+# %% ../nbs/12_drawing.ipynb #3555fa0b
 def sew_upper(cloth: Cloth, b: Body, dark: float = 1., lit: float = -5.):
     "Dye and pattern of the upper garment."
     f = b.f
-    color2 = None if f['upper_color2'] == 'none' else shade(dye(f['upper_color2'], f['upper_tint']), dark)
+    color2 = b.upper2 and shade(b.upper2, dark)
     below = b.y_neck + (b.y_hip - b.y_neck) * .48
     cloth.sew(shade(b.upper, dark), color2, f['upper_pattern'], f['upper_scale'], lit, below)
 
@@ -303,7 +302,7 @@ def draw_arm(pen: Pen, b: Body, i: int, dark: float = 1.):
     sleeve.pen.limb(cut(arm, covered), (6., 5.1, 4.3), 255, b.limb * bulk)
     sew_upper(sleeve, b, dark, lit=arm[0][0] - 3)
 
-# %% ../nbs/12_drawing.ipynb #1a04171b
+# %% ../nbs/12_drawing.ipynb #badd7f22
 def _collar(pen: Pen, b: Body):
     neck = pen.at(0, b.y_neck)
     neck.box(-4, -1.6, 4, .6, b.trim, .8)
@@ -325,7 +324,7 @@ def _shirt(pen: Pen, b: Body):
     "A row of buttons and two tips of the collar."
     _collar(pen, b)
     if not b.front: return
-    pen.line([(0, b.y_neck + 1), (0, b.hem)], b.trim, .7)
+    pen.upright(0, b.y_neck + 1, b.hem, b.trim, .7)
     for sign in SIGNS:
         half = pen.at(0, b.y_neck, sign)
         half.poly([(0, 2), (4.4, -1.4), (4, 3)], mix_colors(b.upper, WHITE, .35))
@@ -344,7 +343,7 @@ def _hoodie(pen: Pen, b: Body):
         pocket.box(-.55, -.4, .55, 5.4, b.upper, 2)
     _cuff(pen, b)
 
-# %% ../nbs/12_drawing.ipynb #5235d8d6
+# %% ../nbs/12_drawing.ipynb #8d707b7d
 def _open_front(pen: Pen, b: Body, end: float):
     "The inner garment down to `end`, and lapels over it."
     y = b.y_neck
@@ -362,9 +361,9 @@ def _coat(pen: Pen, b: Body):
     _collar(pen, b)
     if not b.front: return
     _open_front(pen, b, b.y_hip + 2)
-    pen.line([(0, b.y_hip + 2), (0, b.hem)], b.trim, .6)
+    pen.upright(0, b.y_hip + 2, b.hem, b.trim, .6)
 
-# %% ../nbs/12_drawing.ipynb #5cd3b810
+# %% ../nbs/12_drawing.ipynb #cc1fe2a8
 NECKLINES = {'t-shirt': _round_neck, 'tank top': _round_neck, 'dress': _round_neck, 'sweater': _sweater,
              'shirt': _shirt, 'hoodie': _hoodie, 'jacket': _jacket, 'coat': _coat}
 
@@ -376,7 +375,7 @@ def draw_neckline(pen: Pen, b: Body):
 
 def _logo(pen: Pen, b: Body):
     neck = pen.at(0, b.y_neck)
-    neck.box(-4.6, 8, 4.6, 15, dye(b.f['upper_color2'], b.f['upper_tint']), 2)
+    neck.box(-4.6, 8, 4.6, 15, b.upper2, 2)
     neck.box(-2.4, 10, 2.4, 12.6, b.upper, 1)
 
 def _scarf(pen: Pen, b: Body):
@@ -386,7 +385,7 @@ def _scarf(pen: Pen, b: Body):
     if not b.back:                                       # its end hangs down in front
         neck.at(b.side * 2, 0).box(1, 0, 4.4, 13, shade(color, .9), 1)
 
-# %% ../nbs/12_drawing.ipynb #0f0a5854
+# %% ../nbs/12_drawing.ipynb #5978859c
 INK = (30, 22, 20)
 
 def head_pen(pen: Pen, b: Body) -> Pen:
@@ -397,11 +396,7 @@ def eye_pen(pen: Pen, b: Body, u: float) -> Pen:
     "A pen for the eye at `u`: x in units, y in head radii."
     return pen.at(*b.on_head(u, 0), 1, b.head_ry)
 
-def eye_positions(b: Body) -> list:
-    "The x of each eye that is seen, in head radii."
-    return [.55 * b.side] if b.side else [-.42, .42]
-
-# %% ../nbs/12_drawing.ipynb #03ea62b9
+# %% ../nbs/12_drawing.ipynb #29dc3770
 def _beard(pen: Pen, b: Body):
     d, color = b.side, mix_colors(b.hair, b.skin, .15)
     head_pen(pen, b).chord((.35 * d, .3), .62 if d else .95, .74, 0, 180, color)
@@ -416,27 +411,27 @@ def _eye(pen: Pen, b: Body, u: float):
     if b.f['age'] in ('elderly', 'middle-aged'):
         eye.dash((0, .22), 1.2, shade(b.skin, .72), .5)
 
-def _glasses(pen: Pen, b: Body, eyes: list):
+def _glasses(pen: Pen, b: Body):
     frame, glass = (18, 18, 22), (196, 206, 212)
-    for u in eyes:
+    for u in b.eyes:
         lens = eye_pen(pen, b, u)
         lens.box(-2., -.2, 2., .3, frame, .8)
         lens.box(-1.4, -.08, 1.4, .2, glass, .5)
-    end = -.6 * b.side if b.side else eyes[-1]            # the ear, or the other lens
-    head_pen(pen, b).line([(eyes[0], 0), (end, 0)], frame, .6)
+    end = -.6 * b.side if b.side else b.eyes[-1]          # the ear, or the other lens
+    head_pen(pen, b).line([(b.eyes[0], 0), (end, 0)], frame, .6)
 
-# %% ../nbs/12_drawing.ipynb #fefbaed0
+# %% ../nbs/12_drawing.ipynb #68afcf8a
 def draw_face(pen: Pen, b: Body):
     "Beard, eyes, mouth, wrinkles and glasses."
-    f, eyes = b.f, eye_positions(b)
+    f = b.f
     if f['beard']: _beard(pen, b)
-    for u in eyes: _eye(pen, b, u)
+    for u in b.eyes: _eye(pen, b, u)
     mouth = (176, 70, 70) if f['gender'] == 'woman' else shade(b.skin, .62)
     pen.dash(b.on_head(.6 * b.side, .56), 1.5, mouth, .8)
     if f['age'] == 'elderly':
         forehead = head_pen(pen.at(b.side, 0), b)
         forehead.dash((0, -.42), .5, shade(b.skin, .8), .5)
-    if f['glasses']: _glasses(pen, b, eyes)
+    if f['glasses']: _glasses(pen, b)
 
 def draw_skull(pen: Pen, b: Body):
     "Skull with ears or a nose, and the face where it is seen."

@@ -218,7 +218,7 @@ PROFILES = {'left': -1, 'right': 1}                           # where a person s
 SIGNS = (-1, 1)                                               # left and right in the picture
 BULKY = ('coat', 'hoodie', 'jacket')                          # these are wide
 
-# %% ../nbs/11_people.ipynb #658e8713
+# %% ../nbs/11_people.ipynb #00320101
 @dataclass
 class Body:
     "Measures of a person in units; x is measured from the axis. Widths are half widths."
@@ -251,6 +251,11 @@ class Body:
     @property
     def upper(self) -> tuple: return dye(self.f['upper_color'], self.f['upper_tint'])
     @property
+    def upper2(self) -> tuple | None:
+        "The second color of the upper garment; None if it is plain."
+        name = self.f['upper_color2']
+        return None if name == 'none' else dye(name, self.f['upper_tint'])
+    @property
     def trim(self) -> tuple: return seam_color(self.upper, .55, .3)  # seams and collar of the upper garment
 
     @functools.cached_property
@@ -263,6 +268,13 @@ class Body:
         arm = _arm_in_profile if self.side else _arm
         return [arm(self, sign) for sign in SIGNS]
 
+    @property
+    def eyes(self) -> list: return [.55 * self.side] if self.side else [-.42, .42]   # x of those seen, in head radii
+    @property
+    def carrier(self) -> int:
+        "The arm that carries a bag: 0 or 1, the picture's left or right, or the far or near one in a profile."
+        left = self.f['bag_side'] == 'left'
+        return int(left == (self.side < 0)) if self.side else int(left != self.back)
     @property
     def hem(self) -> float:
         "y where the upper garment ends."

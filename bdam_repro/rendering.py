@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DRAW_BAGS', 'SCENES', 'strand_pen', 'draw_hair_behind', 'hair_end', 'draw_hair', 'draw_head', 'draw_bag_behind',
-           'bag_limb', 'draw_bag', 'draw_person', 'Place', 'make_place', 'any_color', 'scene_street', 'scene_park',
-           'scene_station', 'scene_shop', 'scene_road', 'scene_plaza', 'draw_passer', 'draw_scene', 'draw_pole',
-           'draw_planter', 'draw_bike', 'draw_occlusion', 'expose', 'render']
+           'draw_bag', 'draw_person', 'Place', 'make_place', 'any_color', 'scene_street', 'scene_park', 'scene_station',
+           'scene_shop', 'scene_road', 'scene_plaza', 'draw_passer', 'draw_scene', 'draw_pole', 'draw_planter',
+           'draw_bike', 'draw_occlusion', 'expose', 'render']
 
 # %% ../nbs/13_rendering.ipynb #a79b45dc
 from dataclasses import dataclass
@@ -164,17 +164,10 @@ def _backpack(pen: Pen, b: Body, color: tuple, dark: tuple):
     neck.dash((0, 15), strap * .7, dark, .7)
     neck.line([(-2, 1.5), (0, -.5), (2, 1.5)], dark, .8)
 
-# %% ../nbs/13_rendering.ipynb #c210b274
-def bag_limb(b: Body) -> int:
-    "Which arm carries: 0 or 1, the picture's left or right, or the far or near one in a profile."
-    left = b.f['bag_side'] == 'left'
-    if b.side: return int(left == (b.f['view'] == 'left'))
-    return int(left != b.back)
-
-# %% ../nbs/13_rendering.ipynb #ecb66e33
+# %% ../nbs/13_rendering.ipynb #102d7c4f
 def _shoulder_bag(pen: Pen, b: Body, color: tuple, dark: tuple):
-    size, limb = b.f['bag_size'], bag_limb(b)
-    sign = b.side * -.4 if b.side else SIGNS[limb]
+    size = b.f['bag_size']
+    sign = b.side * -.4 if b.side else SIGNS[b.carrier]
     x = sign * (b.hip + 1.)
     shoulder = 0 if b.side else -sign * b.shoulder * .75          # the strap crosses the chest
     pen.line([(shoulder, b.y_neck + 1), (x, b.y_hip - 4)], dark, 1.5)
@@ -183,16 +176,16 @@ def _shoulder_bag(pen: Pen, b: Body, color: tuple, dark: tuple):
     bag.box(-1, -5, 1, -1, dark, 1.5)
 
 def _handbag(pen: Pen, b: Body, color: tuple, dark: tuple):
-    size, hand = b.f['bag_size'], pen.at(*b.arms[bag_limb(b)][-1])
+    size, hand = b.f['bag_size'], pen.at(*b.arms[b.carrier][-1])
     hand.line([(-3, 5), (0, 0), (3, 5)], dark, 1.)
     bag, bottom = hand.at(0, 0, size), 13 * size
     bag.poly([(-4., 4.5), (4., 4.5), (5.2, bottom), (-5.2, bottom)], color)
     hand.box(-1, 6, 1, 8, (222, 196, 110))
 
-# %% ../nbs/13_rendering.ipynb #d776d8d2
+# %% ../nbs/13_rendering.ipynb #d73b816f
 def _plastic_bag(pen: Pen, b: Body, color: tuple, dark: tuple):
     "Always white, with a fold."
-    size, hand = b.f['bag_size'], pen.at(*b.arms[bag_limb(b)][-1])
+    size, hand = b.f['bag_size'], pen.at(*b.arms[b.carrier][-1])
     half, bottom = 4.5 * size, 16 * size
     outline = [(-1, 0), (1, 0), (half, 13), (3, bottom), (-3, bottom), (-half, 13)]
     hand.poly(outline, (228, 230, 232))
@@ -200,14 +193,14 @@ def _plastic_bag(pen: Pen, b: Body, color: tuple, dark: tuple):
 
 def _suitcase(pen: Pen, b: Body, color: tuple, dark: tuple):
     "Pulled behind, or beside."
-    x, y = b.arms[bag_limb(b)][-1]
-    left = x + (b.side * -6 if b.side else 3 * SIGNS[bag_limb(b)])
+    x, y = b.arms[b.carrier][-1]
+    left = x + (b.side * -6 if b.side else 3 * SIGNS[b.carrier])
     top = b.y_hip + 10
     pen.line([(x, y), (left, top)], (70, 70, 74), 1.)
     case, height = pen.at(left, top, 6 * b.f['bag_size']), b.foot - top
     case.box(-1, 0, 1, height + 1, color, 2)
     for k in (-.4, .1, .6):
-        case.line([(k, 2), (k, height - 1)], dark, .5)
+        case.upright(k, 2, height - 1, dark, .5)
 
 # %% ../nbs/13_rendering.ipynb #e925898c
 DRAW_BAGS = {'backpack': _backpack, 'shoulder bag': _shoulder_bag, 'handbag': _handbag,
@@ -286,14 +279,14 @@ def any_color(rng: np.random.Generator) -> tuple:
     "One of the named colors."
     return pick(rng, tuple(COLORS.values()))
 
-# %% ../nbs/13_rendering.ipynb #53b87bf6
+# %% ../nbs/13_rendering.ipynb #6ae650b8
 def scene_street(pen: Pen, p: Place, rng: np.random.Generator):
     "Bricks, a window now and then, and a curb."
     mortar = shade(p.wall, .82)
     for j, y in enumerate(range(p.floor % 7 - 7, p.floor, 7)):
-        pen.line([(0, y), (70, y)], mortar, .6)
+        pen.dash((35, y), 35, mortar, .6)
         shift = p.move % 14 + (j % 2) * 7 - 14
-        for x in range(shift, 70, 14): pen.line([(x, y), (x, y + 7)], mortar, .6)
+        for x in range(shift, 70, 14): pen.upright(x, y, y + 7, mortar, .6)
     if rng.random() < .6:
         window = pen.at(p.move + 12, p.floor - 52)
         window.box(0, 0, 20, 30, (70, 84, 100))
@@ -313,12 +306,12 @@ def scene_park(pen: Pen, p: Place, rng: np.random.Generator):
         trunk = pen.at(x, p.floor)
         trunk.box(0, -30, 3 + rng.random() * 3, 2, (84, 62, 46))
 
-# %% ../nbs/13_rendering.ipynb #aa111022
+# %% ../nbs/13_rendering.ipynb #17720ec0
 def scene_station(pen: Pen, p: Place, rng: np.random.Generator):
     "Tiles, a band, and floor joints that run toward a far point."
     joint, floor_joint = shade(p.wall, .88), shade(p.ground, .84)
-    for y in range(p.floor % 10 - 10, p.floor, 10): pen.line([(0, y), (70, y)], joint, .5)
-    for x in range(p.move % 10 - 10, 70, 10): pen.line([(x, 0), (x, p.floor)], joint, .5)
+    for y in range(p.floor % 10 - 10, p.floor, 10): pen.dash((35, y), 35, joint, .5)
+    for x in range(p.move % 10 - 10, 70, 10): pen.upright(x, 0, p.floor, joint, .5)
     band = pick(rng, ((40, 92, 150), (184, 60, 50), (60, 120, 80)))
     pen.box(0, p.floor - 40, 70, p.floor - 34, band)
     for k in range(-3, 9):
@@ -358,7 +351,7 @@ def _car(pen: Pen, color: tuple):
     pen.box(13, -20, 33, -12, (150, 176, 190), 3)
     for x in (9, 38): pen.oval((x, 4), 5, 5, (26, 26, 28))
 
-# %% ../nbs/13_rendering.ipynb #fdad8313
+# %% ../nbs/13_rendering.ipynb #19607cd8
 def scene_plaza(pen: Pen, p: Place, rng: np.random.Generator):
     "Dusk: columns, lamps, slabs."
     for x in range(p.move - 20, 70, 22):
@@ -367,7 +360,7 @@ def scene_plaza(pen: Pen, p: Place, rng: np.random.Generator):
         column.box(1, 0, 3, p.floor, shade(p.wall, 1.12))
     lamps = pen.at(p.move * 2.2 - 20, 12)
     for k in range(3): lamps.oval((k * 26, k * 3), 3, 3, (250, 232, 170))
-    for y in range(p.floor, 128, 9): pen.line([(0, y), (70, y)], shade(p.ground, .86), .6)
+    for y in range(p.floor, 128, 9): pen.dash((35, y), 35, shade(p.ground, .86), .6)
 
 # %% ../nbs/13_rendering.ipynb #d38c29b2
 def draw_passer(pen: Pen, x: float, foot: float, color: tuple, s: float):
