@@ -16,13 +16,13 @@ from PIL import Image, ImageChops, ImageDraw
 
 from .people import BLACK, BULKY, COLORS, SIGNS, WHITE, Body, cut, dye, mix_colors, shade
 
-# %% ../nbs/12_drawing.ipynb #2beb48da
+# %% ../nbs/12_drawing.ipynb #37a274fe
 SIZE = (128, 64)  # height, width of a picture in pixels
 FINE = 2          # the canvas is this much finer than the picture
 
 @dataclass
 class Pen:
-    "Draws on `img` in units. Line widths and rounded corners are in units too, however the axes are stretched."
+    "Draws on `img` in units. Stretched axes leave line widths and rounded corners alone."
     img: Image.Image   # the canvas
     unit: float        # pixels of the canvas per unit
     x: float = 0.      # the origin, in units from the canvas' upper left corner
@@ -37,8 +37,8 @@ class Pen:
 
     def pixels(self, points: list) -> list:
         "Points in whole pixels of the canvas."
-        unit = self.unit
-        return [(round((self.x + x * self.sx) * unit), round((self.y + y * self.sy) * unit)) for x, y in points]
+        units = [(self.x + x * self.sx, self.y + y * self.sy) for x, y in points]
+        return [(round(x * self.unit), round(y * self.unit)) for x, y in units]
 
     def corners(self, x0, y0, x1, y1) -> list:
         "Upper left and lower right corner of a box in pixels, mirrored or not."

@@ -47,7 +47,7 @@ def other(rng: np.random.Generator, table: dict, *taken: str) -> str:
     "A value that is none of `taken`."
     return pick(rng, {value: weight for value, weight in table.items() if value not in taken})
 
-# %% ../nbs/11_people.ipynb #70e33d66
+# %% ../nbs/11_people.ipynb #50b2d852
 GENDERS = ('man', 'woman')
 AGES = {'child': 8, 'young': 42, 'middle-aged': 32, 'elderly': 18}
 BUILDS = {'slim': 32, 'average': 42, 'heavy': 26}
@@ -58,7 +58,8 @@ HAIR_COLORS = {'black': (30, 26, 26), 'brown': (92, 58, 36), 'blond': (214, 178,
                'gray': (168, 168, 168)}
 HAIR_STYLES = {'man': {'bald': 12, 'short': 56, 'curly': 14, 'bob': 8, 'ponytail': 6, 'bun': 4},
                'woman': {'short': 10, 'curly': 12, 'bob': 22, 'long': 28, 'ponytail': 18, 'bun': 10}}
-IDENTITY_FACTORS = ('gender', 'age', 'build', 'height', 'skin', 'hair_style', 'hair_color', 'beard', 'glasses')
+IDENTITY_FACTORS = ('gender', 'age', 'build', 'height', 'skin', 'hair_style', 'hair_color', 'beard',
+                    'glasses')
 PROPORTIONS = {'head_size': (.92, 1.1), 'shoulder_width': (.92, 1.08), 'leg_ratio': (.46, .51),
                'girth': (.94, 1.06), 'stature': (.985, 1.015), 'arm_ratio': (.94, 1.06)}  # no text names them
 
@@ -79,22 +80,23 @@ def identity_factors(rng: np.random.Generator  # source of chance
         f[name] = between(rng, *span)
     return f
 
-# %% ../nbs/11_people.ipynb #f0f191dd
+# %% ../nbs/11_people.ipynb #8afb610e
 COLORS = {'black': (28, 28, 32), 'white': (238, 238, 236), 'gray': (128, 130, 132), 'red': (196, 34, 40),
-          'blue': (40, 84, 190), 'dark blue': (26, 36, 82), 'light blue': (140, 186, 226), 'green': (44, 130, 66),
-          'yellow': (234, 204, 56), 'orange': (236, 128, 36), 'pink': (240, 150, 180), 'purple': (116, 62, 148),
-          'brown': (110, 70, 42), 'beige': (214, 192, 154)}
+          'blue': (40, 84, 190), 'dark blue': (26, 36, 82), 'light blue': (140, 186, 226),
+          'green': (44, 130, 66), 'yellow': (234, 204, 56), 'orange': (236, 128, 36),
+          'pink': (240, 150, 180), 'purple': (116, 62, 148), 'brown': (110, 70, 42), 'beige': (214, 192, 154)}
 UPPER_COLORS = dict.fromkeys(COLORS, 6) | {'black': 14, 'white': 12, 'gray': 9, 'blue': 8, 'red': 8}
-LOWER_COLORS = {'black': 24, 'gray': 12, 'dark blue': 12, 'blue': 9, 'beige': 9, 'brown': 8, 'white': 7, 'green': 5,
-                'red': 4, 'light blue': 4, 'pink': 3}
+LOWER_COLORS = {'black': 24, 'gray': 12, 'dark blue': 12, 'blue': 9, 'beige': 9, 'brown': 8, 'white': 7,
+                'green': 5, 'red': 4, 'light blue': 4, 'pink': 3}
 JEANS_COLORS = {'blue': 36, 'dark blue': 28, 'light blue': 20, 'black': 16}
 SHOE_COLORS = {'black': 32, 'white': 28, 'brown': 14, 'gray': 8, 'red': 7, 'blue': 6, 'yellow': 3, 'pink': 2}
-BAG_COLORS = {'black': 30, 'brown': 13, 'red': 11, 'blue': 11, 'gray': 9, 'green': 7, 'beige': 6, 'pink': 5,
-              'yellow': 5, 'purple': 3}
+BAG_COLORS = {'black': 30, 'brown': 13, 'red': 11, 'blue': 11, 'gray': 9, 'green': 7, 'beige': 6,
+              'pink': 5, 'yellow': 5, 'purple': 3}
 
-# %% ../nbs/11_people.ipynb #dca03028
+# %% ../nbs/11_people.ipynb #1e858266
 UPPER = {'t-shirt': 22, 'shirt': 17, 'sweater': 14, 'hoodie': 13, 'jacket': 16, 'coat': 11, 'tank top': 5}
-PATTERNS = {'plain': 48, 'striped': 13, 'vertically striped': 8, 'checked': 11, 'dotted': 7, 'logo': 8, 'two-tone': 8}
+PATTERNS = {'plain': 48, 'striped': 13, 'vertically striped': 8, 'checked': 11, 'dotted': 7, 'logo': 8,
+            'two-tone': 8}
 LOWER = {'man': {'trousers': 40, 'jeans': 36, 'shorts': 24},
          'woman': {'trousers': 23, 'jeans': 28, 'shorts': 12, 'skirt': 20, 'leggings': 17}}
 LOWER_PATTERNS = {'plain': 84, 'striped': 8, 'checked': 8}
@@ -105,7 +107,7 @@ CLOTHING_FACTORS = ('upper_type', 'upper_color', 'upper_pattern', 'upper_color2'
                     'lower_color', 'lower_pattern', 'shoes_type', 'shoes_color', 'bag_type', 'bag_color',
                     'hat_type', 'hat_color', 'scarf_color')
 
-# %% ../nbs/11_people.ipynb #39705726
+# %% ../nbs/11_people.ipynb #3d9964a0
 def _upper_garment(rng, gender):
     dress = gender == 'woman' and rng.random() < .14
     kind = 'dress' if dress else pick(rng, UPPER)
@@ -114,7 +116,8 @@ def _upper_garment(rng, gender):
     if open_front and pattern in ('logo', 'dotted'): pattern = 'plain'
     color2 = 'none' if pattern == 'plain' else other(rng, UPPER_COLORS, color)
     inner = other(rng, UPPER_COLORS, color) if open_front else 'none'
-    return dict(upper_type=kind, upper_color=color, upper_pattern=pattern, upper_color2=color2, inner_color=inner)
+    f = dict(upper_type=kind, upper_color=color, upper_pattern=pattern)
+    return f | dict(upper_color2=color2, inner_color=inner)
 
 def _lower_garment(rng, gender, upper_type):
     kind = 'none' if upper_type == 'dress' else pick(rng, LOWER[gender])
@@ -139,7 +142,7 @@ def tint(rng: np.random.Generator, span: int = 22) -> list[int]:
     "A small shift of a dye in R, G, B: two red coats are rarely the same red."
     return [int(rng.random() * span) - span // 2 for _ in range(3)]
 
-# %% ../nbs/11_people.ipynb #255f676e
+# %% ../nbs/11_people.ipynb #58fa305f
 def outfit_factors(rng: np.random.Generator,  # source of chance
                    gender: str  # 'man' | 'woman'
                   ) -> dict:  # what the person wears
@@ -147,28 +150,31 @@ def outfit_factors(rng: np.random.Generator,  # source of chance
     f = _upper_garment(rng, gender)
     f |= _lower_garment(rng, gender, f['upper_type'])
     f |= _accessories(rng, f)
-    f |= dict(bag_side=pick(rng, ('left', 'right')), bag_size=between(rng, .88, 1.15), hem=between(rng, -2, 3))
+    f |= dict(bag_side=pick(rng, ('left', 'right')), bag_size=between(rng, .88, 1.15))
+    f['hem'] = between(rng, -2, 3)
     f |= dict(upper_tint=tint(rng), lower_tint=tint(rng), upper_scale=pick(rng, (4, 5, 6)))
     return f
 
-# %% ../nbs/11_people.ipynb #b508b696
+# %% ../nbs/11_people.ipynb #6bf82152
 CAMERAS = ('street', 'park', 'station', 'shop', 'road', 'plaza')
-GAINS = {'street': (256, 250, 240), 'park': (244, 262, 236), 'station': (268, 252, 216), 'shop': (262, 254, 250),
-         'road': (238, 250, 268), 'plaza': (206, 214, 238)}  # R, G, B in 1/256
-WALLS = {'street': (158, 112, 92), 'park': (96, 132, 84), 'station': (206, 200, 184), 'shop': (120, 126, 136),
-         'road': (150, 160, 168), 'plaza': (112, 116, 128)}
-GROUNDS = {'street': (156, 152, 148), 'park': (150, 142, 112), 'station': (172, 164, 150), 'shop': (140, 136, 134),
-           'road': (104, 106, 110), 'plaza': (128, 130, 138)}  # R, G, B of each place
-VIEWS = {'front': 34, 'back': 30, 'left': 18, 'right': 18}  # 'left': walks to the left and shows the left side
+GAINS = {'street': (256, 250, 240), 'park': (244, 262, 236), 'station': (268, 252, 216),
+         'shop': (262, 254, 250), 'road': (238, 250, 268), 'plaza': (206, 214, 238)}      # R, G, B in 1/256
+WALLS = {'street': (158, 112, 92), 'park': (96, 132, 84), 'station': (206, 200, 184),
+         'shop': (120, 126, 136), 'road': (150, 160, 168), 'plaza': (112, 116, 128)}      # of each place
+GROUNDS = {'street': (156, 152, 148), 'park': (150, 142, 112), 'station': (172, 164, 150),
+           'shop': (140, 136, 134), 'road': (104, 106, 110), 'plaza': (128, 130, 138)}
+VIEWS = {'front': 34, 'back': 30, 'left': 18, 'right': 18}  # 'left': walks to the left, the left side is seen
 OCCLUSIONS = {'none': 80, 'pole': 6, 'bike': 5, 'passer-by': 5, 'box': 4}
-NUISANCE_FACTORS = ('camera', 'view', 'step', 'light', 'blur', 'noise', 'occlusion', 'shift_x', 'shift_y', 'zoom',
-                    'scene_seed')
+NUISANCE_FACTORS = ('camera', 'view', 'step', 'light', 'blur', 'noise', 'occlusion', 'shift_x', 'shift_y',
+                    'zoom', 'scene_seed')
 
-# %% ../nbs/11_people.ipynb #58aa0cf3
+# %% ../nbs/11_people.ipynb #b8820afc
 def nuisance_factors(rng: np.random.Generator) -> dict:
     "Draw what belongs to the picture and to nobody in it."
     f = dict(camera=pick(rng, CAMERAS), view=pick(rng, VIEWS), step=between(rng, -1, 1))
-    f |= dict(light=between(rng, .72, 1.18), blur=pick(rng, {0: 60, 1: 30, 2: 10}), noise=pick(rng, (2, 4, 7)))
+    f['light'] = between(rng, .72, 1.18)
+    f['blur'] = pick(rng, {0: 60, 1: 30, 2: 10})
+    f['noise'] = pick(rng, (2, 4, 7))
     f['occlusion'] = pick(rng, OCCLUSIONS)
     f |= dict(shift_x=between(rng, -3.5, 3.5), shift_y=between(rng, -2.5, 2.5), zoom=between(rng, .94, 1.06))
     f['scene_seed'] = int(rng.integers(1 << 31))
@@ -192,7 +198,7 @@ def far_bag(f: dict) -> bool:
     hangs = f['bag_type'] in ('handbag', 'plastic bag', 'shoulder bag')
     return hangs and f['view'] in ('left', 'right') and f['bag_side'] != f['view']
 
-# %% ../nbs/11_people.ipynb #fb3d3cea
+# %% ../nbs/11_people.ipynb #76d893ae
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 def shade(rgb: tuple, k: float) -> tuple:
@@ -204,7 +210,7 @@ def mix_colors(a: tuple, b: tuple, w: float) -> tuple:
     return tuple(int(x + (y - x) * w) for x, y in zip(a, b))
 
 def seam_color(rgb: tuple, dark: float, light: float) -> tuple:
-    "A color that can be seen on `rgb`: times `dark`, or with a share `light` of white if `rgb` is nearly black."
+    "A color that is seen on `rgb`: `dark` times it, or a share `light` of white in it if it is nearly black."
     return shade(rgb, dark) if sum(rgb) > 150 else mix_colors(rgb, WHITE, light)
 
 def dye(name: str, tint: list[int]) -> tuple:
@@ -218,7 +224,7 @@ PROFILES = {'left': -1, 'right': 1}                           # where a person s
 SIGNS = (-1, 1)                                               # left and right in the picture
 BULKY = ('coat', 'hoodie', 'jacket')                          # these are wide
 
-# %% ../nbs/11_people.ipynb #00320101
+# %% ../nbs/11_people.ipynb #ae97c020
 @dataclass
 class Body:
     "Measures of a person in units; x is measured from the axis. Widths are half widths."
@@ -269,10 +275,12 @@ class Body:
         return [arm(self, sign) for sign in SIGNS]
 
     @property
-    def eyes(self) -> list: return [.55 * self.side] if self.side else [-.42, .42]   # x of those seen, in head radii
+    def eyes(self) -> list:
+        "x of the eyes that are seen, in head radii."
+        return [.55 * self.side] if self.side else [-.42, .42]
     @property
     def carrier(self) -> int:
-        "The arm that carries a bag: 0 or 1, the picture's left or right, or the far or near one in a profile."
+        "The arm that carries a bag, 0 or 1: the picture's left or right, in a profile the far or near one."
         left = self.f['bag_side'] == 'left'
         return int(left == (self.side < 0)) if self.side else int(left != self.back)
     @property

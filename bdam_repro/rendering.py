@@ -412,14 +412,14 @@ def draw_occlusion(pen: Pen, f: dict, rng: np.random.Generator):
     if kind == 'bike': draw_bike(pen, rng)
     if kind == 'passer-by': draw_passer(pen, 66 if right else -2, 138, any_color(rng), 1.15)
 
-# %% ../nbs/13_rendering.ipynb #c7fb8b59
+# %% ../nbs/13_rendering.ipynb #0015db14
 def expose(img: Image.Image, f: dict, rng: np.random.Generator) -> Image.Image:
     "What lens and sensor do: blur, light, the camera's color response, noise."
     if f['blur']: img = img.filter(ImageFilter.BoxBlur(f['blur'] / 3))
-    gains = [int(gain * f['light']) for gain in GAINS[f['camera']]]                  # of R, G, B in 1/256
-    response = np.minimum(255, np.outer(gains, np.arange(256)) >> 8)                 # [3, 256]
+    gains = [int(gain * f['light']) for gain in GAINS[f['camera']]]     # of R, G, B in 1/256
+    response = np.minimum(255, np.outer(gains, np.arange(256)) >> 8)    # [3, 256]
     img = img.point(response.ravel().tolist())
-    shape = img.height, img.width, 1                                                 # the same noise in R, G, B
+    shape = img.height, img.width, 1                                    # the same noise in R, G, B
     noise = rng.integers(-f['noise'], f['noise'] + 1, shape, dtype=np.int8)
     noisy = np.asarray(img, np.int16) + noise
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
