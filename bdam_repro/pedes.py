@@ -61,7 +61,7 @@ def safe_file(file: str,   # a path as an annotation file gives it
     rule = 'it must be relative to imgs/ and stay inside'
     raise UserError(f'{where}: the image path {file[:80]!r} {why}; {rule}')
 
-# %% ../nbs/10_pedes.ipynb #a2bfae0d
+# %% ../nbs/10_pedes.ipynb #711870a1
 _DIRTY = re.compile(r'[^\x21-\x7e ]|\\|&[#\w]+;|_x[0-9A-Fa-f]{4}_|</?\w+\s*/?>|  |^ | $')
 _ODD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af{}\\<>=]|\w\(\)|\\u[0-9a-f]')
 _PUNCTUATION = {0x3002: '.', 0x3001: ',', 0x201c: '"', 0x201d: '"', 0x2018: "'", 0x2019: "'",
@@ -73,13 +73,11 @@ def _unescape(text):  # `\r` before a small letter may be "black\red", so it sta
     return re.sub(r'</?[A-Za-z]\w*\s*/?>', ' ', text)
 
 def _visible(text):  # zero-width and control characters, and half UTF-16 pairs, which no tokenizer accepts
-    if re.search('[\ud800-\udfff]', text):
-        text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     text = re.sub('[\u200b-\u200f\u2060\ufeff\xad]', '', text)
     return re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffd]', ' ', text)
 
-_STEPS = {'escape codes': _unescape,
-          'control characters': _visible,
+_STEPS = {'escape codes': _unescape, 'control characters': _visible,
           'full-width punctuation': lambda text: text.translate(_PUNCTUATION),
           'white space': lambda text: ' '.join(text.split())}
 
@@ -93,7 +91,7 @@ def clean_caption(text: str,  # as the annotation file has it
         if text != before: touched.append(kind)
     return text, touched
 
-# %% ../nbs/10_pedes.ipynb #614e14ee
+# %% ../nbs/10_pedes.ipynb #9d15ccf6
 def _read_json(path: Path):
     "The content of a JSON file; UserError in one line if it is none."
     try: return json.loads(path.read_bytes())
@@ -108,7 +106,6 @@ def _check_row(row, where, path_key):
     "Raise UserError unless `row` has every key with the right type."
     def demand(fine, key, what):
         if not fine: raise UserError(f'{where}: {key!r} must be {what}, found {row[key]!r:.60}')
-
     if not isinstance(row, dict): raise UserError(f'{where}: expected an object, found {row!r:.60}')
     for key, (kind, what) in (_KINDS | {path_key: (str, 'a string')}).items():
         if key not in row: raise UserError(f'{where}: the key {key!r} is missing')
@@ -143,7 +140,7 @@ def read_annotations(path: Path,     # an official annotation file
     if single: notes.append(f'captions that are a bare string, read as one caption: {single:,}')
     return pd.DataFrame(records, columns=['split', 'pid', 'image_id', 'file', 'captions']), notes
 
-# %% ../nbs/10_pedes.ipynb #ab1447d9
+# %% ../nbs/10_pedes.ipynb #dd4cba20
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')
 MIN_SIDE, MAX_PIXELS = 8, 50_000_000  # below: nobody can be seen; above: 150 MB, never a pedestrian crop
 
@@ -175,9 +172,8 @@ def load_image(path: str | Path,                  # a picture file
     except Exception as e:  # decoders raise nearly anything on a broken file
         why = f'{str(e) or type(e).__name__:.100}'
         raise ImageError(f'{path}: not a readable image ({why}); fetch the file again') from None
-    kind = 'huge' if w * h > MAX_PIXELS else 'tiny'
     bounds = f'at least {MIN_SIDE} a side and at most {MAX_PIXELS:,}'
-    raise ImageError(f'{path}: {w}×{h} pixels; expected {bounds}', kind)
+    raise ImageError(f'{path}: {w}×{h} pixels; expected {bounds}', 'huge' if w * h > MAX_PIXELS else 'tiny')
 
 # %% ../nbs/10_pedes.ipynb #d64b17ca
 @dataclass
@@ -217,7 +213,7 @@ class PedesDataset:
             raise UserError(f'{self.root}: the split {name!r} is empty; this dataset cannot be used for it')
         return replace(self, records=part, part=name)
 
-# %% ../nbs/10_pedes.ipynb #5c29a239
+# %% ../nbs/10_pedes.ipynb #3d47cb9f
 def _read_jsonl(path, required):
     "The objects of a JSON-lines file, and whether its last line was cut."
     rows, lines = [], path.read_bytes().split(b'\n')
@@ -252,9 +248,7 @@ def read_descriptions(path: str | Path,  # a descriptions.jsonl
     notes = [f'{path.name}: the last line was cut and is left out'] if cut else []
     return table.drop_duplicates('image', keep='last', ignore_index=True), notes
 
-# %% ../nbs/10_pedes.ipynb #03703790
-def attach_descriptions(ds: PedesDataset,  # a whole dataset, before it is split
-                        path: str | Path,  # its descriptions.jsonl
+def attach_descriptions(ds: PedesDataset, path: str | Path,  # a whole dataset; its descriptions.jsonl
                         ) -> PedesDataset:  # the same with columns id_text and clo_text, None if not written
     "Join identity and clothing descriptions by image. UserError if the dataset lacks one of the images."
     table, notes = read_descriptions(path)
@@ -265,8 +259,7 @@ def attach_descriptions(ds: PedesDataset,  # a whole dataset, before it is split
     texts = ['id_text', 'clo_text']
     table = table.set_index('image').rename(columns={'identity': 'id_text', 'clothing': 'clo_text'})
     records = ds.records.drop(columns=texts, errors='ignore').join(table[texts].astype(object), on='file')
-    for c in texts:
-        records[c] = records[c].astype(object).where(records[c].notna(), None)  # None, never NaN
+    for c in texts: records[c] = records[c].astype(object).where(records[c].notna(), None)  # never NaN
     both = int(records[texts].notna().all(axis=1).sum())
     notes = notes + [f'descriptions: {both:,} of {len(records):,} images have both']
     return replace(ds, records=records, notes=ds.notes + notes)
@@ -287,7 +280,7 @@ def _attach_factors(ds, path):
         raise UserError(f"{path}: 'styles' must have an entry for each caption; make the dataset again")
     return replace(ds, records=records)
 
-# %% ../nbs/10_pedes.ipynb #96f8c5a5
+# %% ../nbs/10_pedes.ipynb #d325786d
 def _hold_out(records, fraction, seed, title):
     "Move a share of the train identities to val; the records and a note that says so."
     ids = np.sort(records.pid[records.split == 'train'].unique())
@@ -321,7 +314,6 @@ def _find(name, base):
         raise UserError(f'no {title} at {base}: expected {d["files"][0]} and imgs/ there; {get}')
     return found[0], d['path_key'], layout
 
-# %% ../nbs/10_pedes.ipynb #f8ddfa91
 def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
                root: str | Path,           # holds CUHK-PEDES/, ICFG-PEDES/, RSTPReid/, SynthPEDES/
                split: str | None = None,   # 'train', 'val' or 'test'; None: all
@@ -329,7 +321,7 @@ def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
                folder: str | None = None,  # another name of the dataset's folder under `root`
                val_fraction: float = .1,   # of train identities, held out if there is no val (ICFG); 0: none
                seed: int = 0,              # chooses them
-               descriptions: str | Path | None = 'auto',  # descriptions.jsonl; 'auto': beside imgs/; None: none
+               descriptions: str | Path | None = 'auto',  # a file; 'auto': the one beside imgs/; None: none
                ) -> PedesDataset:
     "A dataset from its official files (Sec. 4.1). UserError with the file and row, or what to get where."
     titles = {k: d['title'] for k, d in DATASETS.items()} | {'synth': 'SynthPEDES'}
@@ -350,7 +342,7 @@ def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
     if descriptions is not None: ds = attach_descriptions(ds, descriptions)
     return ds if split is None else ds.split(split)
 
-# %% ../nbs/10_pedes.ipynb #0089ca69
+# %% ../nbs/10_pedes.ipynb #8332d163
 PROBLEMS = {'miscounted': 'wrong counts', 'shared_ids': 'identities in more than one split',
             'files_in_two_ids': 'files given to two identities',
             'empty_captions': 'images with an empty caption or none', 'missing': 'missing files',
@@ -368,16 +360,13 @@ class PedesReport:
     found: dict[str, list]        # names in PROBLEMS and REMARKS, only those with something to list
     notes: list[str]              # of the dataset
     images_checked: bool          # False: the table alone was looked at
-
     @property
     def ok(self) -> bool: return not any(name in self.found for name in PROBLEMS)
-
     def __getattr__(self, name):  # report.missing, report.shared_ids, ...: empty if nothing was found
         if name in PROBLEMS or name in REMARKS: return self.found.get(name, [])
         raise AttributeError(name)
 
     def __str__(self):
-        "The report in a few lines."
         verdict = 'ok' if self.ok else 'PROBLEMS'
         lines = [f'{self.name}: {verdict}' + ('' if self.images_checked else ' (pictures not opened)')]
         table = self.counts.map(lambda n: '' if pd.isna(n) else f'{n:,.0f}').rename_axis(None)
@@ -394,7 +383,6 @@ class PedesReport:
         sizes = {name: len(items) for name, items in self.found.items()}
         return f'PedesReport({self.name}, ok={self.ok}, found={sizes})'
 
-# %% ../nbs/10_pedes.ipynb #55c024be
 def _count_splits(ds):
     "Images, captions and identities of each split beside the official ones, and what differs."
     r = ds.records.assign(n=ds.records.captions.str.len())
@@ -412,9 +400,8 @@ def _count_splits(ds):
             counts.loc[split, f'official {column}'] = float(n)
             found = counts.loc[split, column]
             if found != n: wrong.append(f'{split} {column} {found:,} instead of {n:,}')
-    if ds.part is None:
-        wanted = OFFICIAL.get(ds.name, ('train', 'test'))
-        wrong += [f'{split} has no images' for split in wanted if split not in counts.index]
+    wanted = OFFICIAL.get(ds.name, ('train', 'test')) if ds.part is None else ()
+    wrong += [f'{split} has no images' for split in wanted if split not in counts.index]
     return counts, wrong
 
 def _check_table(r):
@@ -430,25 +417,22 @@ def _check_table(r):
             'repeated_captions': captions.file[captions.duplicated() & (text != '')].unique().tolist(),
             'odd_captions': captions.file[text.str.contains(_ODD)].unique().tolist()}
 
-# %% ../nbs/10_pedes.ipynb #8a52144d
+# %% ../nbs/10_pedes.ipynb #4ba72610
 def _check_images(ds, workers, hashes, progress):
     "What opening every picture shows."
     def problem_of(file):
         try: load_image(ds.images_dir/file, within=ds.images_dir)
         except ImageError as e: return e.kind
         if hashes: digests[file] = hashlib.blake2b((ds.images_dir/file).read_bytes()).digest()
-
     files, found, digests = ds.records.drop_duplicates('file'), defaultdict(list), {}
     hidden = None if progress is None else not progress
     with ThreadPoolExecutor(workers) as pool:
         kinds = pool.map(problem_of, files.file)
-        for file, kind in zip(files.file, tqdm(kinds, total=len(files), desc='pictures', disable=hidden)):
+        for kind, file in zip(tqdm(kinds, total=len(files), desc='pictures', disable=hidden), files.file):
             if kind: found[kind].append(file)
     same = files.assign(digest=files.file.map(digests)).dropna(subset='digest').groupby('digest')
-    found['same_bytes'] = [tuple(g.file) for _, g in same if g.pid.nunique() > 1]
-    return found
+    return found | {'same_bytes': [tuple(g.file) for _, g in same if g.pid.nunique() > 1]}
 
-# %% ../nbs/10_pedes.ipynb #4c971797
 def check_pedes(self: PedesDataset,
                 images: bool = True,           # open every picture (about 2 ms each); False: the table alone
                 workers: int | None = None,    # threads; None: as Python chooses
@@ -462,5 +446,4 @@ def check_pedes(self: PedesDataset,
     report = PedesReport(self.name, counts, {k: v for k, v in found.items() if v}, self.notes, images)
     print(report)
     return report
-
 PedesDataset.check = check_pedes
