@@ -193,7 +193,7 @@ def draw_shoe(pen: Pen, b: Body, leg: list):
     if kind == 'sandals':                                   # a strap
         foot.box(heel + 1.2, -.4, toe - 1.2, .8, color)
 
-# %% ../nbs/12_drawing.ipynb #e756c9fa
+# %% ../nbs/12_drawing.ipynb #57b14648
 LEG_WIDTHS = {'trousers': (9.6, 7.4, 6.4), 'jeans': (9.3, 6.9, 5.8), 'leggings': (8.4, 6., 4.4),
               'shorts': (10., 8.8, 8.4)}  # of the cloth at hip, knee and end
 
@@ -204,7 +204,7 @@ def sew_lower(cloth: Cloth, b: Body, color: tuple):
     other_color = WHITE if sum(color) < 420 else (20, 20, 30)
     cloth.sew(color, mix_colors(color, other_color, .62), pattern, 4)
 
-def _draw_trouser_leg(pen: Pen, b: Body, leg: list, color: tuple):
+def _draw_trouser_leg(pen, b, leg, color):
     kind, cloth = b.f['lower_type'], Cloth(pen)
     cloth.pen.limb(cut(leg, .5 if kind == 'shorts' else .97), LEG_WIDTHS[kind], 255, b.limb)
     if not b.side:
@@ -302,25 +302,25 @@ def draw_arm(pen: Pen, b: Body, i: int, dark: float = 1.):
     sleeve.pen.limb(cut(arm, covered), (6., 5.1, 4.3), 255, b.limb * bulk)
     sew_upper(sleeve, b, dark, lit=arm[0][0] - 3)
 
-# %% ../nbs/12_drawing.ipynb #badd7f22
-def _collar(pen: Pen, b: Body):
+# %% ../nbs/12_drawing.ipynb #bdfbe979
+def _collar(pen, b):
     neck = pen.at(0, b.y_neck)
     neck.box(-4, -1.6, 4, .6, b.trim, .8)
 
-def _round_neck(pen: Pen, b: Body):
+def _round_neck(pen, b):
     if b.back: return
     neck = pen.at(b.side * 2, b.y_neck)
     depth = 2.2 if b.f['upper_type'] == 'sweater' else 3.6
     neck.chord((0, 0), 3.6, depth, 0, 180, shade(b.skin, .92))
 
-def _cuff(pen: Pen, b: Body):
+def _cuff(pen, b):
     pen.dash((0, b.hem - .6), b.hip * .95, b.trim, 1.1)
 
-def _sweater(pen: Pen, b: Body):
+def _sweater(pen, b):
     _round_neck(pen, b)
     _cuff(pen, b)
 
-def _shirt(pen: Pen, b: Body):
+def _shirt(pen, b):
     "A row of buttons and two tips of the collar."
     _collar(pen, b)
     if not b.front: return
@@ -329,8 +329,8 @@ def _shirt(pen: Pen, b: Body):
         half = pen.at(0, b.y_neck, sign)
         half.poly([(0, 2), (4.4, -1.4), (4, 3)], mix_colors(b.upper, WHITE, .35))
 
-# %% ../nbs/12_drawing.ipynb #1d582f50
-def _hoodie(pen: Pen, b: Body):
+# %% ../nbs/12_drawing.ipynb #5e2ea7d7
+def _hoodie(pen, b):
     "A hood on the back, a pocket on the front."
     neck, pocket = pen.at(0, b.y_neck), pen.at(0, b.y_waist, sx=b.waist)
     if b.back:
@@ -343,8 +343,8 @@ def _hoodie(pen: Pen, b: Body):
         pocket.box(-.55, -.4, .55, 5.4, b.upper, 2)
     _cuff(pen, b)
 
-# %% ../nbs/12_drawing.ipynb #8d707b7d
-def _open_front(pen: Pen, b: Body, end: float):
+# %% ../nbs/12_drawing.ipynb #e08c2ded
+def _open_front(pen, b, end):
     "The inner garment down to `end`, and lapels over it."
     y = b.y_neck
     pen.poly([(-3.4, y), (3.4, y), (2.4, end), (-2.4, end)], COLORS[b.f['inner_color']])
@@ -352,18 +352,18 @@ def _open_front(pen: Pen, b: Body, end: float):
         half = pen.at(0, y, sign)
         half.poly([(3, -.5), (6, 4), (2.8, 12)], b.trim)
 
-def _jacket(pen: Pen, b: Body):
+def _jacket(pen, b):
     _collar(pen, b)
     if b.front: _open_front(pen, b, b.hem)
     else: pen.dash((0, b.hem - 1.5), b.hip, b.trim, .7)
 
-def _coat(pen: Pen, b: Body):
+def _coat(pen, b):
     _collar(pen, b)
     if not b.front: return
     _open_front(pen, b, b.y_hip + 2)
     pen.upright(0, b.y_hip + 2, b.hem, b.trim, .6)
 
-# %% ../nbs/12_drawing.ipynb #cc1fe2a8
+# %% ../nbs/12_drawing.ipynb #83e61526
 NECKLINES = {'t-shirt': _round_neck, 'tank top': _round_neck, 'dress': _round_neck, 'sweater': _sweater,
              'shirt': _shirt, 'hoodie': _hoodie, 'jacket': _jacket, 'coat': _coat}
 
@@ -373,12 +373,12 @@ def draw_neckline(pen: Pen, b: Body):
     if b.front and b.f['upper_pattern'] == 'logo': _logo(pen, b)
     if b.f['scarf_color'] != 'none': _scarf(pen, b)
 
-def _logo(pen: Pen, b: Body):
+def _logo(pen, b):
     neck = pen.at(0, b.y_neck)
     neck.box(-4.6, 8, 4.6, 15, b.upper2, 2)
     neck.box(-2.4, 10, 2.4, 12.6, b.upper, 1)
 
-def _scarf(pen: Pen, b: Body):
+def _scarf(pen, b):
     color, neck = COLORS[b.f['scarf_color']], pen.at(0, b.y_neck)
     neck.box(-4.8, -2.6, 4.8, 2, color, 2)
     neck.dash((0, 0), 4, shade(color, .7), .5)
@@ -396,14 +396,14 @@ def eye_pen(pen: Pen, b: Body, u: float) -> Pen:
     "A pen for the eye at `u`: x in units, y in head radii."
     return pen.at(*b.on_head(u, 0), 1, b.head_ry)
 
-# %% ../nbs/12_drawing.ipynb #29dc3770
-def _beard(pen: Pen, b: Body):
+# %% ../nbs/12_drawing.ipynb #befa9453
+def _beard(pen, b):
     d, color = b.side, mix_colors(b.hair, b.skin, .15)
     head_pen(pen, b).chord((.35 * d, .3), .62 if d else .95, .74, 0, 180, color)
     lip = head_pen(pen.at(0 if d else -1, 0), b)
     lip.line([(.7 * d - .3, .36), (.5 * d + .3, .36)], color, .9)
 
-def _eye(pen: Pen, b: Body, u: float):
+def _eye(pen, b, u):
     "One eye at `u`, its brow, and a wrinkle below it."
     eye = eye_pen(pen, b, u)
     pen.oval(b.on_head(u, .02), .85, .8, INK)
@@ -411,7 +411,7 @@ def _eye(pen: Pen, b: Body, u: float):
     if b.f['age'] in ('elderly', 'middle-aged'):
         eye.dash((0, .22), 1.2, shade(b.skin, .72), .5)
 
-def _glasses(pen: Pen, b: Body):
+def _glasses(pen, b):
     frame, glass = (18, 18, 22), (196, 206, 212)
     for u in b.eyes:
         lens = eye_pen(pen, b, u)

@@ -34,14 +34,14 @@ def draw_hair_behind(pen: Pen, b: Body):
     if style == 'bob': hair.box(left, top, right, chin, color, 2.5)
     if style == 'ponytail' and not b.side: pen.oval(b.on_head(1.1, .5), 1.8, b.head_ry * .9, color)
 
-# %% ../nbs/13_rendering.ipynb #fd1b45f4
-def _bald(pen: Pen, b: Body):
+# %% ../nbs/13_rendering.ipynb #a441d9f0
+def _bald(pen, b):
     "A rest of hair: from behind, and for the elderly."
     if b.back or b.f['age'] == 'elderly':
         start, end = (20, 160) if b.back else (150, 200)
         head_pen(pen, b).chord((-.3 * b.side, .1), 1.04, .6, start, end, b.hair)
 
-def _curls(pen: Pen, b: Body, light: tuple):
+def _curls(pen, b, light):
     "Seven curls from ear to ear."
     for k in range(7):
         t = k / 3 - 1                                    # -1 at one ear, 1 at the other
@@ -54,8 +54,8 @@ def hair_end(b: Body) -> float:
     _, end = b.on_head(0, 1.25 if b.f['hair_style'] == 'bob' else .72)
     return end
 
-# %% ../nbs/13_rendering.ipynb #c09df785
-def _hair_from_behind(pen: Pen, b: Body, light: tuple):
+# %% ../nbs/13_rendering.ipynb #c6c8bcdf
+def _hair_from_behind(pen, b, light):
     style, end = b.f['hair_style'], hair_end(b)
     head, hair = head_pen(pen, b), strand_pen(pen, b)
     head.oval((0, -.08), 1.12, 1.06, b.hair)
@@ -69,7 +69,7 @@ def _hair_from_behind(pen: Pen, b: Body, light: tuple):
         pen.limb([b.on_head(0, -.1), (x + .6, y), (x, b.y_neck + 9)], (3.4, 4.6, 2.2), shade(b.hair, .75))
         knot.box(-1.8, -.25, 1.8, .02, (170, 40, 60))
 
-def _hair_in_profile(pen: Pen, b: Body):
+def _hair_in_profile(pen, b):
     style, d = b.f['hair_style'], b.side
     start, end = (150, 330) if d > 0 else (210, 390)
     head_pen(pen, b).chord((-.15 * d, -.1), 1.08, 1.04, start, end, b.hair)
@@ -81,7 +81,7 @@ def _hair_in_profile(pen: Pen, b: Body):
         tail = [b.on_head(-d, -.2), b.on_head(-1.9 * d, .6), (x, b.y_neck + 7)]
         pen.limb(tail, (3, 3.8, 1.8), b.hair)
 
-def _hair_from_front(pen: Pen, b: Body):
+def _hair_from_front(pen, b):
     style, head = b.f['hair_style'], head_pen(pen, b)
     head.chord((0, -.12), 1.12, 1.02, 188, 352, b.hair)
     head.chord((-.3, -.25), .9, .8, 170, 330, b.hair)        # parted on one side
@@ -107,8 +107,8 @@ def draw_hair(pen: Pen, b: Body):
         top = head_pen(pen.at(-d, 0), b)
         top.line([(-.4, -.85), (.3, -.9)], light, .7)
 
-# %% ../nbs/13_rendering.ipynb #b7eff830
-def _hat(pen: Pen, b: Body):
+# %% ../nbs/13_rendering.ipynb #940f37c6
+def _hat(pen, b):
     d, kind, color = b.side, b.f['hat_type'], COLORS[b.f['hat_color']]
     dark = seam_color(color, .65, .25)
     hat = head_pen(pen, b).at(-.12 * d, 0)                   # it sits a little to the back
@@ -144,8 +144,8 @@ def draw_bag_behind(pen: Pen, b: Body):
     hump.box(-8 * size, 2, 2, 24 * size, color, 3)
     hump.box(1 - 8 * size, 13, 1, 21 * size, shade(color, .72), 2)
 
-# %% ../nbs/13_rendering.ipynb #354cce0e
-def _straps(pen: Pen, b: Body, color: tuple):
+# %% ../nbs/13_rendering.ipynb #03597102
+def _straps(pen, b, color):
     "What is seen of a backpack from the front or the side."
     if b.side:
         profile = pen.at(0, b.y_neck, b.side)
@@ -154,7 +154,7 @@ def _straps(pen: Pen, b: Body, color: tuple):
         half = pen.at(0, b.y_neck, sign * b.shoulder)
         half.line([(.6, .8), (.62, 10), (.95, 17)], color, 2.3)
 
-def _backpack(pen: Pen, b: Body, color: tuple, dark: tuple):
+def _backpack(pen, b, color, dark):
     if not b.back: return _straps(pen, b, color)
     neck, size, strap = pen.at(0, b.y_neck), b.f['bag_size'], b.shoulder * .82
     half = strap * size
@@ -164,8 +164,8 @@ def _backpack(pen: Pen, b: Body, color: tuple, dark: tuple):
     neck.dash((0, 15), strap * .7, dark, .7)
     neck.line([(-2, 1.5), (0, -.5), (2, 1.5)], dark, .8)
 
-# %% ../nbs/13_rendering.ipynb #102d7c4f
-def _shoulder_bag(pen: Pen, b: Body, color: tuple, dark: tuple):
+# %% ../nbs/13_rendering.ipynb #e1d2463d
+def _shoulder_bag(pen, b, color, dark):
     size = b.f['bag_size']
     sign = b.side * -.4 if b.side else SIGNS[b.carrier]
     x = sign * (b.hip + 1.)
@@ -175,15 +175,15 @@ def _shoulder_bag(pen: Pen, b: Body, color: tuple, dark: tuple):
     bag.box(-1, -5, 1, 6 * size, color, 1.5)
     bag.box(-1, -5, 1, -1, dark, 1.5)
 
-def _handbag(pen: Pen, b: Body, color: tuple, dark: tuple):
+def _handbag(pen, b, color, dark):
     size, hand = b.f['bag_size'], pen.at(*b.arms[b.carrier][-1])
     hand.line([(-3, 5), (0, 0), (3, 5)], dark, 1.)
     bag, bottom = hand.at(0, 0, size), 13 * size
     bag.poly([(-4., 4.5), (4., 4.5), (5.2, bottom), (-5.2, bottom)], color)
     hand.box(-1, 6, 1, 8, (222, 196, 110))
 
-# %% ../nbs/13_rendering.ipynb #d73b816f
-def _plastic_bag(pen: Pen, b: Body, color: tuple, dark: tuple):
+# %% ../nbs/13_rendering.ipynb #c10df200
+def _plastic_bag(pen, b, color, dark):
     "Always white, with a fold."
     size, hand = b.f['bag_size'], pen.at(*b.arms[b.carrier][-1])
     half, bottom = 4.5 * size, 16 * size
@@ -191,7 +191,7 @@ def _plastic_bag(pen: Pen, b: Body, color: tuple, dark: tuple):
     hand.poly(outline, (228, 230, 232))
     hand.line([(0, 3), (-1, 13)], (180, 182, 186), .6)
 
-def _suitcase(pen: Pen, b: Body, color: tuple, dark: tuple):
+def _suitcase(pen, b, color, dark):
     "Pulled behind, or beside."
     x, y = b.arms[b.carrier][-1]
     left = x + (b.side * -6 if b.side else 3 * SIGNS[b.carrier])
@@ -213,8 +213,8 @@ def draw_bag(pen: Pen, b: Body):
     color = COLORS[b.f['bag_color']]
     DRAW_BAGS[kind](pen, b, color, seam_color(color, .6, .25))
 
-# %% ../nbs/13_rendering.ipynb #2bb8cf42
-def _from_front(pen: Pen, b: Body):
+# %% ../nbs/13_rendering.ipynb #f28e6456
+def _from_front(pen, b):
     draw_hair_behind(pen, b)
     draw_bag_behind(pen, b)
     draw_legs(pen, b)
@@ -224,7 +224,7 @@ def _from_front(pen: Pen, b: Body):
     draw_head(pen, b)
     draw_bag(pen, b)
 
-def _from_behind(pen: Pen, b: Body):
+def _from_behind(pen, b):
     draw_legs(pen, b)
     _top(pen, b)
     draw_arm(pen, b, 0, .9)
@@ -232,7 +232,7 @@ def _from_behind(pen: Pen, b: Body):
     draw_bag(pen, b)
     draw_head(pen, b)
 
-def _in_profile(pen: Pen, b: Body):
+def _in_profile(pen, b):
     hidden = far_bag(b.f)
     draw_arm(pen, b, 0, .72)                             # the far arm, in shadow
     draw_hair_behind(pen, b)
@@ -244,7 +244,7 @@ def _in_profile(pen: Pen, b: Body):
     draw_head(pen, b)
     if not hidden: draw_bag(pen, b)
 
-def _top(pen: Pen, b: Body):
+def _top(pen, b):
     draw_trunk(pen, b)
     draw_neckline(pen, b)
 
@@ -279,22 +279,23 @@ def any_color(rng: np.random.Generator) -> tuple:
     "One of the named colors."
     return pick(rng, tuple(COLORS.values()))
 
-# %% ../nbs/13_rendering.ipynb #6ae650b8
-def scene_street(pen: Pen, p: Place, rng: np.random.Generator):
+# %% ../nbs/13_rendering.ipynb #9c9d42cb
+def scene_street(pen, p, rng):
     "Bricks, a window now and then, and a curb."
     mortar = shade(p.wall, .82)
     for j, y in enumerate(range(p.floor % 7 - 7, p.floor, 7)):
         pen.dash((35, y), 35, mortar, .6)
         shift = p.move % 14 + (j % 2) * 7 - 14
-        for x in range(shift, 70, 14): pen.upright(x, y, y + 7, mortar, .6)
+        for x in range(shift, 70, 14):
+            pen.upright(x, y, y + 7, mortar, .6)
     if rng.random() < .6:
         window = pen.at(p.move + 12, p.floor - 52)
         window.box(0, 0, 20, 30, (70, 84, 100))
         window.box(1, 1, 19, 14, (128, 150, 168))
     pen.box(0, p.floor, 70, p.floor + 3, shade(p.ground, .7))
 
-# %% ../nbs/13_rendering.ipynb #fd9e0823
-def scene_park(pen: Pen, p: Place, rng: np.random.Generator):
+# %% ../nbs/13_rendering.ipynb #187e154a
+def scene_park(pen, p, rng):
     "Sky, lawn, leaves and trunks."
     pen.box(0, 0, 70, p.floor - 34, (176, 198, 214))
     pen.box(0, p.floor - 6, 70, p.floor + 8, (92, 138, 62))
@@ -306,12 +307,14 @@ def scene_park(pen: Pen, p: Place, rng: np.random.Generator):
         trunk = pen.at(x, p.floor)
         trunk.box(0, -30, 3 + rng.random() * 3, 2, (84, 62, 46))
 
-# %% ../nbs/13_rendering.ipynb #17720ec0
-def scene_station(pen: Pen, p: Place, rng: np.random.Generator):
+# %% ../nbs/13_rendering.ipynb #b1c5bd0a
+def scene_station(pen, p, rng):
     "Tiles, a band, and floor joints that run toward a far point."
     joint, floor_joint = shade(p.wall, .88), shade(p.ground, .84)
-    for y in range(p.floor % 10 - 10, p.floor, 10): pen.dash((35, y), 35, joint, .5)
-    for x in range(p.move % 10 - 10, 70, 10): pen.upright(x, 0, p.floor, joint, .5)
+    for y in range(p.floor % 10 - 10, p.floor, 10):
+        pen.dash((35, y), 35, joint, .5)
+    for x in range(p.move % 10 - 10, 70, 10):
+        pen.upright(x, 0, p.floor, joint, .5)
     band = pick(rng, ((40, 92, 150), (184, 60, 50), (60, 120, 80)))
     pen.box(0, p.floor - 40, 70, p.floor - 34, band)
     for k in range(-3, 9):
@@ -319,8 +322,8 @@ def scene_station(pen: Pen, p: Place, rng: np.random.Generator):
         near = k * 16 - 24 + p.move
         pen.line([(far, p.floor), (near, 128)], floor_joint, .6)
 
-# %% ../nbs/13_rendering.ipynb #d271883b
-def scene_shop(pen: Pen, p: Place, rng: np.random.Generator):
+# %% ../nbs/13_rendering.ipynb #96e1aecb
+def scene_shop(pen, p, rng):
     "Windows with things in them, under a colored sign."
     for x in range(p.move - 34, 70, 30):
         window = pen.at(x, p.floor)
@@ -333,8 +336,8 @@ def scene_shop(pen: Pen, p: Place, rng: np.random.Generator):
             window.box(left, top, right, -11, any_color(rng), 1)
     pen.box(0, p.floor - 70, 70, p.floor - 60, any_color(rng))
 
-# %% ../nbs/13_rendering.ipynb #1aabbe0e
-def scene_road(pen: Pen, p: Place, rng: np.random.Generator):
+# %% ../nbs/13_rendering.ipynb #645f2ed1
+def scene_road(pen, p, rng):
     "Houses under a sky, a car and lane marks."
     pen.box(0, 0, 70, p.floor - 44, (190, 204, 216))
     for x in range(-20, 70, 16):
@@ -345,22 +348,25 @@ def scene_road(pen: Pen, p: Place, rng: np.random.Generator):
         lane = pen.at(x, 108)
         lane.poly([(0, 0), (10, 0), (8, 4), (-3, 4)], (206, 206, 200))
 
-def _car(pen: Pen, color: tuple):
+def _car(pen, color):
     pen.box(0, -13, 48, 4, color, 4)
     pen.box(10, -22, 36, -8, shade(color, .8), 5)
     pen.box(13, -20, 33, -12, (150, 176, 190), 3)
-    for x in (9, 38): pen.oval((x, 4), 5, 5, (26, 26, 28))
+    for x in (9, 38):
+        pen.oval((x, 4), 5, 5, (26, 26, 28))
 
-# %% ../nbs/13_rendering.ipynb #19607cd8
-def scene_plaza(pen: Pen, p: Place, rng: np.random.Generator):
+# %% ../nbs/13_rendering.ipynb #80e502a6
+def scene_plaza(pen, p, rng):
     "Dusk: columns, lamps, slabs."
     for x in range(p.move - 20, 70, 22):
         column = pen.at(x, 0)
         column.box(0, 0, 8, p.floor, shade(p.wall, .72))
         column.box(1, 0, 3, p.floor, shade(p.wall, 1.12))
     lamps = pen.at(p.move * 2.2 - 20, 12)
-    for k in range(3): lamps.oval((k * 26, k * 3), 3, 3, (250, 232, 170))
-    for y in range(p.floor, 128, 9): pen.dash((35, y), 35, shade(p.ground, .86), .6)
+    for k in range(3):
+        lamps.oval((k * 26, k * 3), 3, 3, (250, 232, 170))
+    for y in range(p.floor, 128, 9):
+        pen.dash((35, y), 35, shade(p.ground, .86), .6)
 
 # %% ../nbs/13_rendering.ipynb #d38c29b2
 def draw_passer(pen: Pen, x: float, foot: float, color: tuple, s: float):
@@ -387,7 +393,7 @@ def draw_scene(pen: Pen, f: dict, rng: np.random.Generator):
         foot = p.floor + 12 + 14 * rng.random()
         draw_passer(pen, x, foot, any_color(rng), .55)
 
-# %% ../nbs/13_rendering.ipynb #008dfe48
+# %% ../nbs/13_rendering.ipynb #fea55392
 def draw_pole(pen: Pen, rng: np.random.Generator):
     pole = pen.at(14 + rng.random() * 36, 0)
     pole.box(0, -1, 5, 129, (92, 96, 98))
@@ -398,7 +404,8 @@ def draw_planter(pen: Pen, rng: np.random.Generator):
     pen.box(-2, 105, 66, 107.5, (60, 62, 60))
 
 def draw_bike(pen: Pen, rng: np.random.Generator):
-    for x in (12, 46): pen.ring((x, 110), 13, (22, 22, 24), 1.6)
+    for x in (12, 46):
+        pen.ring((x, 110), 13, (22, 22, 24), 1.6)
     frame = [(12, 110), (26, 92), (42, 92), (46, 110), (30, 112), (26, 92)]
     color = pick(rng, ((180, 40, 40), (40, 80, 160), (50, 50, 54)))
     pen.line(frame, color, 1.6)
