@@ -61,7 +61,7 @@ def safe_file(file: str,   # a path as an annotation file gives it
     rule = 'it must be relative to imgs/ and stay inside'
     raise UserError(f'{where}: the image path {file[:80]!r} {why}; {rule}')
 
-# %% ../nbs/10_pedes.ipynb #711870a1
+# %% ../nbs/10_pedes.ipynb #a12eca05
 _DIRTY = re.compile(r'[^\x21-\x7e ]|\\|&[#\w]+;|_x[0-9A-Fa-f]{4}_|</?\w+\s*/?>|  |^ | $')
 _ODD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af{}\\<>=]|\w\(\)|\\u[0-9a-f]')
 _PUNCTUATION = {0x3002: '.', 0x3001: ',', 0x201c: '"', 0x201d: '"', 0x2018: "'", 0x2019: "'",
@@ -76,7 +76,6 @@ def _visible(text):  # zero-width and control characters, and half UTF-16 pairs,
     text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     text = re.sub('[\u200b-\u200f\u2060\ufeff\xad]', '', text)
     return re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffd]', ' ', text)
-
 _STEPS = {'escape codes': _unescape, 'control characters': _visible,
           'full-width punctuation': lambda text: text.translate(_PUNCTUATION),
           'white space': lambda text: ' '.join(text.split())}
@@ -91,14 +90,13 @@ def clean_caption(text: str,  # as the annotation file has it
         if text != before: touched.append(kind)
     return text, touched
 
-# %% ../nbs/10_pedes.ipynb #9d15ccf6
+# %% ../nbs/10_pedes.ipynb #336d7590
 def _read_json(path: Path):
     "The content of a JSON file; UserError in one line if it is none."
     try: return json.loads(path.read_bytes())
     except RecursionError: raise UserError(f'{path}: not JSON that can be read (nested too deep)') from None
     except (OSError, ValueError) as e:
         raise UserError(f'{path}: not JSON that can be read ({e}); fetch the file again') from None
-
 _KINDS = {'split': (str, 'a string'), 'captions': ((list, str), 'a list of strings'),
           'id': (int, 'an integer')}
 
@@ -140,10 +138,9 @@ def read_annotations(path: Path,     # an official annotation file
     if single: notes.append(f'captions that are a bare string, read as one caption: {single:,}')
     return pd.DataFrame(records, columns=['split', 'pid', 'image_id', 'file', 'captions']), notes
 
-# %% ../nbs/10_pedes.ipynb #dd4cba20
+# %% ../nbs/10_pedes.ipynb #f723a1b0
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'TIFF', 'WEBP')
 MIN_SIDE, MAX_PIXELS = 8, 50_000_000  # below: nobody can be seen; above: 150 MB, never a pedestrian crop
-
 class ImageError(UserError):
     "A picture that cannot be used; `kind` is missing, outside, unreadable, tiny or huge."
     def __init__(self, message, kind='unreadable'): super().__init__(message); self.kind = kind
@@ -280,7 +277,7 @@ def _attach_factors(ds, path):
         raise UserError(f"{path}: 'styles' must have an entry for each caption; make the dataset again")
     return replace(ds, records=records)
 
-# %% ../nbs/10_pedes.ipynb #d325786d
+# %% ../nbs/10_pedes.ipynb #0a62b8c9
 def _hold_out(records, fraction, seed, title):
     "Move a share of the train identities to val; the records and a note that says so."
     ids = np.sort(records.pid[records.split == 'train'].unique())
@@ -314,6 +311,7 @@ def _find(name, base):
         raise UserError(f'no {title} at {base}: expected {d["files"][0]} and imgs/ there; {get}')
     return found[0], d['path_key'], layout
 
+# %% ../nbs/10_pedes.ipynb #f49c595a
 def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
                root: str | Path,           # holds CUHK-PEDES/, ICFG-PEDES/, RSTPReid/, SynthPEDES/
                split: str | None = None,   # 'train', 'val' or 'test'; None: all
@@ -342,7 +340,7 @@ def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
     if descriptions is not None: ds = attach_descriptions(ds, descriptions)
     return ds if split is None else ds.split(split)
 
-# %% ../nbs/10_pedes.ipynb #8332d163
+# %% ../nbs/10_pedes.ipynb #2c5b3cfb
 PROBLEMS = {'miscounted': 'wrong counts', 'shared_ids': 'identities in more than one split',
             'files_in_two_ids': 'files given to two identities',
             'empty_captions': 'images with an empty caption or none', 'missing': 'missing files',
@@ -383,6 +381,7 @@ class PedesReport:
         sizes = {name: len(items) for name, items in self.found.items()}
         return f'PedesReport({self.name}, ok={self.ok}, found={sizes})'
 
+# %% ../nbs/10_pedes.ipynb #f559b3a0
 def _count_splits(ds):
     "Images, captions and identities of each split beside the official ones, and what differs."
     r = ds.records.assign(n=ds.records.captions.str.len())
@@ -417,7 +416,7 @@ def _check_table(r):
             'repeated_captions': captions.file[captions.duplicated() & (text != '')].unique().tolist(),
             'odd_captions': captions.file[text.str.contains(_ODD)].unique().tolist()}
 
-# %% ../nbs/10_pedes.ipynb #4ba72610
+# %% ../nbs/10_pedes.ipynb #5e4fe2b6
 def _check_images(ds, workers, hashes, progress):
     "What opening every picture shows."
     def problem_of(file):
@@ -433,6 +432,7 @@ def _check_images(ds, workers, hashes, progress):
     same = files.assign(digest=files.file.map(digests)).dropna(subset='digest').groupby('digest')
     return found | {'same_bytes': [tuple(g.file) for _, g in same if g.pid.nunique() > 1]}
 
+# %% ../nbs/10_pedes.ipynb #6a93c93b
 def check_pedes(self: PedesDataset,
                 images: bool = True,           # open every picture (about 2 ms each); False: the table alone
                 workers: int | None = None,    # threads; None: as Python chooses

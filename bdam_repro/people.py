@@ -9,7 +9,8 @@ __all__ = ['VERSION', 'IDENTITY', 'OUTFIT', 'IMAGE', 'CAPTION', 'DESCRIPTION', '
            'SHOES', 'BAGS', 'HATS', 'CLOTHING_FACTORS', 'CAMERAS', 'GAINS', 'WALLS', 'GROUNDS', 'VIEWS', 'OCCLUSIONS',
            'NUISANCE_FACTORS', 'WHITE', 'BLACK', 'PERSON_HEIGHTS', 'PERSON_GIRTHS', 'PROFILES', 'SIGNS', 'BULKY',
            'stream', 'pick', 'between', 'other', 'identity_factors', 'tint', 'outfit_factors', 'nuisance_factors',
-           'image_factors', 'far_bag', 'shade', 'mix_colors', 'seam_color', 'dye', 'Body', 'skeleton', 'toward', 'cut']
+           'image_factors', 'far_bag', 'shade', 'mix_colors', 'seam_color', 'dye', 'Measures', 'Body', 'skeleton',
+           'toward', 'cut']
 
 # %% ../nbs/11_people.ipynb #a6caced3
 import functools
@@ -224,9 +225,9 @@ PROFILES = {'left': -1, 'right': 1}                           # where a person s
 SIGNS = (-1, 1)                                               # left and right in the picture
 BULKY = ('coat', 'hoodie', 'jacket')                          # these are wide
 
-# %% ../nbs/11_people.ipynb #ae97c020
+# %% ../nbs/11_people.ipynb #863438fb
 @dataclass
-class Body:
+class Measures:
     "Measures of a person in units; x is measured from the axis. Widths are half widths."
     f: dict           # the factors
     side: int         # -1, 1: seen from the side, walking left or right; 0: from the front or from behind
@@ -244,6 +245,9 @@ class Body:
     hip: float
     limb: float       # thickness of arms and legs, 1: average
 
+# %% ../nbs/11_people.ipynb #e87306b8
+class Body(Measures):
+    "What the pen asks of a person."
     @property
     def back(self) -> bool: return self.f['view'] == 'back'
     @property
