@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 from .people import BLACK, BULKY, COLORS, SIGNS, WHITE, Body, cut, dye, mix_colors, shade
 
-# %% ../nbs/12_drawing.ipynb #6cf06f55
+# %% ../nbs/12_drawing.ipynb #a927c7d8
 SIZE = (128, 64)  # height, width of a picture in pixels
 FINE = 2          # the canvas is this much finer than the picture
 
@@ -32,12 +32,13 @@ class Grid:
 
     def at(self, x: float, y: float, sx: float = 1., sy: float = 1.):
         "The same with its origin at (x, y) and its axes stretched."
-        return replace(self, x=self.x + x * self.sx, y=self.y + y * self.sy, sx=self.sx * sx, sy=self.sy * sy)
+        x, y = self.x + x * self.sx, self.y + y * self.sy
+        return type(self)(self.img, self.unit, x, y, self.sx * sx, self.sy * sy)
 
     def pixels(self, points: list) -> list:
         "Points in whole pixels of the canvas."
-        units = [(self.x + x * self.sx, self.y + y * self.sy) for x, y in points]
-        return [(round(x * self.unit), round(y * self.unit)) for x, y in units]
+        unit, sx, sy = self.unit, self.sx, self.sy
+        return [(round((self.x + x * sx) * unit), round((self.y + y * sy) * unit)) for x, y in points]
 
     def corners(self, x0, y0, x1, y1) -> list:
         "Upper left and lower right corner of a box in pixels, mirrored or not."
@@ -288,9 +289,8 @@ def draw_trunk(pen: Pen, b: Body):
         pen.line([(b.waist * k, b.y_waist - 4), (b.waist * (k + .22), b.y_waist + 1)], b.trim, .35)
     if kind == 'dress': pen.dash((0, b.y_waist), b.waist, b.trim)
 
-# %% ../nbs/12_drawing.ipynb #44a1cb1d
+# %% ../nbs/12_drawing.ipynb #3e1123e1
 SLEEVES = {'t-shirt': .48, 'tank top': 0, 'dress': .4}  # share of the arm that is covered; .95 for the others
-
 def draw_arm(pen: Pen, b: Body, i: int, dark: float = 1.):
     "Arm `i`, with `dark` as a factor for its colors."
     kind, arm, skin = b.f['upper_type'], b.arms[i], shade(b.skin, dark)

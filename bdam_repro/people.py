@@ -245,27 +245,27 @@ class Measures:
     hip: float
     limb: float       # thickness of arms and legs, 1: average
 
-# %% ../nbs/11_people.ipynb #e87306b8
+# %% ../nbs/11_people.ipynb #a7cdc3ae
 class Body(Measures):
     "What the pen asks of a person."
     @property
     def back(self) -> bool: return self.f['view'] == 'back'
     @property
     def front(self) -> bool: return self.f['view'] == 'front'
-    @property
+    @functools.cached_property
     def leg(self) -> float: return self.foot - self.y_hip    # length of a leg
-    @property
+    @functools.cached_property
     def skin(self) -> tuple: return SKINS[self.f['skin']]
-    @property
+    @functools.cached_property
     def hair(self) -> tuple: return HAIR_COLORS[self.f['hair_color']]
-    @property
+    @functools.cached_property
     def upper(self) -> tuple: return dye(self.f['upper_color'], self.f['upper_tint'])
-    @property
+    @functools.cached_property
     def upper2(self) -> tuple | None:
         "The second color of the upper garment; None if it is plain."
         name = self.f['upper_color2']
         return None if name == 'none' else dye(name, self.f['upper_tint'])
-    @property
+    @functools.cached_property
     def trim(self) -> tuple: return seam_color(self.upper, .55, .3)  # seams and collar of the upper garment
 
     @functools.cached_property
@@ -287,7 +287,7 @@ class Body(Measures):
         "The arm that carries a bag, 0 or 1: the picture's left or right, in a profile the far or near one."
         left = self.f['bag_side'] == 'left'
         return int(left == (self.side < 0)) if self.side else int(left != self.back)
-    @property
+    @functools.cached_property
     def hem(self) -> float:
         "y where the upper garment ends."
         below_hip = {'coat': self.leg * .36, 'dress': self.leg * .4, 'hoodie': 3, 'jacket': 2.5}
