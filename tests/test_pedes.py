@@ -62,7 +62,7 @@ def write(root: Path, layout: str, rows=None, name=None, file=None, images: bool
     return rows
 
 
-# --- the layouts -----------------------------------------------------------------------------------------------------
+# --- the layouts --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('layout', ['cuhk', 'icfg', 'rstp'])
 def test_layout(tmp_path, layout):
@@ -131,7 +131,8 @@ def test_synth(tmp_path, layout):
     folder = tmp_path / 'SynthPEDES'
     (folder / 'synth.json').write_text(json.dumps({'layout': layout, 'n_ids': 7}))
     files = [r.get('file_path', r.get('img_path')) for r in rows]
-    factors = [{'image': f, 'pid': r['id'], 'gender': 'male', 'upper_color': 'red', 'styles': list(range(len(r['captions'])))}
+    known = {'gender': 'male', 'upper_color': 'red'}
+    factors = [{'image': f, 'pid': r['id'], **known, 'styles': list(range(len(r['captions'])))}
                for f, r in zip(files, rows, strict=True)]
     (folder / 'factors.jsonl').write_text('\n'.join(map(json.dumps, factors[::-1])) + '\n')
     ds = load_pedes('synth', tmp_path)
@@ -144,14 +145,15 @@ def test_synth(tmp_path, layout):
 
     factors[0]['styles'] = [0] * 7
     (folder / 'factors.jsonl').write_text('\n'.join(map(json.dumps, factors)))
-    with pytest.raises(UserError, match="'styles' must have an entry for each caption"): load_pedes('synth', tmp_path)
+    with pytest.raises(UserError, match="'styles' must have an entry for each caption"):
+        load_pedes('synth', tmp_path)
     (folder / 'factors.jsonl').write_text('\n'.join(map(json.dumps, factors[1:])))
     with pytest.raises(UserError, match='without factors: 1'): load_pedes('synth', tmp_path)
     (folder / 'synth.json').write_text(json.dumps({'layout': ['cuhk']}))
     with pytest.raises(UserError, match="'layout' must be one of"): load_pedes('synth', tmp_path)
 
 
-# --- bad input: one line, with file and row --------------------------------------------------------------------------
+# --- bad input: one line, with file and row -----------------------------------------------------------------
 
 def _set(i, **kw): return lambda rows: rows[i].update(kw)
 def _drop(i, key): return lambda rows: rows[i].pop(key)
@@ -193,7 +195,8 @@ def test_bad_row(tmp_path, case):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'[{"split": "train", ', 'not JSON'), (b'', 'not JSON'), (b'\x89PNG\r\n', 'not JSON'), (b'[' * 100_000, 'nested too deep'),
+    (b'[{"split": "train", ', 'not JSON'), (b'', 'not JSON'), (b'\x89PNG\r\n', 'not JSON'),
+    (b'[' * 100_000, 'nested too deep'),
     (b'{"a": 1}', 'expected a list'), (b'[]', 'expected a list'), (b'null', 'expected a list'),
     (b'<html>not found</html>', 'not JSON')])
 def test_bad_json(tmp_path, content, message):
@@ -217,7 +220,8 @@ def test_missing_dataset(tmp_path, name):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match="unknown dataset 'cukh': choose one of cuhk, icfg"): load_pedes('cukh', tmp_path)
+    with pytest.raises(UserError, match="unknown dataset 'cukh': choose one of cuhk, icfg"):
+        load_pedes('cukh', tmp_path)
     write(tmp_path, 'rstp', rows_of('rstp', ('train', 'test')))
     with pytest.raises(UserError, match="'val' is empty"): load_pedes('rstp', tmp_path, 'val')
     with pytest.raises(UserError, match="unknown split 'valid'"): load_pedes('rstp', tmp_path, 'valid')
@@ -229,8 +233,10 @@ def test_annotation_without_images_folder(tmp_path):
     with pytest.raises(UserError, match='imgs/'): load_pedes('rstp', tmp_path)
 
 
-parts = st.one_of(st.sampled_from(['..', '.', '', '~', 'a', 'C:', '\0', '\u202e', '\ud800', ' ', '…']), st.text(max_size=6))
-paths = st.builds(lambda sep, p: sep.join(p), st.sampled_from(['/', '\\', '//', '/../']), st.lists(parts, max_size=8))
+odd_parts = st.sampled_from(['..', '.', '', '~', 'a', 'C:', '\0', '\u202e', '\ud800', ' ', '…'])
+parts = st.one_of(odd_parts, st.text(max_size=6))
+separators = st.sampled_from(['/', '\\', '//', '/../'])
+paths = st.builds(lambda sep, p: sep.join(p), separators, st.lists(parts, max_size=8))
 
 
 @given(paths)
@@ -247,7 +253,7 @@ def test_hostile_paths_stay_inside_or_are_refused(file):
     os.path.isfile(joined)                     # asks the disk without raising
 
 
-# --- captions --------------------------------------------------------------------------------------------------------
+# --- captions -----------------------------------------------------------------------------------------------
 
 @given(st.text(max_size=60))
 def test_clean_caption_is_idempotent_on_plain_results(text):
@@ -258,13 +264,16 @@ def test_clean_caption_is_idempotent_on_plain_results(text):
     assert all(w in cleaned for w in words)
 
 
-@given(st.lists(st.sampled_from(['man', 'red', "coat's", 'well-worn,', '(blue)', 'T-shirt.', '2']), min_size=1, max_size=12))
+clean_words = st.sampled_from(['man', 'red', "coat's", 'well-worn,', '(blue)', 'T-shirt.', '2'])
+
+@given(st.lists(clean_words, min_size=1, max_size=12))
 def test_clean_captions_are_left_alone(words):
     assert clean_caption(' '.join(words)) == (' '.join(words), [])
 
 
 @pytest.mark.parametrize('text, expected', [
-    ('A man\\u3002', 'A man.'), ('red\\xa0top', 'red top'), ('a &amp; b', 'a & b'), ('one_x000D_', 'one'), ('x<br/>y</p>', 'x y'),
+    ('A man\\u3002', 'A man.'), ('red\\xa0top', 'red top'), ('a &amp; b', 'a & b'), ('one_x000D_', 'one'),
+    ('x<br/>y</p>', 'x y'),
     ('zero\u200bwidth', 'zerowidth'), ('，ｆｕｌｌ！', ',full!'), ('tab\tnew\nline', 'tab new line'),
     ('\\ud83d\\ude00 ok', '\U0001f600 ok'),
     ('black\\new bag', 'black\\new bag'), ('白色 top', '白色 top'), ('end\\n', 'end')])
@@ -282,10 +291,11 @@ def test_what_was_touched_is_counted_and_what_looks_odd_listed(tmp_path):
     assert ds.check().odd_captions == ['0001.jpg']
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('mode, ext', [
-    ('L', 'png'), ('L', 'jpg'), ('CMYK', 'jpg'), ('P', 'png'), ('P', 'gif'), ('1', 'png'), ('LA', 'png'), ('RGBA', 'png'),
+    ('L', 'png'), ('L', 'jpg'), ('CMYK', 'jpg'), ('P', 'png'), ('P', 'gif'), ('1', 'png'), ('LA', 'png'),
+    ('RGBA', 'png'),
     ('RGB', 'bmp'), ('RGB', 'webp'), ('RGB', 'tif'), ('I;16', 'png')])
 def test_every_mode_becomes_rgb(tmp_path, mode, ext, recwarn):
     path = tmp_path / f'x.{ext}'
@@ -310,7 +320,9 @@ def test_exif_orientation(tmp_path):
 
 def bomb(path: Path, w: int, h: int):
     "A PNG of a few bytes that claims w × h pixels."
-    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    def chunk(kind, data):
+        size, checksum = struct.pack('>I', len(data)), struct.pack('>I', zlib.crc32(kind + data))
+        return size + kind + data + checksum
     header = chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))
     path.write_bytes(b'\x89PNG\r\n\x1a\n' + header + chunk(b'IDAT', zlib.compress(b'')))
 
@@ -325,12 +337,14 @@ def test_broken_pictures(tmp_path):
     (tmp_path / 'text.jpg').write_text('<html>404</html>')
     (tmp_path / 'empty.jpg').write_bytes(b'')
     (tmp_path / 'program.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n')
-    picture(tmp_path / 'other.pcx')           # Pillow knows it, but only the usual formats are tried (EPS starts a program)
+    picture(tmp_path / 'other.pcx')           # Pillow knows it, but only the usual formats are tried
     picture(tmp_path / 'dot.png', size=(1, 1))
-    for name, side in (('big', 8_000), ('bigger', 11_000), ('bomb', 60_000)): bomb(tmp_path / f'{name}.png', side, side)
+    for name, side in (('big', 8_000), ('bigger', 11_000), ('bomb', 60_000)):
+        bomb(tmp_path / f'{name}.png', side, side)
     (tmp_path / 'folder.jpg').mkdir()
     os.mkfifo(tmp_path / 'pipe.jpg')
-    kinds = dict.fromkeys(('cut.jpg', 'cut.png', 'text.jpg', 'empty.jpg', 'program.jpg', 'other.pcx'), 'unreadable')
+    broken = ('cut.jpg', 'cut.png', 'text.jpg', 'empty.jpg', 'program.jpg', 'other.pcx')
+    kinds = dict.fromkeys(broken, 'unreadable')
     kinds |= {'dot.png': 'tiny', 'big.png': 'huge', 'bigger.png': 'huge', 'bomb.png': 'huge'}
     kinds |= dict.fromkeys(('folder.jpg', 'pipe.jpg', 'x' * 300 + '.png', 'nul\x00.png'), 'missing')
     for file, kind in kinds.items():
@@ -366,12 +380,12 @@ def test_links(tmp_path):
     assert ds.image(1).tobytes() == ds.image(2).tobytes()
     report = ds.check()
     assert (report.outside, report.missing) == (['0000.jpg'], ['0003.jpg']) and not report.ok
-    (folder / 'imgs').rename(tmp_path / 'disk')                            # imgs/ itself may live on another disk
+    (folder / 'imgs').rename(tmp_path / 'disk')                     # imgs/ itself may live on another disk
     (folder / 'imgs').symlink_to(tmp_path / 'disk')
     assert load_pedes('rstp', tmp_path).image(2).mode == 'RGB'
 
 
-# --- descriptions ----------------------------------------------------------------------------------------------------
+# --- descriptions -------------------------------------------------------------------------------------------
 
 def described(root: Path, lines: list, end='\n') -> Path:
     path = root / 'RSTPReid/descriptions.jsonl'
@@ -386,7 +400,8 @@ def line(image, identity='A tall man.', clothing='A red coat.', **kw):
 def test_descriptions(tmp_path):
     write(tmp_path, 'rstp')
     path = described(tmp_path, [
-        line('0000.jpg'), line('0001.jpg', status='failed'), line('0002.jpg', None, None, status='failed'), '',
+        line('0000.jpg'), line('0001.jpg', status='failed'),
+        line('0002.jpg', None, None, status='failed'), '',
         line('0003.jpg', 'Old.'), line('0003.jpg', 'New.'), line('0004.jpg', '  ')])
     ds = load_pedes('rstp', tmp_path)
     assert ds.records.id_text.tolist()[:6] == ['A tall man.', None, None, 'New.', None, None]
@@ -433,7 +448,7 @@ def test_bad_descriptions(tmp_path, lines, message):
     assert '\n' not in str(e.value)
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------------------
 
 def official_rows(name: str) -> list[dict]:
     "Rows with exactly the official counts of images, captions and identities."
@@ -442,8 +457,10 @@ def official_rows(name: str) -> list[dict]:
         extra = captions - images * (captions // images)
         for i in range(images):
             n = captions // images + (i < extra)
-            rows.append({'split': split, 'captions': [f'A person who is number {i} in text {k}.' for k in range(n)],
-                         'img_path' if name == 'rstp' else 'file_path': f'cam_{i % 7}/{split}_{i:05d}.jpg', 'id': pid + i % ids})
+            texts = [f'A person who is number {i} in text {k}.' for k in range(n)]
+            path_key = 'img_path' if name == 'rstp' else 'file_path'
+            file = f'cam_{i % 7}/{split}_{i:05d}.jpg'
+            rows.append({'split': split, 'captions': texts, path_key: file, 'id': pid + i % ids})
         pid += ids
     return rows
 
@@ -456,7 +473,9 @@ def test_official_counts(tmp_path, name, capsys):
     report = ds.check(images=False)
     assert report.ok, report
     assert not report.images_checked and 'pictures not opened' in capsys.readouterr().out
-    total = {'cuhk': (40_206, 80_440, 13_003), 'icfg': (54_522, 54_522, 4_102), 'rstp': (20_505, 41_010, 4_101)}[name]
+    totals = {'cuhk': (40_206, 80_440, 13_003), 'icfg': (54_522, 54_522, 4_102),
+              'rstp': (20_505, 41_010, 4_101)}
+    total = totals[name]
     counted = report.counts.loc[['train+val', 'test']] if name == 'icfg' else report.counts
     assert tuple(counted[['images', 'captions', 'ids']].sum()) == total
     assert f'{OFFICIAL[name]["test"][0]:,}' in str(report)
@@ -494,11 +513,13 @@ def test_report_finds_what_is_wrong(tmp_path, capsys):
     assert report.repeated_files == ['0007.jpg']
     assert report.empty_captions == ['0008.jpg', '0010.jpg']
     assert report.repeated_captions == ['0009.jpg']
-    assert (report.missing, report.unreadable, report.tiny, report.huge) == (['0000.jpg'], ['0001.jpg'], ['0002.jpg'], [])
+    assert report.missing == ['0000.jpg'] and report.unreadable == ['0001.jpg']
+    assert report.tiny == ['0002.jpg'] and report.huge == []
     assert [set(s) for s in report.same_bytes] == [{'0004.jpg', '0011.jpg'}]
     printed = capsys.readouterr().out
     assert printed.strip() == str(report) and len(printed.splitlines()) < 25
-    for words in ('identities in more than one split: 1 (0)', 'missing files: 1 (0000.jpg)', '18,505'): assert words in printed
+    for words in ('identities in more than one split: 1 (0)', 'missing files: 1 (0000.jpg)', '18,505'):
+        assert words in printed
     assert not hasattr(report, 'nothing')
 
 
@@ -509,7 +530,8 @@ def test_report_of_a_dataset_that_lost_a_split(tmp_path):
 
 
 def test_dataset_by_hand():
-    records = pd.DataFrame({'split': ['train'], 'pid': [3], 'image_id': [0], 'file': ['a.png'], 'captions': [['x', 'y']]})
+    row = {'split': 'train', 'pid': 3, 'image_id': 0, 'file': 'a.png', 'captions': ['x', 'y']}
+    records = pd.DataFrame([row])
     ds = PedesDataset('rstp', Path('nowhere'), records)
     assert ds.captions.text.tolist() == ['x', 'y'] and len(ds) == 1
     with pytest.raises(ImageError, match=r'a\.png'): ds.image(0)
