@@ -31,11 +31,11 @@ TOKENIZER_FILES = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_ma
 MODEL_FILES = ['config.json', 'preprocessor_config.json', 'model.safetensors', 'model.safetensors.index.json',
                'model-*.safetensors']
 
-# %% ../nbs/04_hub.ipynb #3aa15234
-def hub_folder(spec: str | Path,  # a hub name (with `@revision` to pin it), or a local folder in the hub's format
+# %% ../nbs/04_hub.ipynb #6f656521
+def hub_folder(spec: str | Path,  # a hub name (`@revision` pins it), or a folder in the format of the hub
                files: Sequence[str] = MODEL_FILES,  # patterns of the files to fetch
                ) -> Path:  # the folder that holds them
-    "The local folder behind a name or a path. Raises `UserError` if there is none and the hub is out of reach."
+    "The local folder behind a name or a path. Raises `UserError` if there is none and no hub to ask."
     path, name = Path(spec).expanduser(), HUB_NAMES.get(str(spec), str(spec))
     if path.is_dir(): return path
     is_path = path.is_absolute() or str(spec).startswith(('.', '~')) or name.count('/') > 1
