@@ -16,28 +16,39 @@ from huggingface_hub.errors import (HFValidationError, HfHubHTTPError, LocalEntr
 
 from .config import UserError
 
-# %% ../nbs/04_hub.ipynb #120008
-HUB_NAMES = {'vit-base-patch16-224': 'google/vit-base-patch16-224', 'bert-base-uncased': 'google-bert/bert-base-uncased',
-             'clip-vit-base-patch32': 'openai/clip-vit-base-patch32', 'clip-vit-base-patch16': 'openai/clip-vit-base-patch16',
-             'clip-vit-large-patch14': 'openai/clip-vit-large-patch14'}
-TOKENIZER_FILES = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt', 'vocab.json', 'merges.txt', 'config.json']
-MODEL_FILES = ['config.json', 'preprocessor_config.json', 'model.safetensors', 'model.safetensors.index.json', 'model-*.safetensors']
+# %% ../nbs/04_hub.ipynb #e31d99bd
+HUB_NAMES = {
+    'vit-base-patch16-224': 'google/vit-base-patch16-224',
+    'bert-base-uncased': 'google-bert/bert-base-uncased',
+    'clip-vit-base-patch32': 'openai/clip-vit-base-patch32',
+    'clip-vit-base-patch16': 'openai/clip-vit-base-patch16',
+    'clip-vit-large-patch14': 'openai/clip-vit-large-patch14',
+}
 
-# %% ../nbs/04_hub.ipynb #120009
-def hub_folder(spec: str | Path,  # a hub name (`bert-base-uncased`, with `@revision` to pin it) or a local folder in the hub's format
+# %% ../nbs/04_hub.ipynb #a22bf98f
+TOKENIZER_FILES = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt',
+                   'vocab.json', 'merges.txt', 'config.json']
+MODEL_FILES = ['config.json', 'preprocessor_config.json', 'model.safetensors', 'model.safetensors.index.json',
+               'model-*.safetensors']
+
+# %% ../nbs/04_hub.ipynb #6f656521
+def hub_folder(spec: str | Path,  # a hub name (`@revision` pins it), or a folder in the format of the hub
                files: Sequence[str] = MODEL_FILES,  # patterns of the files to fetch
                ) -> Path:  # the folder that holds them
-    "The local folder behind a hub name or a path. Raises `UserError` when there is none and the hub is out of reach."
-    path = Path(spec).expanduser()
+    "The local folder behind a name or a path. Raises `UserError` if there is none and no hub to ask."
+    path, name = Path(spec).expanduser(), HUB_NAMES.get(str(spec), str(spec))
     if path.is_dir(): return path
-    name = HUB_NAMES.get(str(spec), str(spec))
-    if path.is_absolute() or str(spec).startswith(('.', '~')) or name.count('/') > 1:
-        raise UserError(f"no folder {path}: give a checkpoint's folder, or a name on the hub such as 'bert-base-uncased'")
+    is_path = path.is_absolute() or str(spec).startswith(('.', '~')) or name.count('/') > 1
+    if is_path:
+        either = "a checkpoint's folder, or a name on the hub such as 'bert-base-uncased'"
+        raise UserError(f'no folder {path}: give {either}')
     name, _, revision = name.partition('@')
     try: return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except (RepositoryNotFoundError, HFValidationError) as e:
-        raise UserError(f"'{spec}' is neither a folder here nor a public repository on the hub: check the name") from e
+        what = 'neither a folder here nor a public repository on the hub'
+        raise UserError(f"'{spec}' is {what}: check the name") from e
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        how = 'HF_HUB_OFFLINE is set' if os.environ.get('HF_HUB_OFFLINE') else 'the hub is out of reach'
-        raise UserError(f"cannot fetch '{name}': {how} and it is not in the local cache; download it elsewhere "
-                        f"(`hf download {name}`) and give the folder's path instead of the name") from e
+        offline = os.environ.get('HF_HUB_OFFLINE')
+        how = 'HF_HUB_OFFLINE is set' if offline else 'the hub is out of reach'
+        mend = f"download it elsewhere (`hf download {name}`) and give the folder's path instead of the name"
+        raise UserError(f"cannot fetch '{name}': {how} and it is not in the local cache; {mend}") from e

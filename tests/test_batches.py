@@ -40,7 +40,8 @@ def make_dataset(root, n_ids=10, per_id=4, **columns):
     for i in range(n_ids*per_id):
         Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(root/'imgs'/f'{i}.png')
         pid = i//per_id
-        captions = [f'A {COLORS[pid % 6]} coat, picture {i}, caption {j}.' + ' It is long.'*(i % 5) for j in range(1 + i % 3)]
+        long = ' It is long.'*(i % 5)
+        captions = [f'A {COLORS[pid % 6]} coat, picture {i}, caption {j}.{long}' for j in range(1 + i % 3)]
         split = ('train', 'train', 'train', 'val', 'test')[pid % 5]
         records.append({'split': split, 'pid': pid, 'image_id': i, 'file': f'{i}.png', 'captions': captions}
                        | {name: f(i) for name, f in columns.items()})
@@ -73,7 +74,8 @@ ids_lists = st.lists(st.integers(1, 9), min_size=1, max_size=12)  # images an id
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts=ids_lists, p=st.integers(1, 5), k=st.integers(1, 5), seed=st.integers(0, 9), epoch=st.integers(0, 20))
+@given(counts=ids_lists, p=st.integers(1, 5), k=st.integers(1, 5), seed=st.integers(0, 9),
+       epoch=st.integers(0, 20))
 def test_sampler_laws(counts, p, k, seed, epoch):
     pids = np.repeat(np.arange(len(counts)) + 100, counts)
     if p > len(counts):
@@ -118,8 +120,10 @@ def test_sampler_depends_on_seed_and_epoch():
 
 
 def test_sampler_refuses_what_cannot_be():
-    for kw, words in [(dict(p=3, k=2), 'has 2'), (dict(p=0, k=2), 'p=0'), (dict(p=2, k=2, world=3), '3 processes')]:
-        with pytest.raises(UserError, match=words): PKSampler([1, 1, 2, 2], **kw)
+    pids = [1, 1, 2, 2]
+    with pytest.raises(UserError, match='has 2'): PKSampler(pids, p=3, k=2)
+    with pytest.raises(UserError, match='p=0'): PKSampler(pids, p=0, k=2)
+    with pytest.raises(UserError, match='3 processes'): PKSampler(pids, p=2, k=2, world=3)
 
 
 # ------------------------------------------------------------------ batches
@@ -129,7 +133,7 @@ def test_union_over_ranks_is_the_single_process_batch(dataset, tokenizer):
     parts = [list(make(dataset, tokenizer, rank=r, world=3)) for r in range(3)]
     for batch, *shares in zip(whole, *parts):
         assert torch.equal(torch.cat([s.rows for s in shares]), batch.rows)
-        assert torch.equal(torch.cat([s.images for s in shares]), batch.images)  # the same mirrors, shifts and boxes
+        assert torch.equal(torch.cat([s.images for s in shares]), batch.images)  # mirrors, shifts, boxes
         captions = [ids[m].tolist() for b in shares for ids, m in zip(b.caption_ids, b.caption_mask)]
         assert captions == [ids[m].tolist() for ids, m in zip(batch.caption_ids, batch.caption_mask)]
 
@@ -165,7 +169,8 @@ def test_texts_belong_to_their_images(dataset, tokenizer):
                 flat = lambda t: ''.join(c for c in t.lower() if c.isalnum())
                 assert flat(caption) in {flat(c) for c in record.captions}
                 assert flat(id_text) == flat(record.id_text)
-                assert flat(clo) == flat(record.clo_text if isinstance(record.clo_text, str) else record.captions[0])
+                there = isinstance(record.clo_text, str)
+                assert flat(clo) == flat(record.clo_text if there else record.captions[0])
 
 
 def test_all_captions_are_drawn(dataset, tokenizer):
@@ -179,7 +184,8 @@ def test_all_captions_are_drawn(dataset, tokenizer):
 def test_missing_descriptions_are_counted(dataset, tokenizer):
     train = dataset.records[dataset.records.split == 'train']
     n = train.clo_text.isna().sum()
-    assert make(dataset, tokenizer).note == f'{n} of {len(train)} images have no clo_text: their first caption stands in.'
+    note = f'{n} of {len(train)} images have no clo_text: their first caption stands in.'
+    assert make(dataset, tokenizer).note == note
 
 
 def test_without_descriptions(tmp_path, tokenizer):
@@ -203,14 +209,16 @@ def test_batches_are_cut_to_their_longest_text(dataset, tokenizer):
 def test_images_without_captions_are_left_out_of_training_but_stay_in_the_gallery(tmp_path, tokenizer):
     d = make_dataset(tmp_path/'d')
     d.records.at[1, 'captions'] = []
-    assert 1 not in {r for e in range(3) for b in make(d, tokenizer, id_text='caption', k=4) for r in b.rows.tolist()}
+    loader = make(d, tokenizer, id_text='caption', k=4)
+    assert 1 not in {r for _ in range(3) for b in loader for r in b.rows.tolist()}
     assert 1 in {r for rows, _ in image_batches(d, (32, 16), split='train') for r in rows.tolist()}
     assert 1 not in {r for rows, *_ in text_batches(d, tokenizer, split='train') for r in rows.tolist()}
 
 
 def test_an_empty_split_is_refused(dataset, tokenizer):
     with pytest.raises(UserError, match="split 'query'"): make(dataset, tokenizer, split='query')
-    with pytest.raises(UserError, match="split 'query'"): next(text_batches(dataset, tokenizer, split='query'))
+    texts = text_batches(dataset, tokenizer, split='query')
+    with pytest.raises(UserError, match="split 'query'"): next(texts)
 
 
 def test_evaluation_sees_each_image_and_each_caption_once(dataset, tokenizer):
@@ -218,7 +226,8 @@ def test_evaluation_sees_each_image_and_each_caption_once(dataset, tokenizer):
     rows, images = (torch.cat(x) for x in zip(*image_batches(dataset, (32, 16), batch=3)))
     assert rows.tolist() == test.tolist() and images.shape == (len(test), 3, 32, 16)
     store = ImageStore(dataset, (32, 16), test, cache=True)
-    assert torch.equal(torch.cat([x for _, x in image_batches(dataset, (32, 16), batch=5, images=store)]), images)
+    from_store = [x for _, x in image_batches(dataset, (32, 16), batch=5, images=store)]
+    assert torch.equal(torch.cat(from_store), images)
     owners = [r for rows, *_ in text_batches(dataset, tokenizer, batch=2) for r in rows.tolist()]
     assert owners == [r for r in test for _ in dataset.records.captions[r]]
 
@@ -227,7 +236,8 @@ def test_evaluation_sees_each_image_and_each_caption_once(dataset, tokenizer):
 def test_a_corrupt_image_is_one_line_with_its_name(tmp_path, tokenizer, workers):
     d = make_dataset(tmp_path/'d', n_ids=5, per_id=2)
     (d.root/'imgs'/'3.png').write_bytes(b'\x89PNG nothing')
-    with pytest.raises(UserError) as e: list(make(d, tokenizer, id_text='caption', cache=False, workers=workers))
+    loader = make(d, tokenizer, id_text='caption', cache=False, workers=workers)
+    with pytest.raises(UserError) as e: list(loader)
     assert '3.png' in str(e.value) and '\n' not in str(e.value)
     with pytest.raises(UserError, match=r'3\.png'): make(d, tokenizer, id_text='caption', cache=True)
 
@@ -242,7 +252,8 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
 
 def test_cache_follows_the_budget(dataset):
     n = len(dataset.records)*3*32*16
-    assert ImageStore(dataset, (32, 16), budget=n).cached and not ImageStore(dataset, (32, 16), budget=n - 1).cached
+    assert ImageStore(dataset, (32, 16), budget=n).cached
+    assert not ImageStore(dataset, (32, 16), budget=n - 1).cached
     a, b = ImageStore(dataset, (32, 16), cache=True), ImageStore(dataset, (32, 16), cache=False)
     assert torch.equal(a[[5, 0, 5]], b[[5, 0, 5]])
     with pytest.raises(UserError, match='cache'): ImageStore(dataset, (32, 16), cache='yes')
@@ -301,20 +312,24 @@ def test_augment_leaves_its_input_alone_and_repeats():
 
 # ------------------------------------------------------------------ tokenizers
 
-TEXTS = [f'The {c} {w} of a {s} person, naïve café №' for c in COLORS for w in ('coat', 'dress') for s in ('tall', 'short')]
+TEXTS = [f'The {c} {w} of a {s} person, naïve café №'
+         for c in COLORS for w in ('coat', 'dress') for s in ('tall', 'short')]
 
 
 def test_trained_tokenizer_is_the_same_in_another_process(tmp_path):
     train_tokenizer(TEXTS, tmp_path/'a', vocab_size=150)
-    code = f'from bdam_repro.batches import train_tokenizer\ntrain_tokenizer({TEXTS!r}, {str(tmp_path/"b")!r}, vocab_size=150)'
-    subprocess.run([sys.executable, '-c', code], check=True, env=os.environ | {'PYTHONHASHSEED': '7', 'RAYON_NUM_THREADS': '3'})
+    code = ('from bdam_repro.batches import train_tokenizer\n'
+            f'train_tokenizer({TEXTS!r}, {str(tmp_path/"b")!r}, vocab_size=150)')
+    env = os.environ | {'PYTHONHASHSEED': '7', 'RAYON_NUM_THREADS': '3'}
+    subprocess.run([sys.executable, '-c', code], check=True, env=env)
     assert (tmp_path/'a'/'tokenizer.json').read_bytes() == (tmp_path/'b'/'tokenizer.json').read_bytes()
     assert {f.name for f in tmp_path.iterdir()} == {'a', 'b'}
 
 
 def test_trained_tokenizer_is_berts_kind(tmp_path):
     t = train_tokenizer(TEXTS, tmp_path/'t', vocab_size=200)
-    assert t.convert_ids_to_tokens(t('The RED café')['input_ids']) == ['[CLS]', 'the', 'red', 'cafe', '[SEP]']
+    ids = t('The RED café')['input_ids']
+    assert t.convert_ids_to_tokens(ids) == ['[CLS]', 'the', 'red', 'cafe', '[SEP]']
     assert t.convert_ids_to_tokens(range(5)) == ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
     assert '[UNK]' not in t.tokenize('Quilted jacket, size 42; zip-up?')  # letters the captions never had
     assert len(t) <= 200
@@ -355,7 +370,7 @@ def test_tokens_are_those_of_the_library(tmp_path, kind, max_length):
     ids, mask = encode_texts(t, texts, max_length)
     assert ids.tolist() == want['input_ids'] and mask.int().tolist() == want['attention_mask']
     made = set()
-    for _ in range(2):                                  # by a tokenizer that has been used, and by a fresh one
+    for _ in range(2):                              # by a tokenizer that has been used, and by a fresh one
         again = encode_texts(t, texts, max_length, tmp_path/'kept.safetensors')
         assert torch.equal(ids, again[0]) and torch.equal(mask, again[1])
         made.add((tmp_path/'kept.safetensors').stat().st_mtime_ns)
@@ -385,9 +400,10 @@ def test_hub_out_of_reach_and_wrong_names(tmp_path):
             "for name in ('bert-base-uncased', 'a/b/c', './missing', 'not a name!'):\n"
             "    try: load_tokenizer(name)\n    except UserError as e: print(e)")
     env = os.environ | {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)}
-    lines = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout.splitlines()
+    out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    lines = out.stdout.splitlines()
     assert len(lines) == 4
-    assert 'google-bert/bert-base-uncased' in lines[0] and 'HF_HUB_OFFLINE' in lines[0] and 'folder' in lines[0]
+    for words in ('google-bert/bert-base-uncased', 'HF_HUB_OFFLINE', 'folder'): assert words in lines[0]
     assert 'no folder' in lines[1] and 'no folder' in lines[2] and 'check the name' in lines[3]
 
 
@@ -400,7 +416,8 @@ def test_a_cached_name_works_offline(tmp_path):
     (repo/'refs'/'main').write_text('0'*40)
     (snapshot/'config.json').write_text('{"model_type": "bert"}')
     (snapshot/'vocab.txt').write_text('\n'.join([*SPECIAL_TOKENS, 'red']))
-    code = "from bdam_repro.batches import load_tokenizer\nprint(load_tokenizer('bert-base-uncased')('red')['input_ids'])"
+    code = ("from bdam_repro.batches import load_tokenizer\n"
+            "print(load_tokenizer('bert-base-uncased')('red')['input_ids'])")
     env = os.environ | {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)}
     out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert out.stdout.strip() == '[2, 5, 3]', out.stderr
@@ -421,7 +438,7 @@ def test_long_texts_keep_their_closing_token(tokenizer):
 def test_folder_is_taken_as_it_is(tmp_path): assert hub_folder(tmp_path) == tmp_path
 
 
-# --- a second caption ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ a second caption
 
 def test_a_second_caption_is_another_one_of_the_same_image(dataset, tokenizer):
     captions = dataset.records['captions']
@@ -434,7 +451,8 @@ def test_a_second_caption_is_another_one_of_the_same_image(dataset, tokenizer):
             assert {first, other} <= set(own) and (first != other or len(set(own)) == 1)
     alone = list(make(dataset, tokenizer))
     assert all(b.other_ids is None for b in alone)
-    assert all(torch.equal(a.rows, b.rows) and torch.equal(a.caption_ids, b.caption_ids) for a, b in zip(alone, batches))
+    for a, b in zip(alone, batches, strict=True):
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.caption_ids, b.caption_ids)
 
 
 def test_a_window_in_the_middle_of_the_picture(tmp_path):

@@ -1,4 +1,4 @@
-"SynthPEDES: the same bytes whoever draws, official layouts, honest captions, stated errors, nothing half-written."
+"SynthPEDES: the same bytes whoever draws, official layouts, honest captions, nothing half-written."
 import hashlib
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from bdam_repro import captions, people, synth
-from bdam_repro.captions import STYLES, SYNONYMS, caption, clothing_description, describe_factors, identity_description, visible
+from bdam_repro.captions import STYLES, SYNONYMS, caption, describe_factors, visible
 from bdam_repro.config import UserError
 from bdam_repro.people import CLOTHING_FACTORS, IDENTITY_FACTORS, image_factors, stream
 from bdam_repro.rendering import render
@@ -46,7 +46,7 @@ def crowd():
     return [image_factors(5, i, 0) for i in range(300)]
 
 
-# --- the same bytes ---------------------------------------------------------------------------------------------------------
+# --- the same bytes -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('workers', [2, 3])
 def test_workers_and_repetition_do_not_matter(small, tmp_path, workers):
@@ -55,7 +55,8 @@ def test_workers_and_repetition_do_not_matter(small, tmp_path, workers):
 
 def test_seed_matters(small, tmp_path):
     a, b = tree(small), tree(make(tmp_path, seed=1))
-    assert not {v for k, v in a.items() if k.endswith('.jpg')} & {v for k, v in b.items() if k.endswith('.jpg')}
+    pictures = [{digest for name, digest in files.items() if name.endswith('.jpg')} for files in (a, b)]
+    assert not pictures[0] & pictures[1]
 
 def test_a_person_does_not_depend_on_the_size_of_the_dataset(small, tmp_path):
     big = make(tmp_path, n_ids=14, val_ids=1, test_ids=2)
@@ -78,13 +79,14 @@ def test_render_is_a_function_of_the_factors_alone():
     assert render(json.loads(json.dumps(f))).tobytes() == a  # also after a way through JSON
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 OFFICIAL = {'cuhk': ('reid_raw.json', {'id', 'split', 'captions', 'file_path', 'processed_tokens'}, 1, 2,
                      r'(train|test)_query/p\d+_s\d+\.jpg'),
             'icfg': ('ICFG-PEDES.json', {'id', 'split', 'captions', 'file_path', 'processed_tokens'}, 0, 1,
                      r'(train|test)/\d{4}/\d{4}_\d{3}_\d{2}_\w+\.jpg'),
-            'rstp': ('data_captions.json', {'id', 'split', 'captions', 'img_path'}, 0, 2, r'\d{4}_c\d+_\d{4}\.jpg')}
+            'rstp': ('data_captions.json', {'id', 'split', 'captions', 'img_path'}, 0, 2,
+                     r'\d{4}_c\d+_\d{4}\.jpg')}
 
 @pytest.mark.parametrize('layout', OFFICIAL)
 def test_layout(tmp_path, layout):
@@ -93,14 +95,17 @@ def test_layout(tmp_path, layout):
     rows = json.loads((folder/file).read_text())
     assert len(rows) == 20 and all(set(r) == keys for r in rows)
     assert min(r['id'] for r in rows) == first and len({r['id'] for r in rows}) == 10
-    assert all(len(r['captions']) == captions and all(isinstance(c, str) and c.strip() for c in r['captions']) for r in rows)
+    for r in rows:
+        assert len(r['captions']) == captions
+        assert all(isinstance(c, str) and c.strip() for c in r['captions'])
     ids = {s: {r['id'] for r in rows if r['split'] == s} for s in ('train', 'val', 'test')}
     assert [len(ids[s]) for s in ids] == ([7, 0, 3] if layout == 'icfg' else [5, 2, 3])
     assert not ids['train'] & ids['test']
     paths = [r.get('file_path') or r['img_path'] for r in rows]
     assert len(set(paths)) == 20 and all(re.fullmatch(pattern, p) for p in paths)
     assert {p.relative_to(folder/'imgs').as_posix() for p in (folder/'imgs').rglob('*.jpg')} == set(paths)
-    for file in ('factors.jsonl', 'descriptions.jsonl'): assert [r['image'] for r in jsonl(folder/file)] == paths
+    assert [r['image'] for r in jsonl(folder/'factors.jsonl')] == paths
+    assert [r['image'] for r in jsonl(folder/'descriptions.jsonl')] == paths
     assert [r['pid'] for r in jsonl(folder/'factors.jsonl')] == [r['id'] for r in rows]
     if layout != 'rstp': assert all(len(r['processed_tokens']) == len(r['captions']) for r in rows)
 
@@ -115,13 +120,15 @@ def test_pictures_have_the_size_asked_for(tmp_path):
 
 def test_synth_json_names_everything(small):
     spec = json.loads((small/'synth.json').read_text())
-    assert spec['layout'] == 'cuhk' and spec['n_ids'] == 10 and spec['version'] == people.VERSION and spec['error_rate'] == .05
+    assert spec['layout'] == 'cuhk' and spec['n_ids'] == 10
+    assert spec['version'] == people.VERSION and spec['error_rate'] == .05
 
 def test_description_schema(small):
-    keys = {'image', 'identity', 'clothing', 'attributes', 'style', 'model', 'prompt_hash', 'seed', 'tries', 'tokens', 'cost',
-            'latency', 'status', 'reason'}
+    keys = {'image', 'identity', 'clothing', 'attributes', 'style', 'model', 'prompt_hash', 'seed', 'tries',
+            'tokens', 'cost', 'latency', 'status', 'reason'}
     for r in jsonl(small/'descriptions.jsonl'):
-        assert set(r) == keys and r['status'] == 'ok' and r['model'] == 'synth' and r['identity'] and r['clothing']
+        assert set(r) == keys and r['identity'] and r['clothing']
+        assert r['status'] == 'ok' and r['model'] == 'synth'
 
 
 # --- factors --------------------------------------------------------------------------------------------------
@@ -165,10 +172,11 @@ def test_every_garment_can_be_drawn_from_every_side(view):
         for value in values: assert np.asarray(render(base, **{factor: value})).std() > 10
 
 
-# --- captions ---------------------------------------------------------------------------------------------------------------
+# --- captions -------------------------------------------------------------------------------------
 
 def test_captions_are_deterministic(crowd):
-    for s in range(len(STYLES)): assert caption(crowd[0], s, stream(1, 2)) == caption(crowd[0], s, stream(1, 2))
+    for s in range(len(STYLES)):
+        assert caption(crowd[0], s, stream(1, 2)) == caption(crowd[0], s, stream(1, 2))
 
 HIDDEN = [(dict(view='back', glasses=True), words_of('glasses')),
           (dict(view='back', beard=True, gender='man'), words_of('beard')),
@@ -187,10 +195,11 @@ def test_what_is_hidden_is_not_mentioned(crowd, changes, words, style):
 
 @pytest.mark.parametrize('style', range(12))
 def test_captions_say_what_is_there(crowd, style):
-    "Without mistakes the color and kind of the upper garment are in the caption, and no color that the picture lacks."
+    "Without mistakes a caption names color and kind of the upper garment, and no color that is not there."
     for i, f in enumerate(crowd[:100]):
         text = caption(f, style, stream(3, i), mistakes=0)
-        assert speaks_of(text, words_of(f['upper_type'])) and speaks_of(text, words_of(f['upper_color'])), text
+        assert speaks_of(text, words_of(f['upper_type'])), text
+        assert speaks_of(text, words_of(f['upper_color'])), text
         there = words_of(*[str(v) for v in visible(f).values()])
         named = [w for w in speaks_of(text, words_of(*people.COLORS)) if not any(w in t for t in there)]
         assert not named, (named, text)
@@ -206,30 +215,31 @@ def test_length_and_mistakes_of_captions(crowd):
     lengths = [[len(caption(f, s, stream(5, i)).split()) for i, f in enumerate(crowd)] for s in range(12)]
     means = np.mean(lengths, axis=1)
     assert 20 < means.mean() < 35 and means.max() / means.min() > 2  # the terse and the wordy
-    same = np.mean([caption(f, 0, stream(6, i), mistakes=0) == caption(f, 0, stream(6, i), mistakes=1) for i,
-                    f in enumerate(crowd)])
-    assert same < .02
+    right, wrong = ([caption(f, 0, stream(6, i), mistakes=m) for i, f in enumerate(crowd)] for m in (0, 1))
+    assert np.mean([a == b for a, b in zip(right, wrong)]) < .02
 
 def test_styles_differ_in_more_than_words(crowd):
     "The first word alone, content words aside, splits the annotators into several groups."
-    first = {s: {caption(f, s, stream(7, i)).split()[0].lower() for i, f in enumerate(crowd[:40])} for s in (0, 3, 4, 7, 8, 9)}
+    first = {}
+    for s in (0, 3, 4, 7, 8, 9):
+        first[s] = {caption(f, s, stream(7, i)).split()[0].lower() for i, f in enumerate(crowd[:40])}
     common = [set.intersection(first[a], first[b]) for a in first for b in first if a < b]
     assert np.mean([len(c) for c in common]) < 2
 
 
-# --- descriptions -----------------------------------------------------------------------------------------------------------
+# --- descriptions ---------------------------------------------------------------------------------
 
-GARMENTS = words_of(*people.UPPER, 'dress', *people.LOWER['woman'], *people.SHOES, *list(people.BAGS)[1:], *list(people.HATS)[1:],
-                    'scarf', 'shoes', 'hat', 'bag')
-BODIES = words_of('man', 'woman', 'boy', 'girl', 'young', 'middle-aged', 'elderly', 'glasses', 'beard', 'hair', 'skin', 'he',
-                  'she', 'his', 'her', 'tall')
+GARMENTS = words_of(*people.UPPER, 'dress', *people.LOWER['woman'], *people.SHOES, *list(people.BAGS)[1:],
+                    *list(people.HATS)[1:], 'scarf', 'shoes', 'hat', 'bag')
+BODIES = words_of('man', 'woman', 'boy', 'girl', 'young', 'middle-aged', 'elderly', 'glasses', 'beard',
+                  'hair', 'skin', 'he', 'she', 'his', 'her', 'tall')
 
 @pytest.mark.parametrize('style', [None, *range(12)])
 def test_descriptions_are_pure(crowd, style):
     for i, f in enumerate(crowd[:80]):
-        identity, clothing = identity_description(f, stream(8, i), .3, style), clothing_description(f, stream(8, i), .3, style)
-        assert not speaks_of(identity, GARMENTS), identity
-        assert not speaks_of(clothing, BODIES), clothing
+        answer = describe_factors(f, stream(8, i), .3, style)
+        assert not speaks_of(answer['identity'], GARMENTS), answer['identity']
+        assert not speaks_of(answer['clothing'], BODIES), answer['clothing']
 
 @pytest.mark.parametrize('rate', [0, .05, .5, 1])
 def test_error_rate_is_what_is_stated(crowd, rate):
@@ -241,16 +251,17 @@ def test_error_rate_is_what_is_stated(crowd, rate):
 def test_describe_again(small, tmp_path):
     before = (small/'descriptions.jsonl').read_bytes()
     assert rewrite_descriptions(small, .05, 0, out=tmp_path/'same.jsonl').read_bytes() == before
-    noisy, styled = (jsonl(rewrite_descriptions(small, out=tmp_path/f'{n}.jsonl', **kw)) for n,
-                     kw in (('a', dict(error_rate=1.)), ('b', dict(style='random', seed=3))))
-    clean = jsonl(rewrite_descriptions(small, error_rate=0, out=tmp_path/'clean.jsonl'))
-    assert all(r['attributes'][k] != o['attributes'][k] for r, o in zip(noisy, clean) for k in o['attributes'])
+    def again(**kw): return jsonl(rewrite_descriptions(small, out=tmp_path/'again.jsonl', **kw))
+    noisy, clean, styled = again(error_rate=1.), again(error_rate=0), again(style='random', seed=3)
+    for wrong, right in zip(noisy, clean):
+        assert all(wrong['attributes'][k] != v for k, v in right['attributes'].items())
     assert len({r['style'] for r in styled}) > 3 and {r['style'] for r in noisy} == {None}
     chosen = {r['image']: i % 12 for i, r in enumerate(styled)}
-    assert [r['style'] for r in jsonl(rewrite_descriptions(small, style=chosen, out=tmp_path/'c.jsonl'))] == list(chosen.values())
+    assert [r['style'] for r in again(style=chosen)] == list(chosen.values())
     assert (small/'descriptions.jsonl').read_bytes() == before
 
-@pytest.mark.parametrize('kw', [dict(error_rate=1.5), dict(error_rate='x'), dict(style=12), dict(style='odd'), dict(style={})])
+@pytest.mark.parametrize('kw', [dict(error_rate=1.5), dict(error_rate='x'), dict(style=12), dict(style='odd'),
+                                dict(style={})])
 def test_bad_descriptions_are_refused(small, tmp_path, kw):
     with pytest.raises(UserError) as e: rewrite_descriptions(small, out=tmp_path/'d.jsonl', **kw)
     assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
@@ -259,15 +270,14 @@ def test_describing_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match=r'factors\.jsonl'): rewrite_descriptions(tmp_path)
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
-BAD = [dict(layout='market'), dict(n_ids=0), dict(n_ids=1), dict(n_ids='many'), dict(n_ids=2.5), dict(images_per_id=0),
-       dict(images_per_id=65), dict(seed=-1),
-       dict(val_ids=5, test_ids=5), dict(val_ids=-1), dict(size=(8, 8)), dict(size=64), dict(size=(64,)), dict(error_rate=-.1),
-       dict(mistakes=2), dict(n_styles=13),
-       dict(n_styles=0), dict(captions_per_image=-1), dict(captions_per_image=0), dict(workers=0), dict(workers='all'),
-       dict(folder='../x'), dict(folder=''),
-       dict(clothes_change='yes')]
+BAD = [dict(layout='market'), dict(n_ids=0), dict(n_ids=1), dict(n_ids='many'), dict(n_ids=2.5),
+       dict(images_per_id=0), dict(images_per_id=65), dict(seed=-1),
+       dict(val_ids=5, test_ids=5), dict(val_ids=-1), dict(size=(8, 8)), dict(size=64), dict(size=(64,)),
+       dict(error_rate=-.1), dict(mistakes=2), dict(n_styles=13), dict(n_styles=0),
+       dict(captions_per_image=-1), dict(captions_per_image=0), dict(workers=0), dict(workers='all'),
+       dict(folder='../x'), dict(folder=''), dict(clothes_change='yes')]
 
 @pytest.mark.parametrize('kw', BAD, ids=str)
 def test_bad_arguments(tmp_path, kw):
@@ -320,7 +330,8 @@ def test_a_failing_worker_is_reported(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 def test_kill_in_the_middle(tmp_path):
-    code = f'from bdam_repro.synth import make_synth; make_synth({str(tmp_path)!r}, n_ids=3000, workers=2, progress=False)'
+    code = ('from bdam_repro.synth import make_synth\n'
+            f'make_synth({str(tmp_path)!r}, n_ids=3000, workers=2, progress=False)')
     p = subprocess.Popen([sys.executable, '-c', code], cwd=Path(synth.__file__).parents[1])
     for _ in range(600):
         if len(list(tmp_path.rglob('*.jpg'))) > 30: break
@@ -329,7 +340,7 @@ def test_kill_in_the_middle(tmp_path):
     p.wait()
     assert list(tmp_path.rglob('*.jpg')) and not (tmp_path/'SynthPEDES').exists()
     drawn = -1
-    while drawn != (drawn := len(list(tmp_path.rglob('*.jpg')))): time.sleep(1)  # the other worker sees its caller gone
+    while drawn != (drawn := len(list(tmp_path.rglob('*.jpg')))): time.sleep(1)  # the other worker stops
     left = next(tmp_path.iterdir())
     os.utime(left, (0, 0))  # a while later
     folder = make(tmp_path)
