@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from .config import UserError
 from .synth import Spec, picture_rows
 from .lexicon import LEXICON
-from .mllm import SlidingWindow, _retry_after, redact
-from .describe import _keep, _run_sync
+from .mllm import redact, retry_after
+from .describe import SlidingWindow, keep_client, run_sync
 
 # %% ../nbs/26_generalize.ipynb #210008
 PLACEHOLDER = {'gender': 'PERSON', 'skin': 'BODY', 'hair': 'BODY', 'body': 'BODY', 'color': 'COLOR', 'worn': 'ITEM', 'upper': 'ITEM', 'lower': 'ITEM',
@@ -106,7 +106,7 @@ def _read_cache(path: Path) -> dict[str, dict]:
 def _patience():
     "tenacity's wait: what `Retry-After` says, and exponential backoff with jitter on top."
     backoff = wait_random_exponential(max=30)
-    return lambda state: _retry_after(getattr(getattr(state.outcome.exception(), 'response', None), 'headers', {})) + backoff(state)
+    return lambda state: retry_after(getattr(getattr(state.outcome.exception(), 'response', None), 'headers', {})) + backoff(state)
 
 async def _rewrite(client: openai.AsyncOpenAI, model: str, caption: str, limiter: SlidingWindow) -> dict:
     "One caption: the answer, checked."
@@ -136,8 +136,8 @@ def generalize_with(client: openai.AsyncOpenAI,  # of `describe.make_client()`
         cache.parent.mkdir(parents=True, exist_ok=True)
         with open(cache, 'a+b') as out:
             if out.tell() and out.seek(-1, 2) >= 0 and out.read(1) != b'\n': out.write(b'\n')   # behind a line cut in half
-            _keep(client)
-            _run_sync(_rewrite_all(client, model, todo, rows, out, concurrency, SlidingWindow(rpm), progress))
+            keep_client(client)
+            run_sync(_rewrite_all(client, model, todo, rows, out, concurrency, SlidingWindow(rpm), progress))
     except openai.OpenAIError as e:
         raise UserError(f'stopped: {redact(str(e), client.api_key)[:200]}. {len(rows)} answers are kept in {cache}; run again to go on.') from None
     except OSError as e: raise UserError(f'{cache}: cannot be written ({e.strerror}); choose another cache') from None
