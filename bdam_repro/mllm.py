@@ -9,7 +9,7 @@ __all__ = ['SYSTEM', 'QUESTION', 'IN_STYLE', 'prompt_texts', 'draw_style', 'prom
            'status_problem', 'silence_problem', 'Answer', 'guess_tokens', 'most_prompt_tokens', 'read_answer',
            'ask_server', 'judge_answer', 'again_messages', 'History']
 
-# %% ../nbs/23_mllm.ipynb #d28b8eb5
+# %% ../nbs/23_mllm.ipynb #70aa27a5
 import asyncio
 import base64
 import hashlib
@@ -28,8 +28,8 @@ from typing import Annotated, NamedTuple
 import aiohttp
 import openai
 from PIL import Image
-from pydantic import (BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator,
-                      model_serializer, model_validator)
+from pydantic import (BaseModel, BeforeValidator, ConfigDict, SkipValidation, ValidationError,
+                      field_validator, model_serializer, model_validator)
 
 from .config import UserError
 from .lexicon import (SCHEMA, _REFUSAL, Description, Policy, Rejected, check_description,
@@ -130,7 +130,7 @@ def _options_error(e: ValidationError) -> Exception:
     if first['type'] == 'extra_forbidden': return TypeError(f'unexpected option {name!r}')
     return UserError(f'{name} is {first["input"]!r}: {first["msg"].lower()}.')
 
-# %% ../nbs/23_mllm.ipynb #9d39fd64
+# %% ../nbs/23_mllm.ipynb #f863aad0
 class DescribeSettings(BaseModel):
     "The options that all ways to ask an MLLM share. Raises `UserError` for a value that cannot be meant."
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -138,7 +138,7 @@ class DescribeSettings(BaseModel):
     images_dir: Path                        # the folder that the image files are relative to
     policy: Policy = Policy()               # what a description must be
     styles: Annotated[list[list[str]], BeforeValidator(check_styles)] = []   # example captions of each style
-    limit: int | None = None                # only the first so many images
+    limit: SkipValidation[int | None] = None   # only the first so many images; checked with the records
     temperature: int | float | None = 0.7   # None: the server's own
     max_tokens: Annotated[int, whole_number(16, 100_000)] = 400   # of an answer
     retries: Annotated[int, whole_number(0, 20)] = 3              # how often a rejected answer is asked again
