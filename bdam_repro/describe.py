@@ -269,10 +269,11 @@ async def describe_image(run: DescribeRun, image: str) -> None:
     cost, seconds = s.cost(history.prompt_tokens, history.completion_tokens), time.monotonic() - start
     record_image(run, image, description, reason, history, cost, round(seconds, 3))
 
-# %% ../nbs/24_describe.ipynb #ff4c0bca
+# %% ../nbs/24_describe.ipynb #f174e45b
 def advance_bar(run: DescribeRun, bar: tqdm) -> None:
     "Show how far the run is, its failures and its money."
     bar.update(run.report.skipped + run.report.ok + run.report.failed - bar.n)
+    if bar.disable: return
     money = {'$': f'{run.journal.cost:.4f}'} if run.settings.prices else {}
     bar.set_postfix({'failed': run.report.failed} | money, refresh=False)
 
