@@ -1,7 +1,7 @@
 """Throughput, rate limit and memory of `describe` against a local server.
 
-    python benchmarks/bench_describe.py throughput   # 1,000 images, 100 ms each; sequential measured on 50, scaled
-    python benchmarks/bench_describe.py rate         # 600 requests per minute; the busiest by the server's clock
+    python benchmarks/bench_describe.py throughput   # 1,000 images of 100 ms; the loop measured on 50
+    python benchmarks/bench_describe.py rate         # 600 requests per minute, by the server's clock
     python benchmarks/bench_describe.py memory       # peak RSS after 1,000 and 8,000 images
 
 The sequential loop is a script without this module: openai's plain client, one request after another,
@@ -22,8 +22,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from test_describe import QUICK, SPAWN, _peak, busiest, pictures, serving  # noqa: E402
 
 from bdam_repro.describe import describe  # noqa: E402
-from bdam_repro.lexicon import Policy
-from bdam_repro.mllm import first_messages, image_url, judge_answer
+from bdam_repro.lexicon import Policy  # noqa: E402
+from bdam_repro.mllm import first_messages, image_url, judge_answer  # noqa: E402
 
 
 def sequential(server, files, imgs):

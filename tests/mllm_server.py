@@ -2,9 +2,9 @@
 
     python mllm_server.py settings.json log.jsonl
 
-It prints its port, answers `/v1/chat/completions`, `/v1/files`, `/v1/batches`, and writes one line to the log per
-request it has finished with:
-`{"t": arrival, "end": ..., "image": sha1 of the data URL, "kind": "good" or the fault, "n": times asked so far}`.
+It prints its port, answers `/v1/chat/completions`, `/v1/files`, `/v1/batches`, and writes one line to the log
+per request it has finished with:
+`{"t": arrival, "end": ..., "image": sha1 of the data URL, "kind": "good" or the fault, "n": times asked}`.
 What it says about an image depends on the image alone. Which fault comes depends on the image and on `n`.
 """
 

@@ -640,7 +640,7 @@ def test_batches_survive_kills_without_being_paid_twice(tmp_path):
         log = server.log()
     table, of = read_journal(tmp_path / 'b.jsonl'), digests(tmp_path / 'imgs', records)
     assert len(table) == n and report.skipped + report.ok + report.failed == n
-    # the first image goes alone: a kill between its answer and its line costs that one answer, as in `describe`
+    # the first image goes alone: a kill between its answer and its line costs one answer, as in `describe`
     first = next(i for i, e in enumerate(log) if e['kind'] == 'batch')
     alone = [e for e in log[:first] if e['image'] == of['00000.png'] and e['kind'] == 'good']
     kills = [when for when, there in lines_at if '00000.png' not in there]
