@@ -105,7 +105,7 @@ class OnlineSettings(DescribeSettings):
         if seconds > 0: return seconds
         raise UserError(f'{info.field_name} is {seconds!r}: give a number of seconds above 0.')
 
-# %% ../nbs/24_describe.ipynb #8e34fc43
+# %% ../nbs/24_describe.ipynb #a102e3bb
 class StopRun(Exception):
     "The run is ending; leave the image for the next one."
 
@@ -136,7 +136,8 @@ class DescribeRun:
 def start_run(client: openai.AsyncOpenAI, journal: Journal, settings: OnlineSettings) -> DescribeRun:
     "A run on an open journal; the largest prompt of earlier runs is known from its lines."
     report, limiter = Report(), SlidingWindow(settings.rpm, settings.tpm, settings.window)
-    server = Server(client, settings, settings.timeout, largest_prompt=journal.worst, notes=report.notes)
+    server = Server(client, settings, settings.timeout, notes=report.notes)
+    server.largest_prompt = journal.worst
     return DescribeRun(server, journal, settings, limiter, report, settings.hashes())
 
 # %% ../nbs/24_describe.ipynb #5da2d3ff
@@ -300,9 +301,9 @@ async def _probe_server(run: DescribeRun, images: Iterator[str], bar: tqdm) -> N
         run.halt(f'the server refuses every request ({words}):'
                  f' does the model "{run.settings.model}" read images?')
 
-# %% ../nbs/24_describe.ipynb #c555dd26
+# %% ../nbs/24_describe.ipynb #34a3eace
 async def _wind_down(run: DescribeRun, tasks: list[asyncio.Task], grace: float) -> None:
-    "Cancel the workers that wait for nothing paid for; give the others `grace` seconds."
+    "Cancel the workers that have no request under way; give the others `grace` seconds."
     for task in tasks:
         if task not in run.in_flight: task.cancel()
     if tasks: await asyncio.wait(tasks, timeout=grace)
