@@ -130,7 +130,7 @@ def _options_error(e: ValidationError) -> Exception:
     if first['type'] == 'extra_forbidden': return TypeError(f'unexpected option {name!r}')
     return UserError(f'{name} is {first["input"]!r}: {first["msg"].lower()}.')
 
-# %% ../nbs/23_mllm.ipynb #f863aad0
+# %% ../nbs/23_mllm.ipynb #b36db055
 class DescribeSettings(BaseModel):
     "The options that all ways to ask an MLLM share. Raises `UserError` for a value that cannot be meant."
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -154,7 +154,7 @@ class DescribeSettings(BaseModel):
         try: super().__init__(**given)
         except ValidationError as e: error = _options_error(e)
         else: return
-        raise error
+        raise error     # outside of `except`: one line, without pydantic's report behind it
 
     @field_validator('model', mode='before')
     @classmethod
