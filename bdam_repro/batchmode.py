@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .config import UserError, atomic_path
 from .lexicon import Policy, Rejected
 from .journal import Journal, Report
-from .offline import _image_rows
+from .offline import rows_to_describe
 from .mllm import (SlidingWindow, _Run, _body, _book_tokens, _cost, _exemplars, _most, _record,
                              _used_up, _words, again_messages, first_messages, image_url, judge_answer,
                              prompt_hash, redact)
@@ -187,7 +187,7 @@ async def describe_batch_async(
     out, images_dir, styles = Path(out), Path(images_dir), _check_styles(styles)
     s = dict(temperature=temperature, max_tokens=max_tokens, retries=retries, seed=seed, timeout=600.0, backoff=1.0, max_side=max_side, prices=prices, budget=budget)
     _check_settings(model, images_dir, concurrency=1, rpm=None, tpm=None, window=60, **s)
-    rows = _image_rows(records, limit)['file']
+    rows = rows_to_describe(records, limit)['file']
     if dry_run: return print_estimate(estimate_cost(rows, out, policy=policy, styles=styles, max_tokens=max_tokens, prices=prices, batch=True))
     hashes = [prompt_hash(policy, exemplars, temperature) for exemplars in styles or [()]]
     with Journal(out, records['file'], {(model, h, seed) for h in hashes}, retry_failed) as journal:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .config import UserError
 from .lexicon import Policy
 from .journal import Journal, Report, read_journal
-from .offline import _image_rows
+from .offline import rows_to_describe
 from .mllm import (SlidingWindow, _Run, _Stop, _cost, _describe_image, _guess_tokens,
                              first_messages, prompt_hash)
 
@@ -136,7 +136,7 @@ async def describe_async(
     s = {k: v for k, v in locals().items() if k in _SETTINGS}
     _check_settings(model, images_dir, concurrency=concurrency, rpm=rpm, tpm=tpm, window=window, **{k: s[k] for k in s if k != 'breaker'})
     s['breaker'] = breaker or max(5, 4 * concurrency)
-    rows = _image_rows(records, limit)['file']
+    rows = rows_to_describe(records, limit)['file']
     if dry_run: return print_estimate(estimate_cost(rows, out, policy=policy, styles=styles, concurrency=concurrency, rpm=rpm, tpm=tpm, max_tokens=max_tokens, prices=prices))
     hashes = [prompt_hash(policy, exemplars, temperature) for exemplars in styles or [()]]
     with Journal(out, records['file'], {(model, h, seed) for h in hashes}, retry_failed) as journal:

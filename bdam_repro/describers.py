@@ -21,7 +21,7 @@ from .config import ROOT, UserError, given_names
 from .pedes import PedesDataset
 from .lexicon import LEXICON, Policy, spoken_of
 from .journal import Report
-from .offline import _image_rows, describe_split, describe_synth
+from .offline import rows_to_describe, describe_split, describe_synth
 from .mllm import make_client
 from .describe import Estimate, _check_styles, describe, print_estimate
 from .batchmode import describe_batch
@@ -158,6 +158,6 @@ def describe_dataset(ds: PedesDataset, p: DescribeParameters) -> tuple[Report | 
         settings, client = _settings(p, ds.images_dir), None if p.dry_run else make_client()      # an estimate needs no key
         if p.batch: return describe_batch(ds.records, client, out, **settings), out
         return describe(ds.records, client, out, **settings, concurrency=p.concurrency, rpm=p.rpm, tpm=p.tpm, timeout=p.timeout), out
-    if p.dry_run: return print_estimate(Estimate(len(_image_rows(ds.records, p.limit)), 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
+    if p.dry_run: return print_estimate(Estimate(len(rows_to_describe(ds.records, p.limit)), 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
     if describer == 'split': return describe_split(ds.records, out, limit=p.limit, ethnicity=p.ethnicity), out
     return describe_synth(ds.root, out, error_rate=p.error_rate, seed=p.seed, limit=p.limit), out

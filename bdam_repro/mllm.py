@@ -28,9 +28,9 @@ from PIL import Image
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from .config import UserError
-from .lexicon import (SCHEMA, _REFUSAL, Description, Policy, Rejected, check_description,
+from .lexicon import (SCHEMA, Description, Policy, Rejected, check_description, is_refusal,
                                 parse_answer)
-from .journal import Journal, Report, _line
+from .journal import Journal, JournalLine, Report
 
 # %% ../nbs/23_mllm.ipynb #200026
 SYSTEM = '''You describe one pedestrian for a person-retrieval dataset, as JSON.
@@ -190,7 +190,7 @@ class _Run:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     fatal: str | None = None           # the error that ended the run
 
-    def __post_init__(self): self.worst = self.journal.worst
+    def __post_init__(self): self.worst = self.journal.largest_prompt
 
     def halt(self, why: str, fatal: bool = True) -> None:
         "End the run: no new request; those under way are waited for."
@@ -363,7 +363,7 @@ def judge_answer(answer: dict,  # a chat completion
     text = redact(choice['message'].get('content') or '', key)
     if choice['message'].get('refusal') or choice.get('finish_reason') == 'content_filter': raise Rejected('refusal: the model declines')
     if choice.get('finish_reason') == 'length': raise Rejected('truncated: the answer reached max_tokens')
-    if '{' not in text and _REFUSAL.search(text.replace('’', "'")): raise Rejected('refusal: the model declines')
+    if '{' not in text and is_refusal(text): raise Rejected('refusal: the model declines')
     d = parse_answer(text)
     check_description(d, policy)
     if not policy.ethnicity: d.identity_attributes.skin = None
@@ -394,7 +394,7 @@ def _record(run: _Run, image: str, d: Description | None, reason: str | None, **
         'identity': d.identity_attributes.model_dump(), 'clothing': d.clothing_attributes.model_dump()}}
     style, _ = _exemplars(run, image)
     stamp = {'style': style, 'model': run.model, 'prompt_hash': run.hashes[style or 0], 'seed': run.settings['seed']}
-    run.journal.append(_line(image, **texts, **stamp, **values, status='failed' if d is None else 'ok', reason=reason))
+    run.journal.append(JournalLine(image, **texts, **stamp, **values, status='failed' if d is None else 'ok', reason=reason))
     run.report.count(reason)
 
 # %% ../nbs/23_mllm.ipynb #200088
