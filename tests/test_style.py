@@ -16,7 +16,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from bdam_repro import generalize as G
 from bdam_repro.config import VARIANTS, UserError
-from bdam_repro.generalize import generalize, generalize_with, placeholder, synth_captions
+from bdam_repro.generalize import embed_styles, generalize, generalize_with, placeholder, synth_captions
 from bdam_repro.journal import read_journal
 from bdam_repro.lexicon import Policy
 from bdam_repro.mllm import SlidingWindow, prompt_texts
@@ -26,7 +26,6 @@ from bdam_repro.style import (
     cluster_styles,
     compare_methods,
     dbcv,
-    embed_styles,
     eps_sweep,
     style_descriptions,
     style_prompts,
