@@ -855,7 +855,8 @@ def test_split_survives_whatever_people_write(tmp_path):
         'and and and',
         'MAN IN RED SHIRT AND BLUE JEANS',
     ]
-    records = pd.DataFrame({'file': [f'{i}.jpg' for i in range(len(odd) + 1)], 'captions': [[c] for c in odd] + [[]]})
+    captions = [[c] for c in odd] + [[]]
+    records = pd.DataFrame({'file': [f'{i}.jpg' for i in range(len(captions))], 'captions': captions})
     report = describe_split(records, tmp_path / 'd.jsonl')
     table = read_journal(tmp_path / 'd.jsonl')
     assert report.ok + report.failed == len(records) == len(table) and report.ok >= 2
@@ -870,7 +871,8 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path):
     "Not even one of a single line, which an annotation file may be."
     records = pictures(tmp_path / 'imgs', 2, size=16)
     other = tmp_path / 'reid_raw.json'
-    for content in (b'[{"split": "train", "id": 1}]', b'[1]\n', b'some words', b'{"image": "0.jpg"\n{"image": "1.jpg"}x\n'):
+    broken_twice = b'{"image": "0.jpg"\n{"image": "1.jpg"}x\n'
+    for content in (b'[{"split": "train", "id": 1}]', b'[1]\n', b'some words', broken_twice):
         other.write_bytes(content)
         with pytest.raises(UserError, match=r'reid_raw\.json'):
             describe_split(records.assign(captions=[['A man in red.']] * 2), other)
