@@ -35,7 +35,8 @@ from bdam_repro.synth import make_synth
 NAMES = {'PERSON', 'BODY', 'ITEM', 'COLOR', 'TRAIT'}
 
 # ---- captions without content ------------------------------------------------------------------------------
-who = st.sampled_from(['man', 'lady', 'boy', 'tall girl', 'young slim woman', 'gentleman', 'middle-aged man'])
+who = st.sampled_from([
+    'man', 'lady', 'boy', 'tall girl', 'young slim woman', 'gentleman', 'middle-aged male'])
 colors = st.sampled_from(['red', 'dark blue', 'navy', 'light-gray', 'khaki', 'black'])
 garments = st.sampled_from([
     'coat', 'striped t-shirt', 'denim jacket', 'hoodie', 'sweater', 'knee-length dress'])
