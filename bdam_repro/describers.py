@@ -21,7 +21,7 @@ from .config import ROOT, UserError, given_names
 from .pedes import PedesDataset
 from .lexicon import LEXICON, Policy, spoken_of
 from .journal import Report
-from .offline import rows_to_describe, describe_split, describe_synth
+from .offline import describe_split, describe_synth, rows_to_describe
 from .mllm import make_client
 from .describe import Estimate, _check_styles, describe, print_estimate
 from .batchmode import describe_batch

@@ -23,7 +23,7 @@ import pandas as pd
 
 from .config import UserError, atomic_path
 
-# %% ../nbs/21_journal.ipynb #97901795
+# %% ../nbs/21_journal.ipynb #8c49c500
 @dataclass
 class JournalLine:
     "What is known of one image: the texts, how they came about, or why there are none."
@@ -42,7 +42,9 @@ class JournalLine:
     status: str | None = None         # 'ok' or 'failed'
     reason: str | None = None         # `cause: detail` of a failed image
 
-    def to_json(self) -> str: return json.dumps(vars(self), ensure_ascii=False)
+    def to_json(self) -> str:
+        "The line as it stands in the file, without its line break."
+        return json.dumps(vars(self), ensure_ascii=False)
 
 FIELDS = tuple(f.name for f in fields(JournalLine))
 
@@ -55,10 +57,11 @@ def _parse_line(raw: bytes) -> dict | None:
     known = isinstance(record.get('image'), str) and record.get('status') in ('ok', 'failed')
     return record if known else None
 
-# %% ../nbs/21_journal.ipynb #7df5034f
+# %% ../nbs/21_journal.ipynb #0936fee6
 _OPENING = b'{"image"'   # how every line of ours begins
 
 class ScannedLine(NamedTuple):
+    "One line of the file as it was read."
     number: int            # from 1
     record: dict | None    # None: broken
     end: int               # offset behind the line
@@ -99,7 +102,7 @@ def read_journal(path: str | Path      # a `descriptions.jsonl`
     records = [line.record for line in _checked_lines(path)] if path.exists() else []
     return pd.DataFrame(records, columns=list(FIELDS))
 
-# %% ../nbs/21_journal.ipynb #404378ab
+# %% ../nbs/21_journal.ipynb #35532509
 class Stamp(NamedTuple):
     "How an image was described."
     model: str | None
@@ -108,7 +111,9 @@ class Stamp(NamedTuple):
 
     def __str__(self): return f'model {self.model}, prompt_hash {self.prompt_hash}, seed {self.seed}'
 
-def stamp_of(record: dict) -> Stamp: return Stamp(*[record.get(name) for name in Stamp._fields])
+def stamp_of(record: dict) -> Stamp:
+    "The stamp of a line; None for what the line does not say."
+    return Stamp(*[record.get(name) for name in Stamp._fields])
 
 # %% ../nbs/21_journal.ipynb #d4cc23b0
 def _check_belongs(path: Path, record: dict, images: set[str], stamps: set[Stamp] | None) -> None:

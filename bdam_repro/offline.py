@@ -55,8 +55,9 @@ def _neutral(text: str) -> str:
     for pattern, word in _NEUTRAL_WORDS.items(): text = re.sub(pattern, word, text, flags=re.I)
     return text
 
-# %% ../nbs/22_offline.ipynb #3625a02e
+# %% ../nbs/22_offline.ipynb #8190efb4
 class Piece(NamedTuple):
+    "A piece of a sentence."
     side: str    # 'identity', 'clothing', 'mixed' or 'neither'
     text: str    # neutral where it speaks of clothing
 
@@ -153,8 +154,9 @@ def _clothing_sentence(pieces: list[str]) -> str:
     if worn: carried.insert(0, f'wears {_listed_with_and(worn)}')
     return _sentence(f'The person {_listed_with_and(carried)}') if carried else ''
 
-# %% ../nbs/22_offline.ipynb #28ddafd0
+# %% ../nbs/22_offline.ipynb #1ad72b29
 class TwoTexts(NamedTuple):
+    "The two texts of Sec. 3.3, '' where nothing is said."
     identity: str = ''
     clothing: str = ''
 

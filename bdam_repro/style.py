@@ -146,7 +146,7 @@ def _core_distances(d: np.ndarray,  # [n, n] distances of a cluster's points
 def _reachability(d: np.ndarray, core_a: np.ndarray, core_b: np.ndarray) -> np.ndarray:  # [a, b]
     return np.maximum(d, np.maximum(core_a[:, None], core_b))
 
-# %% ../nbs/27_style.ipynb #66a74b5a
+# %% ../nbs/27_style.ipynb #235d7828
 @dataclass
 class DensityTree:
     "A cluster and its minimum spanning tree in reachability distances."
@@ -155,7 +155,8 @@ class DensityTree:
     inner: np.ndarray   # [n] bool, nodes of the tree that are no leaves
     gap: float          # the widest edge between inner nodes
 
-def density_tree(x: np.ndarray) -> DensityTree:
+def density_tree(x: np.ndarray) -> DensityTree:  # of [n, d] points, n > 1
+    "What DBCV needs to know of a cluster."
     d, n = pairwise_distances(x), len(x)
     core = _core_distances(d, x.shape[1])
     tree = minimum_spanning_tree(_reachability(d, core, core)).tocoo()
