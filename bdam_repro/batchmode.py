@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .config import UserError, atomic_path
 from .journal import Journal, Report
-from .offline import _image_rows
+from .offline import rows_to_describe
 from .mllm import (DescribeSettings, History, Manner, first_messages, image_url, most_prompt_tokens,
                              read_answer, redact, request_body, server_words)
 from .describe import (UNREADABLE, DescribeRun, Estimate, OnlineSettings, advance_bar, book_answer,
@@ -281,7 +281,7 @@ async def describe_batch_async(records: pd.DataFrame,       # a dataset's whole 
     """`describe` through the provider's batch endpoints (files and batches): slower, cheaper, with the same
     checks, file and budget. May be killed and started again. Raises `UserError`."""
     s, out, problem = BatchSettings(**settings), Path(out), None
-    rows = _image_rows(records, s.limit)['file']
+    rows = rows_to_describe(records, s.limit)['file']
     if s.dry_run: return print_estimate(estimate_cost(rows, out, batch=True, **dict(s)))
     stamps = {(s.model, prompt, s.seed) for prompt in s.hashes()}
     with Journal(out, records['file'], stamps, s.retry_failed) as journal:

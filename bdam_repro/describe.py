@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from .config import UserError
 from .lexicon import Description
-from .journal import Journal, Report, _line, read_journal
-from .offline import _image_rows
+from .journal import Journal, JournalLine, Report, read_journal
+from .offline import rows_to_describe
 from .mllm import (Answer, DescribeSettings, History, Hopeless, Refused, Server, Transient,
                              ask_server, first_messages, guess_tokens, image_url, most_prompt_tokens,
                              whole_number)
@@ -137,7 +137,7 @@ def start_run(client: openai.AsyncOpenAI, journal: Journal, settings: OnlineSett
     "A run on an open journal; the largest prompt of earlier runs is known from its lines."
     report, limiter = Report(), SlidingWindow(settings.rpm, settings.tpm, settings.window)
     server = Server(client, settings, settings.timeout, notes=report.notes)
-    server.largest_prompt = journal.worst
+    server.largest_prompt = journal.largest_prompt
     return DescribeRun(server, journal, settings, limiter, report, settings.hashes())
 
 # %% ../nbs/24_describe.ipynb #5da2d3ff
@@ -237,8 +237,8 @@ def record_image(run: DescribeRun, image: str, description: Description | None, 
     stamp = {'style': style, 'model': s.model, 'seed': s.seed, 'prompt_hash': run.hashes[style or 0]}
     tokens = {'prompt': history.prompt_tokens, 'completion': history.completion_tokens}
     status = 'failed' if description is None else 'ok'
-    run.journal.append(_line(image, **texts, **stamp, tries=history.tries, tokens=tokens, cost=cost,
-                             latency=latency, status=status, reason=reason))
+    run.journal.append(JournalLine(image, **texts, **stamp, tries=history.tries, tokens=tokens, cost=cost,
+                                   latency=latency, status=status, reason=reason))
     run.report.count(reason)
 
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # what Pillow raises
@@ -398,7 +398,7 @@ async def describe_async(records: pd.DataFrame,       # a dataset's whole table;
     Continues a file that is there. Raises `UserError` for wrong settings, another dataset's file, and where
     the server ends the run; the lines so far stay."""
     s = OnlineSettings(**settings)
-    rows = _image_rows(records, s.limit)['file']
+    rows = rows_to_describe(records, s.limit)['file']
     if s.dry_run: return print_estimate(estimate_cost(rows, out, **dict(s)))
     stamps = {(s.model, prompt, s.seed) for prompt in s.hashes()}
     with Journal(out, records['file'], stamps, s.retry_failed) as journal:

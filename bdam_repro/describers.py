@@ -21,7 +21,7 @@ from .config import ROOT, UserError, given_names
 from .pedes import PedesDataset
 from .lexicon import LEXICON, Policy, spoken_of
 from .journal import Report
-from .offline import _image_rows, describe_split, describe_synth
+from .offline import describe_split, describe_synth, rows_to_describe
 from .mllm import DescribeSettings, check_styles, make_client
 from .describe import Estimate, OnlineSettings, describe, print_estimate
 from .batchmode import describe_batch
@@ -202,7 +202,7 @@ def describe_dataset(ds: PedesDataset,         # a loaded dataset
         client = None if p.dry_run else make_client()      # an estimate needs no key
         return call(ds.records, client, out, **options), out
     if p.dry_run:
-        images = len(_image_rows(ds.records, p.limit))
+        images = len(rows_to_describe(ds.records, p.limit))
         return print_estimate(Estimate(images, 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
     if describer == 'split': return describe_split(ds.records, out, limit=p.limit, ethnicity=p.ethnicity), out
     return describe_synth(ds.root, out, error_rate=p.error_rate, seed=p.seed, limit=p.limit), out

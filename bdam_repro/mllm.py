@@ -32,7 +32,7 @@ from pydantic import (BaseModel, BeforeValidator, ConfigDict, SkipValidation, Va
                       field_validator, model_serializer, model_validator)
 
 from .config import UserError
-from .lexicon import (SCHEMA, _REFUSAL, Description, Policy, Rejected, check_description,
+from .lexicon import (SCHEMA, Description, Policy, Rejected, check_description, is_refusal,
                                 parse_answer)
 
 # %% ../nbs/23_mllm.ipynb #939e74ac
@@ -391,7 +391,7 @@ def judge_answer(completion: dict,  # a chat completion
     declines = choice['message'].get('refusal') or finish == 'content_filter'
     if declines: raise Rejected('refusal: the model declines')
     if finish == 'length': raise Rejected('truncated: the answer reached max_tokens')
-    refuses = '{' not in text and _REFUSAL.search(text.replace('’', "'"))
+    refuses = '{' not in text and is_refusal(text)
     if refuses: raise Rejected('refusal: the model declines')
     description = parse_answer(text)
     check_description(description, policy)
