@@ -1,13 +1,10 @@
 """Throughput, rate limit and memory of `describe` against a local server.
 
-    python benchmarks/bench_describe.py throughput      # 1,000 images, a server of 100 ms; sequential
-    measured on 50 and scaled
-    python benchmarks/bench_describe.py rate            # 600 requests a minute; busiest sliding minute by
-    the server's clock
-    python benchmarks/bench_describe.py memory          # peak RSS after 1,000 and 8,000 images
+    python benchmarks/bench_describe.py throughput   # 1,000 images of 100 ms; the loop measured on 50
+    python benchmarks/bench_describe.py rate         # 600 requests per minute, by the server's clock
+    python benchmarks/bench_describe.py memory       # peak RSS after 1,000 and 8,000 images
 
-The sequential loop is what a script does without this module: openai's plain client, one request after
-another,
+The sequential loop is a script without this module: openai's plain client, one request after another,
 answers parsed and checked, nothing written. The server is a process of its own; the CPU time is that of the
 describing process, which is what bounds the speed where other work keeps the cores busy.
 """
@@ -43,8 +40,7 @@ def sequential(server, files, imgs):
 
 
 def throughput(tmp, n=1000, some=50, rounds=5):
-    """The two one after the other in each round, so that a busy machine slows both. All settings are the
-    defaults."""
+    "Both in each round, one after the other: a busy machine slows both. All settings are the defaults."
     records, ratios = pictures(tmp / 'imgs', n, size=32), []
     for k in range(rounds):
         with serving(tmp / f'server{k}', latency=0.1) as server:
@@ -56,30 +52,32 @@ def throughput(tmp, n=1000, some=50, rounds=5):
         assert report.ok == n
         ratios.append(one * n / took)
         print(
-            f'an image: {1000 * one:.1f} ms sequential ({some} measured), {1000 * took / n:.2f} ms with '
-            f'describe ({n} measured), '
+            f'an image: {1000 * one:.1f} ms sequential ({some} measured), '
+            f'{1000 * took / n:.2f} ms with describe ({n} measured), '
             f'{1000 * cpu / n:.2f} ms of them CPU: {ratios[-1]:.1f} x',
             flush=True,
         )
-    print(f'median {sorted(ratios)[rounds // 2]:.1f} x a sequential loop (bar: 40); load of the machine '
-          f'{os.getloadavg()[0]:.1f}')
+    print(
+        f'median {sorted(ratios)[rounds // 2]:.1f} x a sequential loop (bar: 40); '
+        f'load of the machine {os.getloadavg()[0]:.1f}'
+    )
 
 
 def rate(tmp, n=1300):
     records = pictures(tmp / 'imgs', n)
     with serving(tmp / 'server', latency=0.2, faults=0.05, kinds=['429', '500']) as server:
-        report = describe(records, server.client(), tmp / 'd.jsonl', images_dir=tmp / 'imgs', rpm=600,
-                          **QUICK)
+        report = describe(
+            records, server.client(), tmp / 'd.jsonl', images_dir=tmp / 'imgs', rpm=600, **QUICK
+        )
         times = [e['t'] for e in server.log()]
     print(
-        f'{len(times)} requests in {report.seconds:.0f} s; busiest sliding minute at the server: '
-        f'{busiest(times, 60)} (limit 600)'
+        f'{len(times)} requests in {report.seconds:.0f} s; '
+        f'busiest sliding minute at the server: {busiest(times, 60)} (limit 600)'
     )
 
 
 def memory(tmp, sizes=(1000, 8000)):
-    """Each size in a process of its own. The 100 images before let it import and connect; what is left is
-    what grows."""
+    "Each size in a process of its own. 100 images before let it import and connect; the rest is growth."
     pictures(tmp / 'imgs', sizes[-1], size=64)
     with serving(tmp / 'server') as server:
         for n in sizes:
@@ -87,8 +85,10 @@ def memory(tmp, sizes=(1000, 8000)):
             child = SPAWN.Process(target=_peak, args=(server.url, tmp / 'imgs', tmp / f'{n}.jsonl', n, there))
             child.start()
             before, after = here.recv()
-            print(f'{n} images: peak RSS {before / 1024:.1f} MB warm, {after / 1024:.1f} MB at the end',
-                  flush=True)
+            print(
+                f'{n} images: peak RSS {before / 1024:.1f} MB warm, {after / 1024:.1f} MB at the end',
+                flush=True,
+            )
             child.join()
 
 

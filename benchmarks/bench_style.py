@@ -21,8 +21,8 @@ COLUMNS = dict(distinct='9', generalize='11.1f', embed='8.1f', cluster='9.1f', p
 
 
 def measure(n, method, dim, as_written):
-    from bdam_repro.generalize import generalize, synth_captions
-    from bdam_repro.style import cluster_styles, embed_styles
+    from bdam_repro.generalize import embed_styles, generalize, synth_captions
+    from bdam_repro.style import cluster_styles
     captions, truth = synth_captions(n)
     start = time.perf_counter()
     texts = captions if as_written else [generalize(c) for c in captions]

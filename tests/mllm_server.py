@@ -1,11 +1,11 @@
-"""A chat-completions server with a chosen share of faults, for the tests of `describe`. Real sockets, 127.0.0.1 only.
+"""A chat-completions server with a chosen share of faults, for the tests of `describe`. Listens on 127.0.0.1.
 
     python mllm_server.py settings.json log.jsonl
 
-It prints its port, answers `/v1/chat/completions`, `/v1/files`, `/v1/batches`, and writes a line to the log for every
-request it has finished with:
-`{"t": arrival, "end": ..., "image": sha1 of the data URL, "kind": "good" or the fault, "n": how often this image was asked}`.
-What it says about an image depends on the image alone; which fault comes, on the image and on how often it was asked.
+It prints its port, answers `/v1/chat/completions`, `/v1/files`, `/v1/batches`, and writes one line to the log
+per request it has finished with:
+`{"t": arrival, "end": ..., "image": sha1 of the data URL, "kind": "good" or the fault, "n": times asked}`.
+What it says about an image depends on the image alone. Which fault comes depends on the image and on `n`.
 """
 
 import asyncio
@@ -36,7 +36,17 @@ DEFAULTS = dict(
     die_after=None,
 )
 TRANSPORT = ('429', '429-after', '500', '502', 'cut', 'bad-envelope', 'not-http', 'hang')
-CONTENT = ('cut-json', 'invalid-json', 'schema', 'refusal', 'refusal-field', 'impure', 'duplicate', 'truncated', 'empty')
+CONTENT = (
+    'cut-json',
+    'invalid-json',
+    'schema',
+    'refusal',
+    'refusal-field',
+    'impure',
+    'duplicate',
+    'truncated',
+    'empty',
+)
 SLOW = ('slow',)  # a good answer, byte by byte
 
 PEOPLE = ('young', 'elderly', 'middle-aged')
@@ -49,11 +59,21 @@ GARMENTS = (('coat', 'jeans'), ('shirt', 'trousers'), ('jacket', 'shorts'))
 def description(digest: str) -> dict:
     "The one right answer for an image."
     r = random.Random(digest)
-    age, noun, hair, a, b, (upper, lower) = (r.choice(x) for x in (PEOPLE, NOUNS, HAIR, COLORS, COLORS, GARMENTS))
+    age, noun, hair, a, b, (upper, lower) = (
+        r.choice(x) for x in (PEOPLE, NOUNS, HAIR, COLORS, COLORS, GARMENTS)
+    )
     return {
-        'identity_attributes': dict(gender=noun, age_group=age, build=None, height=None, skin=None, hair=hair),
+        'identity_attributes': dict(
+            gender=noun, age_group=age, build=None, height=None, skin=None, hair=hair
+        ),
         'clothing_attributes': dict(
-            upper=upper, lower=lower, shoes=None, color=f'{a}, {b}', pattern=None, material=None, accessories=None
+            upper=upper,
+            lower=lower,
+            shoes=None,
+            color=f'{a}, {b}',
+            pattern=None,
+            material=None,
+            accessories=None,
         ),
         'identity': f'There is an adult, {age} {noun} with {hair} hair.',
         'clothing': f'The person wears a {a} {upper} and {b} {lower}.',
@@ -80,7 +100,11 @@ def content(kind: str, d: dict, message: str) -> tuple[str | None, str, str | No
     if kind == 'duplicate':
         return good[:-1] + ', "identity": "A different person with other hair."}', 'stop', None
     if kind == 'echo':
-        return json.dumps(d | {'identity': f'There is a young man, {message}, with short hair.'}), 'stop', None
+        return (
+            json.dumps(d | {'identity': f'There is a young man, {message}, with short hair.'}),
+            'stop',
+            None,
+        )
     if kind == 'empty':
         return '', 'stop', None
     return good, 'stop', None
@@ -93,13 +117,16 @@ class Server:
         self.asked, self.files, self.batches = {}, {}, {}
         self.good = self.calls = self.uploads = 0
 
-    # ---- HTTP -------------------------------------------------------------------------------------------------------
+    # ---- HTTP -------------------------------------------------------------------------------------
     async def serve(self, reader, writer):
         try:
             while True:
                 head = (await reader.readuntil(b'\r\n\r\n')).decode('latin1')
                 method, path, _ = head.split('\r\n', 1)[0].split(' ')
-                headers = {k.lower(): v.strip() for k, _, v in (line.partition(':') for line in head.split('\r\n')[1:])}
+                headers = {
+                    k.lower(): v.strip()
+                    for k, _, v in (line.partition(':') for line in head.split('\r\n')[1:])
+                }
                 body = await self.read_body(reader, headers)
                 await self.route(method, path.split('?')[0], headers, body, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -121,9 +148,12 @@ class Server:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         extra = ''.join(f'{k}: {v}\r\n' for k, v in headers)
         writer.write(
-            f'HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{extra}content-length: {len(raw)}\r\n\r\n'.encode()
+            f'HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{extra}'
+            f'content-length: {len(raw)}\r\n\r\n'.encode()
         )
-        pieces = [raw[i : i + len(raw) // 8 + 1] for i in range(0, len(raw), len(raw) // 8 + 1)] if drip else [raw]
+        pieces = (
+            [raw[i : i + len(raw) // 8 + 1] for i in range(0, len(raw), len(raw) // 8 + 1)] if drip else [raw]
+        )
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
@@ -135,11 +165,18 @@ class Server:
             return await self.send(
                 writer,
                 401,
-                {'error': {'message': f'Incorrect API key provided: {headers.get("authorization")}', 'code': 'invalid_api_key'}},
+                {
+                    'error': {
+                        'message': f'Incorrect API key provided: {headers.get("authorization")}',
+                        'code': 'invalid_api_key',
+                    }
+                },
             )
         if path == '/v1/chat/completions':
             return await self.chat(json.loads(body), writer)
-        self.calls += 1  # of the files and batches endpoints: from the first number of `away` to the second it is away
+        self.calls += (
+            1  # of the files and batches endpoints: from the first number of `away` to the second it is away
+        )
         if self.s['away'][0] < self.calls <= self.s['away'][1]:
             return await self.send(writer, 503, {'error': {'message': 'be back soon'}})
         if self.s['batches'] and path.startswith('/v1/files'):
@@ -148,7 +185,7 @@ class Server:
             return await self.batch(method, path, body, writer)
         await self.send(writer, 404, {'error': {'message': f'unknown path {path}'}})
 
-    # ---- chat completions -------------------------------------------------------------------------------------------
+    # ---- chat completions -------------------------------------------------------------------------
     def image_of(self, request):
         parts = request['messages'][1]['content']
         url = next(p['image_url']['url'] for p in parts if p['type'] == 'image_url')
@@ -160,7 +197,11 @@ class Server:
         r = random.Random(f'{digest}{n}')
         if self.s['always']:
             return self.s['always'], n
-        return (r.choice(self.s['kinds'] or TRANSPORT + CONTENT + SLOW) if r.random() < self.s['faults'] else 'good'), n
+        return (
+            r.choice(self.s['kinds'] or TRANSPORT + CONTENT + SLOW)
+            if r.random() < self.s['faults']
+            else 'good'
+        ), n
 
     def completion(self, kind, digest, request):
         text, finish, refusal = content(kind, description(digest), self.s['message'])
@@ -175,7 +216,11 @@ class Server:
                 {
                     'index': 0,
                     'finish_reason': finish,
-                    'message': {'role': 'assistant', 'content': text, **({'refusal': refusal} if refusal else {})},
+                    'message': {
+                        'role': 'assistant',
+                        'content': text,
+                        **({'refusal': refusal} if refusal else {}),
+                    },
                 }
             ],
         }
@@ -197,12 +242,16 @@ class Server:
         t, digest = time.time(), self.image_of(request)
 
         def log(kind, n=0):
-            self.log.write(json.dumps({'t': t, 'end': time.time(), 'image': digest, 'kind': kind, 'n': n}) + '\n')
+            self.log.write(
+                json.dumps({'t': t, 'end': time.time(), 'image': digest, 'kind': kind, 'n': n}) + '\n'
+            )
 
         if problem := self.refused(request):
             log(f'status-{problem[0]}')
             code = 'insufficient_quota' if 'quota' in problem[1] else None
-            return await self.send(writer, problem[0], {'error': {'message': problem[1], 'code': code, 'type': code}})
+            return await self.send(
+                writer, problem[0], {'error': {'message': problem[1], 'code': code, 'type': code}}
+            )
         kind, n = self.choose(digest)
         if self.s['die_after'] is not None and self.good >= self.s['die_after']:
             log('dead', n)
@@ -222,7 +271,9 @@ class Server:
             )
         if kind in ('500', '502'):
             log(kind, n)
-            return await self.send(writer, int(kind), b'<html>oops</html>' if kind == '502' else {'error': {'message': 'oops'}})
+            return await self.send(
+                writer, int(kind), b'<html>oops</html>' if kind == '502' else {'error': {'message': 'oops'}}
+            )
         if kind == 'hang':
             log(kind, n)
             await asyncio.sleep(self.s['hang'])
@@ -231,7 +282,8 @@ class Server:
         if kind == 'cut':
             log(kind, n)
             writer.write(
-                f'HTTP/1.1 200 X\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n'.encode()
+                f'HTTP/1.1 200 X\r\ncontent-type: application/json\r\n'
+                f'content-length: {len(raw)}\r\n\r\n'.encode()
                 + raw[: len(raw) // 2]
             )
             await writer.drain()
@@ -248,7 +300,7 @@ class Server:
         self.good += kind in ('good', 'slow')
         log('good' if kind == 'slow' else kind, n)  # after the last byte: the answer has been served
 
-    # ---- files and batches ------------------------------------------------------------------------------------------
+    # ---- files and batches ------------------------------------------------------------------------
     async def file(self, method, path, headers, body, writer):
         if method == 'POST':
             boundary = headers['content-type'].split('boundary=')[1].encode()
@@ -293,11 +345,20 @@ class Server:
                 'polls': 0,
             }
             self.log.write(
-                json.dumps({'t': time.time(), 'kind': 'batch', 'n': self.files[request['input_file_id']].count(b'\n')}) + '\n'
+                json.dumps(
+                    {
+                        't': time.time(),
+                        'kind': 'batch',
+                        'n': self.files[request['input_file_id']].count(b'\n'),
+                    }
+                )
+                + '\n'
             )
             return await self.send(writer, 200, self.batches[name])
         if path == '/v1/batches':
-            return await self.send(writer, 200, {'object': 'list', 'data': list(self.batches.values())[::-1], 'has_more': False})
+            return await self.send(
+                writer, 200, {'object': 'list', 'data': list(self.batches.values())[::-1], 'has_more': False}
+            )
         batch = self.batches[path.split('/')[3]]
         batch['polls'] += 1
         if batch['polls'] >= self.s['batch_polls'] and batch['status'] == 'in_progress':
@@ -312,7 +373,9 @@ class Server:
             digest = self.image_of(r['body'])
             if problem := self.refused(r['body']):
                 answer = {'status_code': problem[0], 'body': {'error': {'message': problem[1]}}}
-                errors.append(json.dumps({'id': 'x', 'custom_id': r['custom_id'], 'response': answer, 'error': None}))
+                errors.append(
+                    json.dumps({'id': 'x', 'custom_id': r['custom_id'], 'response': answer, 'error': None})
+                )
                 continue
             kind, n = self.choose(digest)
             bad = kind in TRANSPORT
@@ -325,7 +388,10 @@ class Server:
                 json.dumps({'id': 'x', 'custom_id': r['custom_id'], 'response': answer, 'error': None})
             )
             self.log.write(
-                json.dumps({'t': time.time(), 'image': digest, 'kind': 'good' if kind == 'slow' else kind, 'n': n}) + '\n'
+                json.dumps(
+                    {'t': time.time(), 'image': digest, 'kind': 'good' if kind == 'slow' else kind, 'n': n}
+                )
+                + '\n'
             )
         self.files[batch['id'] + '-out'] = '\n'.join(lines).encode()
         batch |= {'status': 'completed', 'output_file_id': batch['id'] + '-out'}

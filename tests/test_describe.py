@@ -29,7 +29,7 @@ from PIL import Image
 
 from bdam_repro.batchmode import describe_batch, describe_batch_async
 from bdam_repro.config import UserError
-from bdam_repro.describe import describe, describe_async, estimate_cost
+from bdam_repro.describe import OnlineSettings, describe, describe_async, estimate_cost
 from bdam_repro.describers import DescribeParameters, describe_dataset
 from bdam_repro.journal import FIELDS, Journal, read_journal
 from bdam_repro.lexicon import Policy
@@ -92,7 +92,7 @@ QUICK = dict(model='m', backoff=0.01, progress=False, timeout=20.0)
 
 
 def check_ledger(log, table, of):
-    "What was served against what is written: nothing lost, nothing paid twice, nothing thrown away, nothing false."
+    "What was served against what is written: nothing lost, paid twice, thrown away, or false."
     good = Counter(e['image'] for e in log if e['kind'] == 'good')
     assert table.image.is_unique
     assert max(good.values(), default=0) <= 1, 'a described image was asked again'
@@ -108,7 +108,7 @@ def check_ledger(log, table, of):
             assert isinstance(row.reason, str) and ':' in row.reason
 
 
-# ---- faults -----------------------------------------------------------------------------------------------------------
+# ---- faults ---------------------------------------------------------------------------------------
 
 
 def test_one_in_five_answers_is_bad(tmp_path):
@@ -117,7 +117,12 @@ def test_one_in_five_answers_is_bad(tmp_path):
     of = digests(tmp_path / 'imgs', records)
     with serving(tmp_path / 'server', faults=0.2, hang=60) as server:
         report = describe(
-            records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK | {'timeout': 4.0}, grace=30
+            records,
+            server.client(),
+            tmp_path / 'd.jsonl',
+            images_dir=tmp_path / 'imgs',
+            **QUICK | {'timeout': 4.0},
+            grace=30,
         )
         log = server.log()
     table = read_journal(tmp_path / 'd.jsonl')
@@ -128,7 +133,10 @@ def test_one_in_five_answers_is_bad(tmp_path):
     assert sum(report.rejected.values()) == sum(seen[k] for k in CONTENT)  # every bad answer is explained
     assert report.causes == Counter(r.split(':')[0] for r in table[table.status == 'failed'].reason)
     assert report.requests == len(log)
-    print(f'\n{n} images, {len(log)} requests, {report.ok} ok, {report.failed} failed, {report.seconds:.1f} s; {dict(seen)}')
+    print(
+        f'\n{n} images, {len(log)} requests, {report.ok} ok, {report.failed} failed,'
+        f' {report.seconds:.1f} s; {dict(seen)}'
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,11 +156,17 @@ def test_one_in_five_answers_is_bad(tmp_path):
 def test_an_answer_that_stays_bad_is_recorded_with_its_cause(tmp_path, kind, cause):
     records = pictures(tmp_path / 'imgs', 3)
     with serving(tmp_path / 'server', always=kind) as server:
-        report = describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', retries=2, **QUICK)
-        assert Counter(e['image'] for e in server.log()) == dict.fromkeys(digests(tmp_path / 'imgs', records).values(), 3)
+        report = describe(
+            records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', retries=2, **QUICK
+        )
+        assert Counter(e['image'] for e in server.log()) == dict.fromkeys(
+            digests(tmp_path / 'imgs', records).values(), 3
+        )
     table = read_journal(tmp_path / 'd.jsonl')
     assert dict(report.causes) == {cause: 3} and report.ok == 0
-    assert table.identity.isna().all() and table.reason.str.startswith(cause).all() and (table.tries == 3).all()
+    assert (
+        table.identity.isna().all() and table.reason.str.startswith(cause).all() and (table.tries == 3).all()
+    )
 
 
 def test_a_rejected_answer_is_asked_again_with_the_reason(tmp_path):
@@ -168,7 +182,10 @@ def test_a_rejected_answer_is_asked_again_with_the_reason(tmp_path):
         client.post = listen
         describe(records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', retries=1, **QUICK)
     assert len(conversations) == 2 and conversations[1][:2] == conversations[0]
-    assert conversations[1][2]['role'] == 'assistant' and 'purity: identity text says "coat"' in conversations[1][3]['content']
+    assert (
+        conversations[1][2]['role'] == 'assistant'
+        and 'purity: identity text says "coat"' in conversations[1][3]['content']
+    )
 
 
 def test_retry_after_is_kept(tmp_path):
@@ -186,7 +203,9 @@ def test_retry_after_is_kept(tmp_path):
                 raise
 
         client.post = clocked
-        report = describe(records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', concurrency=4, **QUICK)
+        report = describe(
+            records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', concurrency=4, **QUICK
+        )
     assert report.ok == 40 and len(told) > 3
     for t in told:
         assert not [x for x in sent if t < x < t + 0.2], 'a request was sent before Retry-After was over'
@@ -209,33 +228,56 @@ def test_failed_images_are_tried_again_only_when_asked(tmp_path):
 def test_a_server_without_structured_output_is_found_out_once(tmp_path, formats):
     records = pictures(tmp_path / 'imgs', 30)
     with serving(tmp_path / 'server', formats=formats) as server:
-        report = describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK)
+        report = describe(
+            records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK
+        )
         refused = [e for e in server.log() if e['kind'] == 'status-400']
     assert report.ok == 30 and len(refused) == 3 - len(formats) == len(report.notes)
 
 
 def test_any_client_of_openai_will_do(tmp_path):
     records = pictures(tmp_path / 'imgs', 60)
-    with serving(tmp_path / 'server', faults=0.3, kinds=['429', 'cut', 'not-http', 'bad-envelope', 'impure']) as server:
-        client = openai.AsyncOpenAI(api_key=KEY, base_url=server.url, max_retries=0)  # with httpx's connections
+    with serving(
+        tmp_path / 'server', faults=0.3, kinds=['429', 'cut', 'not-http', 'bad-envelope', 'impure']
+    ) as server:
+        client = openai.AsyncOpenAI(
+            api_key=KEY, base_url=server.url, max_retries=0
+        )  # with httpx's connections
         assert describe(records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK).ok == 60
         check_ledger(server.log(), read_journal(tmp_path / 'd.jsonl'), digests(tmp_path / 'imgs', records))
 
 
 @pytest.mark.parametrize('usual', [True, False], ids=['aiohttp', 'httpx'])
-@pytest.mark.parametrize('kind,says', [('hang', 'no answer in time'), ('not-http', 'no connection to the server')])
+@pytest.mark.parametrize(
+    'kind,says', [('hang', 'no answer in time'), ('not-http', 'no connection to the server')]
+)
 def test_silence_is_told_from_absence(tmp_path, usual, kind, says):
     records = pictures(tmp_path / 'imgs', 5)
     with serving(tmp_path / 'server', always=kind) as server:
-        client = server.client() if usual else openai.AsyncOpenAI(api_key=KEY, base_url=server.url, max_retries=0)
+        client = (
+            server.client() if usual else openai.AsyncOpenAI(api_key=KEY, base_url=server.url, max_retries=0)
+        )
         with pytest.raises(UserError, match=says):
-            describe(records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK | {'timeout': 0.5})
+            describe(
+                records,
+                client,
+                tmp_path / 'd.jsonl',
+                images_dir=tmp_path / 'imgs',
+                **QUICK | {'timeout': 0.5},
+            )
 
 
 def test_a_server_that_counts_no_tokens(tmp_path):
     records = pictures(tmp_path / 'imgs', 5)
     with serving(tmp_path / 'server', usage=False) as server:
-        report = describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', prices=(1, 1), **QUICK)
+        report = describe(
+            records,
+            server.client(),
+            tmp_path / 'd.jsonl',
+            images_dir=tmp_path / 'imgs',
+            prices=(1, 1),
+            **QUICK,
+        )
     assert report.ok == 5 and report.prompt_tokens > 0 and report.cost > 0
 
 
@@ -260,11 +302,14 @@ def test_lines_say_how_they_came_about(tmp_path):
     } == {0, 1}
     assert len({(r['style'], r['prompt_hash']) for r in rows}) == 2 == len({r['prompt_hash'] for r in rows})
     for r in rows:
-        assert r['cost'] == pytest.approx((600 * 2 + 100 * 10) / 1e6) and r['tokens'] == {'prompt': 600, 'completion': 100}
+        assert r['cost'] == pytest.approx((600 * 2 + 100 * 10) / 1e6) and r['tokens'] == {
+            'prompt': 600,
+            'completion': 100,
+        }
         assert r['attributes']['identity']['hair'] and r['seed'] == 5 and r['tries'] == 1 and r['latency'] > 0
 
 
-# ---- kills and stops --------------------------------------------------------------------------------------------------
+# ---- kills and stops ------------------------------------------------------------------------------
 
 
 def _describe_in_child(url, folder, out, n, settings, begun=None):
@@ -284,18 +329,28 @@ def test_kill_at_twenty_moments_then_resume(tmp_path):
     records = pictures(tmp_path / 'imgs', n)
     of = digests(tmp_path / 'imgs', records)
     # 500 images by six at 0.1 s are 8 s of work: more than the 20 lives together, so that none ends by itself
-    faults = dict(faults=0.2, kinds=['429', '500', '502', 'cut', 'bad-envelope', 'slow'], latency=0.1, slow=0.2)
-    settings, out, snapshots = dict(concurrency=6, styles=[['a man'], ['a woman walks']]), tmp_path / 'killed.jsonl', []
+    faults = dict(
+        faults=0.2, kinds=['429', '500', '502', 'cut', 'bad-envelope', 'slow'], latency=0.1, slow=0.2
+    )
+    settings, out, snapshots = (
+        dict(concurrency=6, styles=[['a man'], ['a woman walks']]),
+        tmp_path / 'killed.jsonl',
+        [],
+    )
     with serving(tmp_path / 'server', **faults) as server:
         for k in range(20):
             begun = SPAWN.Event()
-            child = SPAWN.Process(target=_describe_in_child, args=(server.url, tmp_path / 'imgs', out, n, settings, begun))
+            child = SPAWN.Process(
+                target=_describe_in_child, args=(server.url, tmp_path / 'imgs', out, n, settings, begun)
+            )
             child.start()
             begun.wait(60)  # a busy machine takes a second to start a process
             child.join(rng.uniform(0.1, 0.5))
             os.kill(child.pid, signal.SIGKILL)
             child.join()
-            assert child.exitcode == -signal.SIGKILL, 'finished before it was killed: the test has too few images'
+            assert child.exitcode == -signal.SIGKILL, (
+                'finished before it was killed: the test has too few images'
+            )
             snapshots.append((time.time(), set(read_journal(out).image)))
             if k % 3 == 0 and out.exists():
                 with open(out, 'a') as f:
@@ -304,7 +359,13 @@ def test_kill_at_twenty_moments_then_resume(tmp_path):
         report = describe(records, server.client(), out, images_dir=tmp_path / 'imgs', **QUICK | settings)
         log = server.log()
     with serving(tmp_path / 'calm', **faults) as server:
-        describe(records, server.client(), tmp_path / 'calm.jsonl', images_dir=tmp_path / 'imgs', **QUICK | settings)
+        describe(
+            records,
+            server.client(),
+            tmp_path / 'calm.jsonl',
+            images_dir=tmp_path / 'imgs',
+            **QUICK | settings,
+        )
     assert 0 < killed_before < n and report.skipped == killed_before
 
     def content(path):
@@ -323,17 +384,22 @@ def test_kill_at_twenty_moments_then_resume(tmp_path):
 
 
 def test_interrupt_keeps_what_was_served(tmp_path):
-    records = pictures(tmp_path / 'imgs', 900)  # 27 s of work: a busy machine does not end it before the signal
+    records = pictures(
+        tmp_path / 'imgs', 900
+    )  # 27 s of work: a busy machine does not end it before the signal
     code = (
-        "import signal, sys, openai, pandas as pd; from bdam_repro.describe import describe; url, imgs, out = sys.argv[1:]\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        'import signal, sys, openai, pandas as pd; from bdam_repro.describe import describe\n'
+        'url, imgs, out = sys.argv[1:]\n'
+        'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # a shell's background jobs ignore it
         "describe(pd.DataFrame({'file': [f'{i:05}.png' for i in range(900)]}), "
         "openai.AsyncOpenAI(api_key='k', base_url=url, max_retries=0), out, images_dir=imgs,"
         " model='m', concurrency=10, progress=False)"
     )
     with serving(tmp_path / 'server', latency=0.3) as server:
         child = subprocess.Popen(
-            [sys.executable, '-c', code, server.url, tmp_path / 'imgs', tmp_path / 'd.jsonl'], stderr=subprocess.PIPE, text=True
+            [sys.executable, '-c', code, server.url, tmp_path / 'imgs', tmp_path / 'd.jsonl'],
+            stderr=subprocess.PIPE,
+            text=True,
         )
         while not (tmp_path / 'd.jsonl').exists() or (tmp_path / 'd.jsonl').read_bytes().count(b'\n') < 25:
             time.sleep(0.01)
@@ -349,7 +415,9 @@ def test_a_server_that_dies_ends_the_run_and_keeps_the_work(tmp_path):
     records = pictures(tmp_path / 'imgs', 100)
     settings = dict(images_dir=tmp_path / 'imgs', concurrency=4, **QUICK)
     with serving(tmp_path / 'server', die_after=40) as server:
-        with pytest.raises(UserError, match=r'stopped after 4\d images: 16 failures in a row .* run again to go on'):
+        with pytest.raises(
+            UserError, match=r'stopped after 4\d images: 16 failures in a row .* run again to go on'
+        ):
             describe(records, server.client(), tmp_path / 'd.jsonl', **settings)
         log = server.log()
     table = read_journal(tmp_path / 'd.jsonl')
@@ -374,19 +442,31 @@ def test_hopeless_answers_end_the_run_at_once(tmp_path, status, message, says):
         with pytest.raises(UserError, match=says) as e:
             describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK)
         assert len(server.log()) == 1
-    assert KEY not in str(e.value) and '\n' not in str(e.value) and len(read_journal(tmp_path / 'd.jsonl')) == 0
+    assert (
+        KEY not in str(e.value) and '\n' not in str(e.value) and len(read_journal(tmp_path / 'd.jsonl')) == 0
+    )
 
 
 def test_the_budget_is_never_exceeded_and_nothing_paid_is_lost(tmp_path):
     records = pictures(tmp_path / 'imgs', 200)
-    settings = dict(images_dir=tmp_path / 'imgs', prices=(1.0, 4.0), max_tokens=100, **QUICK)  # an answer costs 0.001
+    settings = dict(
+        images_dir=tmp_path / 'imgs', prices=(1.0, 4.0), max_tokens=100, **QUICK
+    )  # an answer costs 0.001
     with serving(tmp_path / 'server', latency=0.02) as server:
         report = describe(records, server.client(), tmp_path / 'd.jsonl', budget=0.05, **settings)
         table = read_journal(tmp_path / 'd.jsonl')
-        assert 'budget' in report.stopped and 0.03 <= table.cost.sum() <= 0.05 and report.cost == pytest.approx(table.cost.sum())
+        assert (
+            'budget' in report.stopped
+            and 0.03 <= table.cost.sum() <= 0.05
+            and report.cost == pytest.approx(table.cost.sum())
+        )
         check_ledger(server.log(), table, digests(tmp_path / 'imgs', records))
-        assert describe(records, server.client(), tmp_path / 'd.jsonl', budget=0.05, **settings).ok <= 1  # earlier runs count
-        assert describe(records, server.client(), tmp_path / 'd.jsonl', budget=1.0, **settings).stopped is None
+        assert (
+            describe(records, server.client(), tmp_path / 'd.jsonl', budget=0.05, **settings).ok <= 1
+        )  # earlier runs count
+        assert (
+            describe(records, server.client(), tmp_path / 'd.jsonl', budget=1.0, **settings).stopped is None
+        )
     assert len(read_journal(tmp_path / 'd.jsonl')) == 200
 
 
@@ -401,13 +481,15 @@ def test_money_without_a_line_counts_against_the_budget(tmp_path):
         assert describe(records, server.client(), tmp_path / 'd.jsonl', **go).failed == 1
         asked = len(server.log())
         # what the failed line cost is not forgotten when it is dropped
-        report = describe(records, server.client(), tmp_path / 'd.jsonl', budget=0.001 * asked, retry_failed=True, **go)
+        report = describe(
+            records, server.client(), tmp_path / 'd.jsonl', budget=0.001 * asked, retry_failed=True, **go
+        )
         assert report.stopped and len(server.log()) == asked
         report = describe(records, server.client(), tmp_path / 'd.jsonl', budget=0.001 * asked, **go)
         assert report.stopped and len(server.log()) == asked
 
 
-# ---- limits, concurrency, memory ----------------------------------------------------------------------------------------
+# ---- limits, concurrency, memory ------------------------------------------------------------------
 
 
 def busiest(times, window):
@@ -418,7 +500,9 @@ def busiest(times, window):
 @pytest.mark.parametrize('limit', [dict(rpm=60), dict(tpm=60 * 700)])
 def test_the_rate_limit_holds_over_any_sliding_window(tmp_path, limit):
     records = pictures(tmp_path / 'imgs', 250)
-    with serving(tmp_path / 'server', latency=0.03, faults=0.2, kinds=['429', '500', 'slow', 'impure']) as server:
+    with serving(
+        tmp_path / 'server', latency=0.03, faults=0.2, kinds=['429', '500', 'slow', 'impure']
+    ) as server:
         report = describe(
             records,
             server.client(),
@@ -438,7 +522,14 @@ def test_the_rate_limit_holds_over_any_sliding_window(tmp_path, limit):
 def test_requests_overlap_up_to_the_concurrency(tmp_path):
     records = pictures(tmp_path / 'imgs', 200)
     with serving(tmp_path / 'server', latency=0.4) as server:
-        describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', concurrency=32, **QUICK)
+        describe(
+            records,
+            server.client(),
+            tmp_path / 'd.jsonl',
+            images_dir=tmp_path / 'imgs',
+            concurrency=32,
+            **QUICK,
+        )
         log = server.log()
     assert 24 <= max(sum(x['t'] <= e['t'] < x['end'] for x in log) for e in log) <= 32
 
@@ -457,7 +548,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     with serving(tmp_path / 'server') as server:
         for n in sizes:
             here, there = SPAWN.Pipe()
-            child = SPAWN.Process(target=_peak, args=(server.url, tmp_path / 'imgs', tmp_path / f'{n}.jsonl', n, there))
+            child = SPAWN.Process(
+                target=_peak, args=(server.url, tmp_path / 'imgs', tmp_path / f'{n}.jsonl', n, there)
+            )
             child.start()
             there.close()
             peaks[n] = here.recv()
@@ -466,7 +559,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     assert peaks[sizes[1]][1] - peaks[sizes[0]][1] < 25_000, peaks
 
 
-# ---- the provider's batch mode --------------------------------------------------------------------------------------------
+# ---- the provider's batch mode --------------------------------------------------------------------
 
 BATCH = dict(model='m', progress=False, poll=0.05)
 
@@ -488,16 +581,27 @@ def test_batches_end_in_the_same_file(tmp_path):
     check_ledger(log, table, digests(tmp_path / 'imgs', records))
     assert report.ok + report.failed == len(table) == 120 and report.ok > 100
     batches = [e['n'] for e in log if e['kind'] == 'batch']
-    assert batches[:3] == [50, 50, 19] and len(batches) > 3  # one alone, then split at the limit; rejects go to further rounds
+    assert (
+        batches[:3] == [50, 50, 19] and len(batches) > 3
+    )  # one alone, then split at the limit; rejects go to further rounds
     kept = Counter(e['kind'] for e in log)
     assert 2 * kept['batch'] <= kept['deleted'] <= 3 * kept['batch']  # no picture is left at the provider
-    assert not (tmp_path / '.b.jsonl.batches.json').exists() and report.cost == pytest.approx(table.cost.sum())
+    assert not (tmp_path / '.b.jsonl.batches.json').exists() and report.cost == pytest.approx(
+        table.cost.sum()
+    )
 
 
 def test_a_batch_file_is_split_by_size(tmp_path):
     records = pictures(tmp_path / 'imgs', 12)
     with serving(tmp_path / 'server') as server:
-        describe_batch(records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', max_bytes=20_000, **BATCH)
+        describe_batch(
+            records,
+            server.client(),
+            tmp_path / 'b.jsonl',
+            images_dir=tmp_path / 'imgs',
+            max_bytes=20_000,
+            **BATCH,
+        )
         sizes = [e['n'] for e in server.log() if e['kind'] == 'batch']
     assert sum(sizes) == 11 and len(sizes) > 2
 
@@ -517,23 +621,32 @@ def test_batches_survive_kills_without_being_paid_twice(tmp_path):
     records, lines_at = pictures(tmp_path / 'imgs', n), []
     with serving(tmp_path / 'server', batch_polls=12, faults=0.2, kinds=['impure']) as server:
         for _ in range(8):
-            child = SPAWN.Process(target=_batch_in_child, args=(server.url, tmp_path / 'imgs', tmp_path / 'b.jsonl', n))
+            child = SPAWN.Process(
+                target=_batch_in_child, args=(server.url, tmp_path / 'imgs', tmp_path / 'b.jsonl', n)
+            )
             child.start()
             child.join(rng.uniform(0.1, 0.6))
             child.kill()
             child.join()
             lines_at.append((time.time(), set(read_journal(tmp_path / 'b.jsonl').image)))
         report = describe_batch(
-            records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', max_requests=8, **BATCH
+            records,
+            server.client(),
+            tmp_path / 'b.jsonl',
+            images_dir=tmp_path / 'imgs',
+            max_requests=8,
+            **BATCH,
         )
         log = server.log()
     table, of = read_journal(tmp_path / 'b.jsonl'), digests(tmp_path / 'imgs', records)
     assert len(table) == n and report.skipped + report.ok + report.failed == n
-    # the first image goes alone: a kill between its answer and its line costs that one answer, as it does without batches
+    # the first image goes alone: a kill between its answer and its line costs one answer, as in `describe`
     first = next(i for i, e in enumerate(log) if e['kind'] == 'batch')
     alone = [e for e in log[:first] if e['image'] == of['00000.png'] and e['kind'] == 'good']
     kills = [when for when, there in lines_at if '00000.png' not in there]
-    assert len(alone) <= 1 + len(kills) and all(any(a['t'] <= k <= b['t'] for k in kills) for a, b in pairwise(alone))
+    assert len(alone) <= 1 + len(kills) and all(
+        any(a['t'] <= k <= b['t'] for k in kills) for a, b in pairwise(alone)
+    )
     check_ledger([e for e in log if e not in alone[1:]], table, of)
 
 
@@ -552,12 +665,20 @@ def test_batches_keep_to_the_budget(tmp_path):
         report = describe_batch(records, server.client(), tmp_path / 'b.jsonl', budget=0.05, **go)
         table, log = read_journal(tmp_path / 'b.jsonl'), server.log()
         assert 'the budget of $0.05 is used up' in report.stopped and 'room for 22 images' in report.notes[0]
-        assert 0.045 < spent(log) <= 0.05 and report.cost == pytest.approx(table.cost.sum()) == pytest.approx(spent(log))
-        sizes = [e['n'] for e in log if e['kind'] == 'batch']  # each fits what is left, at the price of the longest answer
-        assert len(sizes) > 2 and all(0.0022 * n <= 0.05 - 0.001 * (1 + sum(sizes[:i])) + 1e-9 for i, n in enumerate(sizes))
+        assert 0.045 < spent(log) <= 0.05 and report.cost == pytest.approx(table.cost.sum()) == pytest.approx(
+            spent(log)
+        )
+        sizes = [
+            e['n'] for e in log if e['kind'] == 'batch'
+        ]  # each fits what is left, at the price of the longest answer
+        assert len(sizes) > 2 and all(
+            0.0022 * n <= 0.05 - 0.001 * (1 + sum(sizes[:i])) + 1e-9 for i, n in enumerate(sizes)
+        )
         again = describe_batch(records, server.client(), tmp_path / 'b.jsonl', budget=0.05, **go)
         assert again.ok == 0 and again.stopped and len(server.log()) == len(log)  # earlier runs count
-        assert describe_batch(records, server.client(), tmp_path / 'b.jsonl', budget=1.0, **go).stopped is None
+        assert (
+            describe_batch(records, server.client(), tmp_path / 'b.jsonl', budget=1.0, **go).stopped is None
+        )
         check_ledger(server.log(), read_journal(tmp_path / 'b.jsonl'), digests(tmp_path / 'imgs', records))
     assert len(read_journal(tmp_path / 'b.jsonl')) == 100
 
@@ -566,7 +687,13 @@ def test_a_batch_that_no_budget_holds_is_not_sent(tmp_path):
     records = pictures(tmp_path / 'imgs', 3)
     with serving(tmp_path / 'server') as server:
         report = describe_batch(
-            records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', budget=0.001, **PRICED, **BATCH
+            records,
+            server.client(),
+            tmp_path / 'b.jsonl',
+            images_dir=tmp_path / 'imgs',
+            budget=0.001,
+            **PRICED,
+            **BATCH,
         )
         assert server.log() == []
     assert report.ok == 0 and 'the next answer may cost $0.002' in report.stopped
@@ -594,7 +721,10 @@ def test_a_provider_that_is_away_for_a_while(tmp_path):
     stays = pytest.raises(UserError, match=r'HTTP 503.*run again to go on')
     with serving(tmp_path / 'b', away=(7, 10**9), batch_polls=1) as server, stays:
         describe_batch(records, server.client(), tmp_path / 'b.jsonl', breaker=3, **go)
-    with serving(tmp_path / 'c', away=(0, 10**9)) as server, pytest.raises(UserError, match='HTTP 503'):  # never seen: no waiting
+    with (
+        serving(tmp_path / 'c', away=(0, 10**9)) as server,
+        pytest.raises(UserError, match='HTTP 503'),
+    ):  # never seen: no waiting
         describe_batch(records, server.client(), tmp_path / 'c.jsonl', **go | {'poll': 60})
 
 
@@ -602,7 +732,9 @@ def test_open_batches_are_not_taken_for_those_of_another_model(tmp_path):
     records = pictures(tmp_path / 'imgs', 4)
     go = dict(images_dir=tmp_path / 'imgs', **BATCH)
     with serving(tmp_path / 'server', batch_polls=10**9) as server:
-        child = SPAWN.Process(target=_batch_in_child, args=(server.url, tmp_path / 'imgs', tmp_path / 'b.jsonl', 4))
+        child = SPAWN.Process(
+            target=_batch_in_child, args=(server.url, tmp_path / 'imgs', tmp_path / 'b.jsonl', 4)
+        )
         child.start()
         while not any(e['kind'] == 'batch' for e in server.log()):
             pass
@@ -613,11 +745,38 @@ def test_open_batches_are_not_taken_for_those_of_another_model(tmp_path):
             describe_batch(records, server.client(), tmp_path / 'b.jsonl', **go | {'model': 'other'})
 
 
+def test_a_state_file_of_lists_is_gone_on_with(tmp_path):
+    "On disk a history and a manner are lists, as they always were."
+    records = pictures(tmp_path / 'imgs', 3)
+    old = dict(
+        asked=['m', '0', *OnlineSettings(model='m', images_dir=tmp_path / 'imgs').hashes()],
+        manner=['text', 'max_tokens', 0.7],
+        parts=[],
+        history={'00001.png': [3, 1800, 300, '{}', 'schema: no identity']},
+        created=1,
+        started='x',
+    )
+    (tmp_path / '.b.jsonl.batches.json').write_text(json.dumps(old))
+    with serving(tmp_path / 'server', formats=('text',)) as server:
+        go = dict(images_dir=tmp_path / 'imgs', prices=(1.0, 4.0), **BATCH)
+        report = describe_batch(records, server.client(), tmp_path / 'b.jsonl', **go)
+        assert not [e for e in server.log() if e['kind'].startswith('status')]  # it is known how to ask
+    table = read_journal(tmp_path / 'b.jsonl').set_index('image')
+    assert report.ok == 3 and table.tries.to_dict() == {'00000.png': 1, '00001.png': 4, '00002.png': 1}
+    assert table.tokens['00001.png'] == {'prompt': 2400, 'completion': 400}
+
+
 def test_a_dry_run_of_batches_sends_nothing(tmp_path, capsys):
     records = pictures(tmp_path / 'imgs', 4)
     with serving(tmp_path / 'server') as server:
         e = describe_batch(
-            records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', dry_run=True, **PRICED, **BATCH
+            records,
+            server.client(),
+            tmp_path / 'b.jsonl',
+            images_dir=tmp_path / 'imgs',
+            dry_run=True,
+            **PRICED,
+            **BATCH,
         )
         assert server.log() == []
     assert (e.images, e.hours) == (4, 24) and '4 images to describe' in capsys.readouterr().out
@@ -625,7 +784,11 @@ def test_a_dry_run_of_batches_sends_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     'settings,says',
-    [(dict(key='another'), 'refuses the key'), (dict(batches=False), 'refuses batches'), (dict(vision=False), 'read images')],
+    [
+        (dict(key='another'), 'refuses the key'),
+        (dict(batches=False), 'refuses batches'),
+        (dict(vision=False), 'read images'),
+    ],
 )
 def test_a_provider_without_batches(tmp_path, settings, says):
     records = pictures(tmp_path / 'imgs', 5)
@@ -637,12 +800,14 @@ def test_a_provider_without_batches(tmp_path, settings, says):
 def test_the_first_image_finds_out_how_a_batch_is_asked(tmp_path):
     records = pictures(tmp_path / 'imgs', 20)
     with serving(tmp_path / 'server', formats=('text',)) as server:
-        report = describe_batch(records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', **BATCH)
+        report = describe_batch(
+            records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', **BATCH
+        )
         kinds = Counter(e['kind'] for e in server.log())
     assert report.ok == 20 and kinds['status-400'] == 2 and kinds['good'] == 20
 
 
-# ---- secrets -----------------------------------------------------------------------------------------------------------
+# ---- secrets --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -659,12 +824,13 @@ def test_the_first_image_finds_out_how_a_batch_is_asked(tmp_path):
 def test_a_planted_key_is_in_no_output(tmp_path, settings):
     pictures(tmp_path / 'imgs', 4)
     code = (
-        "import logging, sys, pandas as pd; logging.basicConfig(level=logging.DEBUG)\n"
-        "from bdam_repro.describe import describe\n"
-        "from bdam_repro.mllm import make_client\n"
-        "describe(pd.DataFrame({'file': [f'{i:05}.png' for i in range(4)]}), make_client(), sys.argv[2] + '/d.jsonl',"
+        'import logging, sys, pandas as pd; logging.basicConfig(level=logging.DEBUG)\n'
+        'from bdam_repro.describe import describe\n'
+        'from bdam_repro.mllm import make_client\n'
+        "records = pd.DataFrame({'file': [f'{i:05}.png' for i in range(4)]})\n"
+        "describe(records, make_client(), sys.argv[2] + '/d.jsonl',"
         " images_dir=sys.argv[1], model='m', concurrency=2,"
-        " retries=1, backoff=.01, breaker=5)"
+        ' retries=1, backoff=.01, breaker=5)'
     )
     with serving(tmp_path / 'server', **settings) as server:
         done = subprocess.run(
@@ -683,7 +849,12 @@ def test_a_planted_key_is_in_no_output(tmp_path, settings):
 
 def papermill(tmp_path, url, *parameters):
     "Run the notebook; what it printed, its exit code, the executed notebook's text."
-    env = os.environ | {'OPENAI_API_KEY': KEY, 'OPENAI_BASE_URL': url, 'IN_TEST': '1', 'BDAM_ROOT': str(tmp_path)}
+    env = os.environ | {
+        'OPENAI_API_KEY': KEY,
+        'OPENAI_BASE_URL': url,
+        'IN_TEST': '1',
+        'BDAM_ROOT': str(tmp_path),
+    }
     notebook = HERE.parent / 'nbs' / 'describe.ipynb'
     command = [Path(sys.executable).parent / 'papermill', notebook, tmp_path / 'out.ipynb', *parameters]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
@@ -693,7 +864,20 @@ def papermill(tmp_path, url, *parameters):
 def test_the_notebook_asks_the_server_and_keeps_the_key_to_itself(tmp_path):
     with serving(tmp_path / 'server', key=KEY) as server:
         said, code, notebook = papermill(
-            tmp_path, server.url, '-p', 'model', 'm', '-p', 'limit', '6', '-p', 'price_in', '1', '-p', 'price_out', '2'
+            tmp_path,
+            server.url,
+            '-p',
+            'model',
+            'm',
+            '-p',
+            'limit',
+            '6',
+            '-p',
+            'price_in',
+            '1',
+            '-p',
+            'price_out',
+            '2',
         )
     assert code == 0, said
     assert 'ok=6' in notebook and KEY not in said + notebook and server.url not in said + notebook
@@ -706,7 +890,7 @@ def test_the_notebook_ends_with_one_line_when_the_key_is_refused(tmp_path):
     assert KEY not in said + notebook and server.url not in said + notebook
 
 
-# ---- what a user can get wrong -------------------------------------------------------------------------------------------
+# ---- what a user can get wrong --------------------------------------------------------------------
 
 BAD = {
     'no model': (dict(model=''), 'model is empty'),
@@ -733,9 +917,29 @@ def test_wrong_settings_cost_one_line_and_no_request(tmp_path, settings, says):
     records = pictures(tmp_path / 'imgs', 2)
     with serving(tmp_path / 'server') as server:
         with pytest.raises(UserError, match=says) as e:
-            describe(records, server.client(), tmp_path / 'd.jsonl', **{'images_dir': tmp_path / 'imgs'} | QUICK | settings)
+            describe(
+                records,
+                server.client(),
+                tmp_path / 'd.jsonl',
+                **{'images_dir': tmp_path / 'imgs'} | QUICK | settings,
+            )
         assert server.log() == []
     assert '\n' not in str(e.value)
+
+
+def test_options_are_known_by_name(tmp_path):
+    "An option of the one call is none of the other, and every default stands once."
+    records, client = pictures(tmp_path / 'imgs', 1), openai.AsyncOpenAI(api_key='k')
+    go = dict(model='m', images_dir=tmp_path / 'imgs', dry_run=True)
+    for call, stranger in ((describe, 'poll'), (describe_batch, 'rpm'), (describe, 'concurency')):
+        with pytest.raises(TypeError, match=stranger):
+            call(records, client, tmp_path / 'd.jsonl', **go, **{stranger: 1})
+    with pytest.raises(TypeError, match='images_dir'):
+        describe(records, client, tmp_path / 'd.jsonl', model='m')
+    shared = set(DescribeParameters.model_fields) & set(OnlineSettings.model_fields) - {'model'}
+    assert len(shared) == 11
+    for name in shared:
+        assert DescribeParameters.model_fields[name].default == OnlineSettings.model_fields[name].default
 
 
 def test_wrong_tables_files_and_folders(tmp_path):
@@ -755,7 +959,9 @@ def test_wrong_tables_files_and_folders(tmp_path):
     refused('cannot be written', out=tmp_path / 'imgs')  # a folder
     (tmp_path / 'other.jsonl').write_text(json.dumps({'image': 'elsewhere/1.jpg', 'status': 'ok'}) + '\n')
     refused('belongs to another one', out=tmp_path / 'other.jsonl')
-    (tmp_path / 'split.jsonl').write_text(json.dumps({'image': '00000.png', 'status': 'ok', 'model': 'split'}) + '\n')
+    (tmp_path / 'split.jsonl').write_text(
+        json.dumps({'image': '00000.png', 'status': 'ok', 'model': 'split'}) + '\n'
+    )
     refused('holds lines of model split', out=tmp_path / 'split.jsonl')
     line = json.dumps({'image': '00000.png', 'status': 'ok', 'model': 'm'})
     (tmp_path / 'broken.jsonl').write_text('not json\n' + line + '\n')
@@ -772,10 +978,15 @@ def test_wrong_servers(tmp_path, monkeypatch):
 
     def refused(client, says):
         with pytest.raises(UserError, match=says) as e:
-            describe(records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', concurrency=2, **QUICK)
+            describe(
+                records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', concurrency=2, **QUICK
+            )
         assert '\n' not in str(e.value) and len(read_journal(tmp_path / 'd.jsonl')) == 0
 
-    refused(openai.AsyncOpenAI(api_key='k', base_url='http://127.0.0.1:9/v1', max_retries=0), 'no connection to the server')
+    refused(
+        openai.AsyncOpenAI(api_key='k', base_url='http://127.0.0.1:9/v1', max_retries=0),
+        'no connection to the server',
+    )
     with serving(tmp_path / 'a') as server:
         refused(openai.AsyncOpenAI(api_key='k', base_url=server.url + '/nonsense', max_retries=0), '404')
     with serving(tmp_path / 'b', vision=False) as server:
@@ -800,7 +1011,9 @@ def test_pictures_that_cannot_be_read_cost_nothing(tmp_path):
     (tmp_path / 'imgs' / '00002.png').write_bytes((tmp_path / 'imgs' / '00002.png').read_bytes()[:45])
     (tmp_path / 'imgs' / '00004.png').unlink()
     with serving(tmp_path / 'server') as server:
-        report = describe(records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK)
+        report = describe(
+            records, server.client(), tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK
+        )
         assert len(server.log()) == 3
     assert (report.ok, report.failed, dict(report.causes)) == (3, 3, {'image': 3})
 
@@ -813,9 +1026,11 @@ def test_a_dry_run_sends_nothing_and_learns_from_the_file(tmp_path, capsys):
         assert server.log() == [] and not (tmp_path / 'd.jsonl').exists() and first.images == 50
         describe(records, server.client(), tmp_path / 'd.jsonl', limit=10, **settings)
         later = describe(records, server.client(), tmp_path / 'd.jsonl', dry_run=True, **settings)
-    assert (later.images, later.prompt_tokens, later.completion_tokens) == (40, 24_000, 4_000) and later.cost == pytest.approx(
-        0.04
-    )
+    assert (later.images, later.prompt_tokens, later.completion_tokens) == (
+        40,
+        24_000,
+        4_000,
+    ) and later.cost == pytest.approx(0.04)
     assert '40 images to describe' in capsys.readouterr().out
 
 
@@ -824,7 +1039,9 @@ def test_a_dry_run_needs_no_key(tmp_path, monkeypatch, batch):
     monkeypatch.delenv('OPENAI_API_KEY', raising=False)
     records = pictures(tmp_path / 'imgs', 8).assign(split='train', pid=range(8))
     ds = SimpleNamespace(name='cuhk', root=tmp_path, images_dir=tmp_path / 'imgs', records=records)
-    p = DescribeParameters(dataset='cuhk', describer='mllm', model='m', batch=batch, out=str(tmp_path / 'd.jsonl'))
+    p = DescribeParameters(
+        dataset='cuhk', describer='mllm', model='m', batch=batch, out=str(tmp_path / 'd.jsonl')
+    )
     estimate_cost, out = describe_dataset(ds, p.model_copy(update=dict(dry_run=True)))
     assert estimate_cost.images == 8 and not out.exists()
     with pytest.raises(UserError, match='OPENAI_API_KEY is not set'):
@@ -851,11 +1068,12 @@ def test_split_survives_whatever_people_write(tmp_path):
         'he ' * 400,
         'wearing',
         '<b>man</b> in {red} coat',
-        'The man\'s shirt\nis red.',
+        "The man's shirt\nis red.",
         'and and and',
         'MAN IN RED SHIRT AND BLUE JEANS',
     ]
-    records = pd.DataFrame({'file': [f'{i}.jpg' for i in range(len(odd) + 1)], 'captions': [[c] for c in odd] + [[]]})
+    captions = [[c] for c in odd] + [[]]
+    records = pd.DataFrame({'file': [f'{i}.jpg' for i in range(len(captions))], 'captions': captions})
     report = describe_split(records, tmp_path / 'd.jsonl')
     table = read_journal(tmp_path / 'd.jsonl')
     assert report.ok + report.failed == len(records) == len(table) and report.ok >= 2
@@ -870,7 +1088,8 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path):
     "Not even one of a single line, which an annotation file may be."
     records = pictures(tmp_path / 'imgs', 2, size=16)
     other = tmp_path / 'reid_raw.json'
-    for content in (b'[{"split": "train", "id": 1}]', b'[1]\n', b'some words', b'{"image": "0.jpg"\n{"image": "1.jpg"}x\n'):
+    broken_twice = b'{"image": "0.jpg"\n{"image": "1.jpg"}x\n'
+    for content in (b'[{"split": "train", "id": 1}]', b'[1]\n', b'some words', broken_twice):
         other.write_bytes(content)
         with pytest.raises(UserError, match=r'reid_raw\.json'):
             describe_split(records.assign(captions=[['A man in red.']] * 2), other)

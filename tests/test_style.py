@@ -1,4 +1,4 @@
-"""Styles: what a caption loses and keeps, labels on degenerate data, memory, exemplars, description files, rewriting."""
+"""Styles: what a caption loses and keeps, labels on degenerate data, memory, exemplars, files, rewriting."""
 import json
 import subprocess
 import sys
@@ -16,17 +16,17 @@ from sklearn.metrics import adjusted_rand_score
 
 from bdam_repro import generalize as G
 from bdam_repro.config import VARIANTS, UserError
-from bdam_repro.generalize import generalize, generalize_with, placeholder, synth_captions
+from bdam_repro.describe import SlidingWindow
+from bdam_repro.generalize import embed_styles, generalize, generalize_with, placeholder, synth_captions
 from bdam_repro.journal import read_journal
 from bdam_repro.lexicon import Policy
-from bdam_repro.mllm import SlidingWindow, prompt_texts
+from bdam_repro.mllm import prompt_texts
 from bdam_repro.pedes import load_pedes
 from bdam_repro.style import (
     METHODS,
     cluster_styles,
     compare_methods,
     dbcv,
-    embed_styles,
     eps_sweep,
     style_descriptions,
     style_prompts,
@@ -35,10 +35,12 @@ from bdam_repro.synth import make_synth
 
 NAMES = {'PERSON', 'BODY', 'ITEM', 'COLOR', 'TRAIT'}
 
-# ---- captions without content ---------------------------------------------------------------------------------------
-who = st.sampled_from(['man', 'lady', 'boy', 'tall girl', 'young slim woman', 'gentleman', 'middle-aged male'])
+# ---- captions without content ------------------------------------------------------------------------------
+who = st.sampled_from([
+    'man', 'lady', 'boy', 'tall girl', 'young slim woman', 'gentleman', 'middle-aged male'])
 colors = st.sampled_from(['red', 'dark blue', 'navy', 'light-gray', 'khaki', 'black'])
-garments = st.sampled_from(['coat', 'striped t-shirt', 'denim jacket', 'hoodie', 'sweater', 'knee-length dress'])
+garments = st.sampled_from([
+    'coat', 'striped t-shirt', 'denim jacket', 'hoodie', 'sweater', 'knee-length dress'])
 frames = st.sampled_from([
     'There is {w} {who} who seems to be wearing a {c} {g}; one might say {he} hurries.',
     'the {who}, apparently, has got a {g} that is {c} on and then {he} walks away',
@@ -51,7 +53,8 @@ def test_content_does_not_show(frame, w1, c1, g1, w2, c2, g2):
     first = generalize(frame.format(w='a', who=w1, c=c1, g=g1, he='he'))
     second = generalize(frame.format(w='a', who=w2, c=c2, g=g2, he='she'))
     assert first == second
-    for word in f'{w1} {c1} {g1}'.replace('-', ' ').split(): assert word not in first.replace('-', ' ').split()
+    left = first.replace('-', ' ').split()
+    for word in f'{w1} {c1} {g1}'.replace('-', ' ').split(): assert word not in left
 
 
 @given(frames, who, colors, garments)
@@ -60,7 +63,7 @@ def test_manner_stays(frame, w, c, g):
     text = generalize(frame.format(w='a', who=w, c=c, g=g, he='he'))
     kept = [x for x in frame.replace('{he}', 'they').split() if '{' not in x]
     left = iter(text.split())
-    assert all(any(x == y for y in left) for x in kept), text           # all other words, in order, with their punctuation
+    assert all(any(x == y for y in left) for x in kept), text    # all other words, in order, with punctuation
     assert generalize(text) == text
 
 
@@ -71,24 +74,37 @@ def test_any_text_is_taken_and_settles(text):
     assert generalize(once) == once
 
 
-@pytest.mark.parametrize('word', ['wears', 'wearing', 'dressed', 'one', 'notices', 'perhaps', 'which', 'while', 'pair', 'image'])
-def test_words_of_style_stay(word): assert placeholder(word) == word and placeholder(word.capitalize()) == word.capitalize()
+STAY = ('wears', 'wearing', 'dressed', 'one', 'notices', 'perhaps', 'which', 'while', 'pair', 'image')
+
+
+@pytest.mark.parametrize('word', STAY)
+def test_words_of_style_stay(word):
+    assert placeholder(word) == word
+    assert placeholder(word.capitalize()) == word.capitalize()
 
 
 def test_case_and_article_of_what_is_replaced():
-    assert generalize('He has an orange cap. On his head she sees it.') == 'They has a ITEM. On their BODY they sees it.'
+    said = 'He has an orange cap. On his head she sees it.'
+    assert generalize(said) == 'They has a ITEM. On their BODY they sees it.'
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
+# ---- labels ------------------------------------------------------------------------------------------------
 def on_sphere(n, k=5, d=6, seed=0):
     x, y = make_blobs(n, d, centers=k, cluster_std=.4, random_state=seed)
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32), y
 
 
 DEGENERATE = {
-    'one': np.ones((1, 4)), 'two': np.eye(2), 'fewer than min_samples': on_sphere(7)[0], 'all identical': np.ones((40, 3)),
-    'two points, often': np.repeat(np.eye(2), 30, axis=0), 'all noise': np.eye(30), 'one dimension': np.arange(20.)[:, None],
-    'far scales': np.r_[np.zeros((20, 2)), np.full((1, 2), 1e6)], 'zeros': np.zeros((5, 2))}
+    'one': np.ones((1, 4)),
+    'two': np.eye(2),
+    'fewer than min_samples': on_sphere(7)[0],
+    'all identical': np.ones((40, 3)),
+    'two points, often': np.repeat(np.eye(2), 30, axis=0),
+    'all noise': np.eye(30),
+    'one dimension': np.arange(20.)[:, None],
+    'far scales': np.r_[np.zeros((20, 2)), np.full((1, 2), 1e6)],
+    'zeros': np.zeros((5, 2)),
+}
 
 
 @pytest.mark.filterwarnings('ignore:The symmetric non-negative')        # scipy, of the identity matrix
@@ -145,9 +161,11 @@ def test_centroid_methods_find_k_or_take_it():
 def test_annotators_are_recovered():
     captions, truth = synth_captions(1200, seed=11)
     x = embed_styles([generalize(c) for c in captions])
-    table = compare_methods(x, truth, ('dbscan', 'hdbscan', 'kmeans', 'random', 'none')).set_index(['method', 'k_from'])
+    table = compare_methods(x, truth, ('dbscan', 'hdbscan', 'kmeans', 'random', 'none'))
+    table = table.set_index(['method', 'k_from'])
     assert table.ari['dbscan', 'itself'] >= .8 and table.ari.max() >= .85
-    assert abs(table.ari['random', 'dbscan']) < .05 and table.ari['none', 'itself'] == 0 and table.k['none', 'itself'] == 1
+    assert abs(table.ari['random', 'dbscan']) < .05
+    assert table.ari['none', 'itself'] == 0 and table.k['none', 'itself'] == 1
     assert table.k['kmeans', 'dbscan'] == table.k['dbscan', 'itself']
 
 
@@ -161,7 +179,7 @@ def test_dbcv_prefers_shape():
     x, y = make_moons(300, noise=.04, random_state=0)
     right, wrong = dbcv(x, y), dbcv(x, KMeans(2, n_init=3, random_state=0).fit_predict(x))
     assert right > .3 > 0 > wrong
-    some = np.where(np.arange(300) < 60, -1, y)                          # noise counts as points without merit
+    some = np.where(np.arange(300) < 60, -1, y)                      # noise counts as points without merit
     assert dbcv(x, some) == pytest.approx(dbcv(x[60:], y[60:]) * 240 / 300)
     assert np.isnan(dbcv(x, np.zeros(300, int)))
     assert dbcv(x * 1e-3, y) == pytest.approx(right)
@@ -185,12 +203,13 @@ print(cluster_styles(x, sys.argv[1], **eval(sys.argv[2]))[1])
 @pytest.mark.parametrize('method, options', [
     ('dbscan', {}), ('dbscan', {'eps': 50.}), ('hdbscan', {}), ('agglomerative', {'k': 10})])
 def test_memory_grows_with_the_captions_alone(method, options):
-    done = subprocess.run([sys.executable, '-c', GUARD, method, repr(options)], capture_output=True, text=True)
+    command = [sys.executable, '-c', GUARD, method, repr(options)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
     assert 'k=1,' in done.stdout if options.get('eps') else 'k=10,' in done.stdout
 
 
-# ---- exemplars, description files -----------------------------------------------------------------------------------
+# ---- exemplars, description files --------------------------------------------------------------------------
 def test_exemplars_belong_to_their_cluster():
     captions = [f'caption {i // 2}' for i in range(40)]                  # each twice
     labels = np.r_[np.zeros(20, int), np.ones(18, int), [-1, -1]]
@@ -232,13 +251,14 @@ def test_styles_come_from_training_captions(dataset, tmp_path):
     import dataclasses
     records = dataset.records.copy()
     held_out = records.split != 'train'
-    records.loc[held_out, 'captions'] = records[held_out].captions.map(lambda c: ['Something else entirely.'] * len(c))
+    other_words = records[held_out].captions.map(lambda c: ['Something else entirely.'] * len(c))
+    records.loc[held_out, 'captions'] = other_words
     other = dataclasses.replace(dataset, records=records)
     a, b = (style_descriptions(x, 'dbscan', tmp_path/f'{i}.jsonl') for i, x in enumerate((dataset, other)))
     assert a.read_bytes() == b.read_bytes()
 
 
-# ---- the MLLM rewrites ----------------------------------------------------------------------------------------------
+# ---- the MLLM rewrites -------------------------------------------------------------------------------------
 def served(answer):
     "A client whose server is the function `answer(caption, n-th time asked)`."
     asked = []
@@ -249,11 +269,13 @@ def served(answer):
         if isinstance(said, int):
             error = {'error': {'message': 'key sk-planted-secret-123 is wrong'}}
             return httpx.Response(said, json=error, headers={'Retry-After': '0.4'})
-        return httpx.Response(200, json=dict(id='1', object='chat.completion', created=0, model='m', choices=[dict(
-            index=0, finish_reason='stop', message=dict(role='assistant', content=said))]))
+        choice = dict(index=0, finish_reason='stop', message=dict(role='assistant', content=said))
+        chat = dict(id='1', object='chat.completion', created=0, model='m', choices=[choice])
+        return httpx.Response(200, json=chat)
     http = httpx.AsyncClient(transport=httpx.MockTransport(handle))
-    address = 'http://server.invalid/v1'
-    return openai.AsyncOpenAI(api_key='sk-planted-secret-123', base_url=address, max_retries=0, http_client=http), asked
+    client = openai.AsyncOpenAI(api_key='sk-planted-secret-123', base_url='http://server.invalid/v1',
+                                max_retries=0, http_client=http)
+    return client, asked
 
 
 def test_rewriting_resumes_and_never_asks_twice(tmp_path):
@@ -279,9 +301,15 @@ def test_rewriting_checks_its_answers_and_tries_again(tmp_path, monkeypatch):
 def test_rewriting_keeps_to_the_limit_and_to_retry_after(tmp_path, monkeypatch):
     monkeypatch.setattr(G, 'wait_random_exponential', lambda **_: lambda state: 0)
     times = []
-    client, _ = served(lambda c, n: times.append((c, time.monotonic())) or (429 if c == 'a man 0' and n == 1 else 'a PERSON'))
+
+    def answer(caption, n):
+        times.append((caption, time.monotonic()))
+        return 429 if caption == 'a man 0' and n == 1 else 'a PERSON'
+
+    client, _ = served(answer)
     monkeypatch.setattr(G, 'SlidingWindow', lambda rpm: SlidingWindow(rpm, window=.5))
-    generalize_with(client, [f'a man {i}' for i in range(25)], model='m', cache=tmp_path/'c.jsonl', rpm=10, progress=False)
+    men = [f'a man {i}' for i in range(25)]
+    generalize_with(client, men, model='m', cache=tmp_path/'c.jsonl', rpm=10, progress=False)
     first, second = (t for c, t in times if c == 'a man 0')
     assert second - first >= .4
     assert len(times) == 26 and max(sum(t <= u < t + .5 for _, u in times) for _, t in times) <= 10
@@ -295,21 +323,23 @@ def test_a_server_that_refuses_ends_the_work_in_one_line(tmp_path):
     assert '1 answers are kept' in str(e.value) and 'planted' not in str(e.value) and '\n' not in str(e.value)
 
 
-# ---- CLIP -----------------------------------------------------------------------------------------------------------
+# ---- CLIP --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def clip_folder(tmp_path_factory):
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
     folder = tmp_path_factory.mktemp('clip')
-    words = ['[pad]', '[unk]', '[bos]', '[eos]', 'a', 'man', 'in', 'red', 'coat', 'and', 'blue', 'jeans', 'wears', 'the']
+    words = ['[pad]', '[unk]', '[bos]', '[eos]']
+    words += ['a', 'man', 'in', 'red', 'coat', 'and', 'blue', 'jeans', 'wears', 'the']
     t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='[unk]'))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [('[bos]', 2), ('[eos]', 3)]
     t.post_processor = processors.TemplateProcessing(single='[bos] $A [eos]', special_tokens=ends)
     PreTrainedTokenizerFast(tokenizer_object=t, pad_token='[pad]', unk_token='[unk]').save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=24)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 projection_dim=24)
     config = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=12, bos_token_id=2, eos_token_id=3,
                             pad_token_id=0, **sizes)
     CLIPTextModelWithProjection(config).save_pretrained(folder)
@@ -320,11 +350,12 @@ def test_clip_from_a_folder(clip_folder):
     too_long = 'jeans in red and red and red and red and red and red'
     captions = ['a man in red', 'the man wears a coat and blue jeans', 'blue coat', too_long] * 3
     x = embed_styles(captions, 'clip', model=str(clip_folder), dim=3)
-    assert x.shape == (12, 3) and np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5) and (x[:4] == x[4:8]).all()
+    assert x.shape == (12, 3) and np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)
+    assert (x[:4] == x[4:8]).all()
     assert cluster_styles(x, 'kmeans', k=4)[1].k == 4
 
 
-# ---- mistakes of the user -------------------------------------------------------------------------------------------
+# ---- mistakes of the user ----------------------------------------------------------------------------------
 X = on_sphere(30)[0]
 MISTAKES = {
     'unknown method': (lambda d: cluster_styles(X, 'optics'), 'optics'),
@@ -344,7 +375,7 @@ MISTAKES = {
     'no captions': (lambda d: embed_styles([]), 'at least one'),
     'a string': (lambda d: embed_styles('a man'), 'list of texts'),
     'an empty caption': (lambda d: embed_styles(['a', ' ']), 'captions[1]'),
-    'no CLIP there': (lambda d: embed_styles(['a', 'b', 'c'], 'clip', model='/no/such/folder'), "method='tfidf'"),
+    'no CLIP': (lambda d: embed_styles(['a', 'b', 'c'], 'clip', model='/no/such/folder'), "method='tfidf'"),
     'labels of others': (lambda d: style_prompts([0, 1], ['a']), '2 labels'),
     'n of zero': (lambda d: style_prompts([0], ['a'], n=0), 'exemplars'),
     'style of a typo': (lambda d: style_descriptions(d, 'dbscam'), 'dbscam'),
@@ -361,5 +392,6 @@ def test_mistakes_are_one_clear_line(case, dataset):
 
 def test_real_data_need_a_model(dataset, tmp_path):
     import dataclasses
-    with pytest.raises(UserError, match='no SynthPEDES'): style_descriptions(dataclasses.replace(dataset, root=tmp_path))
+    elsewhere = dataclasses.replace(dataset, root=tmp_path)
+    with pytest.raises(UserError, match='no SynthPEDES'): style_descriptions(elsewhere)
     assert not list(tmp_path.iterdir())
