@@ -82,7 +82,7 @@ class Pool(nn.Module):
         empty = f_id.new_zeros(len(f_id), 0)
         return Decoupled(f_id, empty, f_id, empty, torch.ones_like(f_id), tokens)
 
-# %% ../nbs/34_model.ipynb #5daa4cdb
+# %% ../nbs/34_model.ipynb #d09e27cf
 class Retriever(nn.Module):
     "Two encoders, BDAM and the fusion (Sec. 3.1-3.4)."
     def __init__(self,
@@ -99,7 +99,7 @@ class Retriever(nn.Module):
                              mlp=c.bdam_mlp)
         else: self.bdam = Pool(vision.dim, c.dim)
         clothing = c.bdam and c.c_clothing > 0
-        self.proj_clo = nn.Linear(c.dim, c.dim) if clothing else None     # hat_clo into the text's space (3.2)
+        self.proj_clo = nn.Linear(c.dim, c.dim) if clothing else None    # hat_clo into the text's space (3.2)
         self.fusion = None
         if c.fusion:
             txt_dim = text.dim if self.reads_words else c.dim
@@ -129,7 +129,7 @@ class Retriever(nn.Module):
         d = self.bdam(self.vision(images))
         return ImageFeatures(d.f_id, d.f_clo, d.hat_clo, d.g, d.tokens)
 
-# %% ../nbs/34_model.ipynb #7b3b6061
+# %% ../nbs/34_model.ipynb #30b32b6b
 def check_sides(q, g) -> None:
     "Refuses to score anything but a text against an image: the protocol as a type error."
     if type(q) is not TextFeatures or type(g) is not ImageFeatures:
@@ -139,7 +139,7 @@ def check_sides(q, g) -> None:
 def dual(q: TextFeatures,   # Q queries
          g: ImageFeatures   # G gallery entries
         ) -> Tensor:        # [Q, G] cosines
-    "Cosine of text feature and gated identity feature. Raises `TypeError` for anything but a text and an image."
+    "Cosine of text feature and gated identity feature. Raises `TypeError` for other types."
     check_sides(q, g)
     return F.normalize(q.t.float(), dim=-1) @ F.normalize(g.f_id.float(), dim=-1).T
 
@@ -199,12 +199,12 @@ def invalid_pair_scores(model: Retriever,
     a, b = invalid_pairs(model, q, q_image), invalid_pairs(model, g_text, g)
     return F.normalize(a.f_final, dim=-1) @ F.normalize(b.f_final, dim=-1).T
 
-# %% ../nbs/34_model.ipynb #db781c69
+# %% ../nbs/34_model.ipynb #f44af52e
 def candidates(sim: Tensor,   # [B, B] dual scores, texts × images
                pids: Tensor,  # [B] identities
                n: int         # wrong images per text
               ) -> tuple[Tensor, Tensor]:  # rows [B, 1+N], the right image first; valid [B, 1+N] bool
-    "The right image and the hardest wrong ones. Where a batch has fewer than N wrong ones, the rest is marked invalid."
+    "The right image and the hardest wrong ones. `valid` is False where a batch has fewer than N wrong ones."
     same = pids[:, None] == pids[None]                                       # [B, B]
     n = min(n, len(pids) - 1)
     wrong = sim.detach().masked_fill(same, -torch.inf).topk(n, dim=1)        # [B, N]
@@ -212,11 +212,11 @@ def candidates(sim: Tensor,   # [B, B] dual scores, texts × images
     valid = [torch.ones_like(right, dtype=torch.bool), wrong.values.isfinite()]
     return torch.cat([right, wrong.indices], 1), torch.cat(valid, 1)
 
-# %% ../nbs/34_model.ipynb #1f65ef3e
+# %% ../nbs/34_model.ipynb #bc336d9d
 def encode_by_length(model: Retriever,
                      texts: list[tuple[Tensor, Tensor]],   # ids, mask: [B, M] each; M may differ
                      parts: int = 6,                       # pieces of like length
-                     words: bool = True                    # off: 0 words are kept, where only `t` is read
+                     words: bool = True                    # off: 0 words are kept, only `t` is read
                     ) -> list[TextFeatures]:
     "`encode_text` of several batches at once, sorted by length, so that little of the work is padding."
     M = max(ids.shape[1] for ids, _ in texts)
@@ -225,17 +225,17 @@ def encode_by_length(model: Retriever,
     order = mask.sum(1).argsort(stable=True)
     pieces = []
     for rows in order.chunk(parts):
-        L = int(mask[rows].sum(1).max())                                               # of the piece's longest text
+        L = int(mask[rows].sum(1).max())                      # of the piece's longest text
         piece = model.encode_text(ids[rows, :L], mask[rows, :L])
         pieces.append(piece.pad(M) if words else piece.cut(0))
     in_order = TextFeatures.cat(pieces)[order.argsort()]
     batches = in_order.split([len(ids) for ids, _ in texts])
     return [f.cut(ids.shape[1]) for f, (ids, _) in zip(batches, texts)]
 
-# %% ../nbs/34_model.ipynb #7da653a2
+# %% ../nbs/34_model.ipynb #3e382925
 @dataclass
 class FusedCandidates:
-    "The fusion of each text with its candidates, the right image first. All None in a model without a fusion."
+    "The fusion of each text with its candidates, the right image first. All None without a fusion."
     match: Tensor | None = None   # [B, 1+N] match scores; -inf where there is no candidate
     cos: Tensor | None = None     # [B, 1+N] cosines of the same pairs, without gradient
     fused: Tensor | None = None   # [B, 1+N, D] f_final of the same pairs
@@ -253,7 +253,7 @@ class Outputs(FusedCandidates):
     other: TextFeatures | None = None      # another caption of the same image
     clo: Tensor | None = None              # [B, D] clothing feature in the text's space (Eq. 1)
 
-# %% ../nbs/34_model.ipynb #1af44861
+# %% ../nbs/34_model.ipynb #b7b771d8
 class Model(Retriever):
     "The whole model of a configuration (Sec. 3)."
     second = None   # a second thread for the text tower: see `35_threads`
@@ -284,14 +284,15 @@ class Model(Retriever):
 
     def encode_texts(self, texts: list[tuple[Tensor, Tensor]],   # ids, mask: [B, M] each; M may differ
                      parts: int = 6,                             # pieces on a CPU
-                     words: bool = True                          # off: 0 words are kept, where only `t` is read
+                     words: bool = True                          # off: 0 words are kept, only `t` is read
                     ) -> list[TextFeatures]:
         "`encode_text` of several batches; on a CPU by `encode_by_length`."
         if not texts[0][0].is_cuda: return encode_by_length(self, texts, parts, words)
         features = [self.encode_text(*text) for text in texts]
         return features if words else [f.cut(0) for f in features]
 
-    def fuse_candidates(self, image: ImageFeatures, texts: dict[str, TextFeatures], pids: Tensor) -> FusedCandidates:
+    def fuse_candidates(self, image: ImageFeatures, texts: dict[str, TextFeatures], pids: Tensor
+                       ) -> FusedCandidates:
         "The fusion of each text with its candidates. `fusion_text` names the text that it reads."
         c, main = self.config, texts['caption']
         if c.id_text == 'generated': main = texts.get('identity', main)
@@ -307,16 +308,16 @@ class Model(Retriever):
         return FusedCandidates(match=match, cos=cos, fused=f_final, valid=valid, anchor=query.t, w=w[:, 0])
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        "The last layer that every loss passes through: the image encoder's last dense layer (Sec. 4.2, open point 9)."
+        "The image encoder's last dense layer: every loss passes through it (Sec. 4.2, open point 9)."
         dense = [m for m in self.vision.modules() if isinstance(m, nn.Linear)]
         return list(dense[-1].parameters())
 
-# %% ../nbs/34_model.ipynb #aa4bacef
+# %% ../nbs/34_model.ipynb #8a83b1f1
 def build_model(config: Config,
-                vocab_size: int | None = None,  # of the tokenizer; None: `config.vocab_size`, for a random start
-                descriptions: bool = True    # off: no clothing text trains the clothing projection, so there is none
+                vocab_size: int | None = None,   # of the tokenizer; None: `config.vocab_size` (random start)
+                descriptions: bool = True        # off: no clothing text to train `proj_clo`, so there is none
                ) -> Model:
-    "The model of a configuration, from checkpoints or a random start. Raises `UserError` for a checkpoint out of reach."
+    "The model of a configuration. Raises `UserError` for a checkpoint that cannot be had."
     c = config
     if vocab_size is None and isinstance(c.text, dict): vocab_size = c.vocab_size
     size = (c.image_height, c.image_width)

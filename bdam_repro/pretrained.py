@@ -13,16 +13,17 @@ from .files import read_tensors, write_tensors
 from .encoders import TextEncoder, VisionEncoder
 from .model import Model
 
-# %% ../nbs/36_pretrained.ipynb #87685e6f
+# %% ../nbs/36_pretrained.ipynb #39273926
 def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors` file
     "Weights, options and the encoders' architecture in one file."
-    config = model.config.model_dump(exclude={'data_root', 'device'})   # they belong to the machine, not to the model
+    of_the_machine = {'data_root', 'device'}
+    config = model.config.model_dump(exclude=of_the_machine)
     meta = {'config': config, 'vision': model.vision.config, 'text': model.text.config}
     return write_tensors(path, model.state_dict(), meta)
 
-# %% ../nbs/36_pretrained.ipynb #c300139c
+# %% ../nbs/36_pretrained.ipynb #eded35f3
 def from_pretrained(path: str | Path) -> Model:  # in evaluation mode, on the CPU
-    "The model of `save_pretrained`. Raises `UserError` for a file that holds none, or one of another version."
+    "The model of `save_pretrained`. Raises `UserError` for a file that holds none that fits."
     state, meta = read_tensors(path)
     if not {'config', 'vision', 'text'} <= meta.keys():
         raise UserError(f'{path} holds no model: give the path of a best.safetensors')

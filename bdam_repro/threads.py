@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .model import Rows
 
-# %% ../nbs/35_threads.ipynb #7ba8e1f4
+# %% ../nbs/35_threads.ipynb #46943d17
 class _Cut(torch.autograd.Function):
     "Tensors whose graph another thread walks back."
     @staticmethod
-    def forward(ctx, anchor, thread, inner):       # `anchor` needs a gradient, else there would be no way back
+    def forward(ctx, anchor, thread, inner):    # `anchor` needs a gradient, else there is no way back
         ctx.thread, ctx.inner = thread, inner
         return tuple(x.detach() for x in inner)
 
@@ -29,9 +29,9 @@ class _Cut(torch.autograd.Function):
         ctx.thread.walk_back(*zip(*arrived))
         return None, None, None
 
-# %% ../nbs/35_threads.ipynb #0aa725a0
+# %% ../nbs/35_threads.ipynb #12bb3c8c
 class SecondThread:
-    "A second core for a part of the model that shares no parameter with the rest. Errors there are raised here."
+    "A second core for a part of the model that shares no parameter with the rest."
     def __init__(self):
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.jobs = []          # backward passes that are under way
