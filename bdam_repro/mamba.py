@@ -98,14 +98,14 @@ def _run_grads(a: Tensor,   # decays; on return the products a_t g_t, [b, K, T, 
     for t in range(T - 1, 0, -1): g[:, :, t-1] += a[:, :, t].mul_(g[:, :, t])
     a[:, :, 0] *= g[:, :, 0]
 
-# %% ../nbs/32_mamba.ipynb #26f0d8b8
+# %% ../nbs/32_mamba.ipynb #ee5db4c9
 def _read(v: Tensor, m: Tensor) -> Tensor:   # [b, K, T, N], [b, K, T, N, D] -> [b, K, T, D]
     "Sum over the states: C·h forward, B·g backward."
     return torch.matmul(v[..., None, :], m).squeeze(-2)
 
 def _along(m: Tensor, v: Tensor) -> Tensor:  # [b, K, T, N, D], [b, K, T, D] -> [b, K, T, N]
     "Sum over the channels: the gradients of B and C."
-    return torch.matmul(v[..., None, :], m.mT).squeeze(-2)     # row by matrix: ten times as fast as the reverse
+    return torch.matmul(v[..., None, :], m.mT).squeeze(-2)    # row by matrix: ten times the reverse's speed
 
 # %% ../nbs/32_mamba.ipynb #24a7212f
 def _decay_grads(q: Tensor, delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,10 +132,10 @@ def _blocks(b: int, D: int, rows: int, w: int, work: list[Tensor], *KTN: int):
             shape = (min(rows, b - i), *KTN, min(w, D - j))
             yield slice(i, i + rows), slice(j, j + w), [m[:math.prod(shape)].view(shape) for m in work]
 
-# %% ../nbs/32_mamba.ipynb #1137e287
+# %% ../nbs/32_mamba.ipynb #973da4c5
 def _states(delta: Tensor, dx: Tensor, A: Tensor, B: Tensor, s: Tensor, a: Tensor, h: Tensor,
             enter: bool) -> Tensor:
-    "All states of a block into `h`; `enter` fills `s`, else it is given. Returns each chunk's decay, [b, K, N, D]."
+    "All states of a block into `h`; `enter` fills `s`. Returns each chunk's decay, [b, K, N, D]."
     _decay_and_write(delta, dx, A, B, a, h)
     P = torch.exp(delta.sum(2)[..., None, :] * A)
     if enter: _enter_states(a, h, P, s)
@@ -155,9 +155,9 @@ def _block_grads(delta: Tensor, dx: Tensor, A: Tensor, B: Tensor, C: Tensor, dy:
     a[:, :, 1:] *= h[:, :, :-1]
     return *_decay_grads(a, delta, A), *out
 
-# %% ../nbs/32_mamba.ipynb #cbb0d0d1
+# %% ../nbs/32_mamba.ipynb #c5fd2d53
 class _ChunkedScan(torch.autograd.Function):
-    "The chunked selective scan. It keeps its inputs and the states between chunks, and computes the rest again."
+    "The chunked selective scan. It keeps its inputs and the states between chunks, no more."
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, D, z, delta_bias):
@@ -301,11 +301,11 @@ def _causal_conv(x: Tensor, conv: nn.Conv1d, fused: Callable | None) -> Tensor: 
     y = F.conv2d(row, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.padding[0]), groups=conv.groups)
     return F.silu(y[:, :, 0, :x.shape[1]].transpose(1, 2))
 
-# %% ../nbs/32_mamba.ipynb #a32e0f8a
+# %% ../nbs/32_mamba.ipynb #660d68c9
 class Mamba(nn.Module):
     """A Mamba block (the layer of Sec. 3.4's fusion), `[b, L, d_model] -> [b, L, d_model]`, causal.
 
-    Its `state_dict` is that of `mamba_ssm.Mamba`. Raises `UserError` for an unknown option or a missing backend."""
+    Its `state_dict` is that of `mamba_ssm.Mamba`. Raises `UserError` for unknown options and missing backends."""
     def __init__(self,
                  d_model: int,                  # width of the tokens
                  d_state: int = 16,             # N, numbers of state per channel
@@ -320,7 +320,7 @@ class Mamba(nn.Module):
                  conv_bias: bool = True,        # bias in the convolution
                  bias: bool = False,            # bias in the input and output projections
                  *,
-                 backend: str = 'auto',         # 'torch', 'mamba-ssm', or 'auto': mamba-ssm on CUDA where installed
+                 backend: str = 'auto',         # 'torch', 'mamba-ssm', or 'auto': mamba-ssm on CUDA if there
                 ):
         super().__init__()
         _check_backend(backend)
@@ -334,7 +334,7 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1., d_state + 1).log().repeat(D, 1))
         self.D = nn.Parameter(torch.ones(D))
         self.A_log._no_weight_decay = self.D._no_weight_decay = True    # decay would pull A to -1 and D to 0
-        self.dt_proj.bias._no_reinit = True                             # a model-wide "bias = 0" would undo it
+        self.dt_proj.bias._no_reinit = True                            # a model-wide "bias = 0" would undo it
         self.out_proj = nn.Linear(D, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:              # [b, L, d_model]

@@ -96,7 +96,7 @@ def inp_per_query(above: np.ndarray,  # wrong images above the group of the last
         out[rows] = np.array([inp_of_tie(*map(int, x)) for x in ties.T])[which.reshape(-1)]
     return out
 
-# %% ../nbs/50_metrics.ipynb #fbe4089a
+# %% ../nbs/50_metrics.ipynb #4abe7932
 def per_query(positives: Positives) -> RetrievalResult:
     "The metrics of each query from the places of its matches; ties are averaged over their orderings."
     P, Q = positives, len(positives.q_pids)
@@ -111,7 +111,7 @@ def per_query(positives: Positives) -> RetrievalResult:
     m = np.bincount(group)[group]                                    # matches in the tied group of each row
 
     precision = (b + 1) / (b + 1 + above)
-    tie = new & (tied > 0)                                         # a tied group adds its sum at its first row
+    tie = new & (tied > 0)                                       # a tied group adds its sum at its first row
     precision[tied > 0] = 0
     precision[tie] = ap_of_tie(above[tie], b[tie], m[tie], tied[tie])
 
@@ -187,11 +187,11 @@ def count_above(s: torch.Tensor, # scores [B, G]
     s, p = s.sort(1).values, p.contiguous()
     return s.shape[1] - torch.searchsorted(s, p, right=True), s.shape[1] - torch.searchsorted(s, p)
 
-# %% ../nbs/50_metrics.ipynb #a33fe1d8
+# %% ../nbs/50_metrics.ipynb #885f08a8
 def place_matches(q_pids: np.ndarray,    # [Q]
                   g_pids: np.ndarray,    # [G]
                   chunk: int,            # queries per tile
-                  scorer                 # (rows [B], items [B, P]) -> scores of pairs [B, P], of rows in tiles
+                  scorer                 # (rows [B], items [B, P]) -> scores of pairs [B, P], of rows (tiles)
                  ) -> Positives:
     "Count the wrong images above and tied with each match."
     query, item = match_pairs(q_pids, g_pids)
