@@ -301,11 +301,11 @@ def _causal_conv(x: Tensor, conv: nn.Conv1d, fused: Callable | None) -> Tensor: 
     y = F.conv2d(row, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.padding[0]), groups=conv.groups)
     return F.silu(y[:, :, 0, :x.shape[1]].transpose(1, 2))
 
-# %% ../nbs/32_mamba.ipynb #660d68c9
+# %% ../nbs/32_mamba.ipynb #7d1d6a83
 class Mamba(nn.Module):
     """A Mamba block (the layer of Sec. 3.4's fusion), `[b, L, d_model] -> [b, L, d_model]`, causal.
 
-    Its `state_dict` is that of `mamba_ssm.Mamba`. Raises `UserError` for unknown options and missing backends."""
+    Its `state_dict` is that of `mamba_ssm.Mamba`. Raises `UserError` for an unknown option or backend."""
     def __init__(self,
                  d_model: int,                  # width of the tokens
                  d_state: int = 16,             # N, numbers of state per channel
