@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/31_bdam.ipynb #310007
+# %% ../nbs/31_bdam.ipynb #26d598e6
 def attend(q: Tensor, k: Tensor, v: Tensor,   # [B, heads, L, d], [B, heads, M, d], [B, heads, M, d]
            mask: Tensor | None = None         # broadcasts to [B, heads, L, M], True on what may be read
           ) -> Tensor:                        # [B, heads, L, d]
-    "softmax(QKᵀ/√d) V. The fused kernel on a GPU; on a CPU the plain products are quicker (benchmarks/bench_attention.py)."
+    "softmax(QKᵀ/√d) V. On a CPU these plain products beat the fused kernel (benchmarks/bench_attention.py)."
     if q.is_cuda: return F.scaled_dot_product_attention(q, k, v, mask)
-    s = (q @ k.transpose(-1, -2))*q.shape[-1]**-.5                                        # [B, heads, L, M]
-    if mask is not None: s = s.masked_fill(~mask, -torch.inf)
-    return s.softmax(-1).to(v.dtype) @ v
+    scores = (q @ k.transpose(-1, -2))*q.shape[-1]**-.5                # [B, heads, L, M]
+    if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
-# %% ../nbs/31_bdam.ipynb #310009
+# %% ../nbs/31_bdam.ipynb #8a68d6ff
 class Attention(nn.Module):
     "Multi-head attention of `x` over `y` with residual; `y = x` for self-attention (Sec. 3.2)."
     def __init__(self,
@@ -35,28 +35,32 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2*dim), nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
-        h = int(mlp*dim)
-        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, h), nn.GELU(), nn.Linear(h, dim), nn.Dropout(dropout)) if h else None
+        self.mlp = None
+        if h := int(mlp*dim):
+            self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, h), nn.GELU(), nn.Linear(h, dim),
+                                     nn.Dropout(dropout))
 
     def forward(self,
-                x: Tensor,                # [B, L, D] asks
-                y: Tensor | None = None,  # [B, M, D] answers; None: x itself
+                x: Tensor,                  # [B, L, D] the tokens that read
+                y: Tensor | None = None,    # [B, M, D] the tokens that are read; None: x itself
                 mask: Tensor | None = None  # [B, M] bool, True on what may be read; None: all
-               ) -> Tensor:               # [B, L, D]
-        h = self.norm(x)
-        q = self.q(h)
-        k, v = self.kv(h if y is None else self.norm(y)).chunk(2, -1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, L, D/heads]
-        a = attend(q, k, v, None if mask is None else mask[:, None, None])                # mask [B, 1, 1, M]
-        x = x + self.dropout(self.out(a.transpose(1, 2).flatten(2)))
+               ) -> Tensor:                 # [B, L, D]
+        x_n = self.norm(x)
+        y_n = x_n if y is None else self.norm(y)
+        q = self.q(x_n)
+        k, v = self.kv(y_n).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, ·, d]
+        if mask is not None: mask = mask[:, None, None]                                   # [B, 1, 1, M]
+        read = attend(q, k, v, mask)                                                      # [B, heads, L, d]
+        x = x + self.dropout(self.out(read.transpose(1, 2).flatten(2)))
         return x if self.mlp is None else x + self.mlp(x)
 
-# %% ../nbs/31_bdam.ipynb #310012
+# %% ../nbs/31_bdam.ipynb #9d3f9a4c
 class Branches(nn.Module):
     "Two projections, two stacks of self-attention, cross-attention between them (Sec. 3.2)."
     def __init__(self,
                  dim: int,                # D of the features
-                 depth: int,              # self-attention layers a branch
+                 depth: int,              # self-attention layers per branch
                  heads: int,              # attention heads
                  in_dim: int,             # width of the encoder's tokens
                  cross: bool = True,      # cross-attention; off for Table 1's third ablation
@@ -67,36 +71,39 @@ class Branches(nn.Module):
         stack = lambda n: nn.ModuleList(Attention(dim, heads, dropout, mlp) for _ in range(n))
         self.proj_id, self.proj_clo = nn.Linear(in_dim, dim), nn.Linear(in_dim, dim)
         self.self_id, self.self_clo = stack(depth), stack(depth)
-        n_cross = 0 if not cross else depth if order == 'between' else 1
+        n_cross = depth if order == 'between' else 1
+        if not cross: n_cross = 0
         self.cross_id, self.cross_clo = stack(n_cross), stack(n_cross)
         self.norm_id, self.norm_clo = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, f: Tensor                  # f_i [B, L, in_dim], tokens of the image
+    def forward(self, f_i: Tensor                # [B, L, in_dim], tokens of the image
                ) -> tuple[Tensor, Tensor]:       # tokens of both branches, [B, L, D] each
-        idt, clo = self.proj_id(f), self.proj_clo(f)
-        first_cross = len(self.self_id) - len(self.cross_id)      # 'after': only behind the last layer
-        for i, (s_id, s_clo) in enumerate(zip(self.self_id, self.self_clo)):
-            idt, clo = s_id(idt), s_clo(clo)
-            if (j := i - first_cross) >= 0: idt, clo = self.cross_id[j](idt, clo), self.cross_clo[j](clo, idt)
-        return self.norm_id(idt), self.norm_clo(clo)
+        f_id, f_clo = self.proj_id(f_i), self.proj_clo(f_i)
+        none = [None]*(len(self.self_id) - len(self.cross_id))      # the first layers have no cross-attention
+        layers_id = zip(self.self_id, [*none, *self.cross_id])
+        layers_clo = zip(self.self_clo, [*none, *self.cross_clo])
+        for (self_id, cross_id), (self_clo, cross_clo) in zip(layers_id, layers_clo):
+            f_id, f_clo = self_id(f_id), self_clo(f_clo)
+            if cross_id is not None: f_id, f_clo = cross_id(f_id, f_clo), cross_clo(f_clo, f_id)
+        return self.norm_id(f_id), self.norm_clo(f_clo)
 
-# %% ../nbs/31_bdam.ipynb #310016
+# %% ../nbs/31_bdam.ipynb #a5ecc76b
 @dataclass
 class Decoupled:
-    "What BDAM makes of an image. `f_*` are gated, `hat_*` are before the gate."
+    "The features of an image. `f_*` are gated, `hat_*` are before the gate."
     f_id: Tensor     # [B, D] f_id^gate
     f_clo: Tensor    # [B, D] f_clo^gate
     hat_id: Tensor   # [B, D] pooled identity feature
     hat_clo: Tensor  # [B, D] pooled clothing feature
     g: Tensor        # [B, D] gate in (0, 1); 1/2 everywhere means undecided
-    tokens: Tensor   # [B, L, D] identity tokens under the gate, for the token reading of the fusion
+    tokens: Tensor   # [B, L, D] gated identity tokens, for the `tokens` reading of the fusion
 
-# %% ../nbs/31_bdam.ipynb #310017
+# %% ../nbs/31_bdam.ipynb #f172d901
 class BDAM(nn.Module):
     "The bidirectional decoupling alignment module (Sec. 3.2)."
     def __init__(self,
                  dim: int,               # D
-                 depth: int = 6,         # self-attention layers a branch; Table 1 calls 3 shallow
+                 depth: int = 6,         # self-attention layers per branch; Table 1 calls 3 shallow
                  heads: int = 8,         # attention heads
                  *,
                  in_dim: int | None = None,  # width of the encoder's tokens; None: D
@@ -111,11 +118,12 @@ class BDAM(nn.Module):
         self.branches = Branches(dim, depth, heads, in_dim or dim, cross, order, dropout, mlp)
         self.gate = nn.Linear(2*dim, dim) if gate else None
 
-    def forward(self, f: Tensor       # f_i [B, 1+L, in_dim]: [CLS], then the patches
+    def forward(self, f_i: Tensor     # [B, 1+L, in_dim]: [CLS], then the patches
                ) -> Decoupled:
-        if not self.keep_cls: f = f[:, 1:]
-        tok_id, tok_clo = self.branches(f)                                   # [B, L, D] each
+        if not self.keep_cls: f_i = f_i[:, 1:]
+        tok_id, tok_clo = self.branches(f_i)                                 # [B, L, D] each
         hat_id, hat_clo = tok_id.mean(1), tok_clo.mean(1)                    # [B, D]
-        if self.gate is None: return Decoupled(hat_id, hat_clo, hat_id, hat_clo, torch.ones_like(hat_id), tok_id)
+        if self.gate is None:
+            return Decoupled(hat_id, hat_clo, hat_id, hat_clo, torch.ones_like(hat_id), tok_id)
         g = self.gate(torch.cat([hat_id, hat_clo], -1)).sigmoid()            # [B, D]
         return Decoupled(g*hat_id, (1 - g)*hat_clo, hat_id, hat_clo, g, g[:, None]*tok_id)

@@ -17,16 +17,17 @@ from torch import Tensor
 
 from .config import UserError
 
-# %% ../nbs/41_gradnorm.ipynb #410007
+# %% ../nbs/41_gradnorm.ipynb #6f7e0d3a
 def grad_vector(loss: Tensor,  # scalar
                 params: Sequence[Tensor],  # the final shared layer
-                scale: float = 1.  # the loss is multiplied by this on the way back, and the gradient divided again
+                scale: float = 1.  # multiplies the loss on the way back; the gradient is divided again
                ) -> Tensor | None:  # [P] in float32 or better; None where the loss does not reach `params`
     "The gradient of one loss on the shared layer, as one vector. The graph is kept."
     if not loss.requires_grad: return None
     grads = torch.autograd.grad(loss * scale, params, retain_graph=True, allow_unused=True)
     if all(g is None for g in grads): return None
-    flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads)])
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
+    flat = torch.cat([g.flatten() for g in grads])                          # [P]
     return flat.to(torch.promote_types(flat.dtype, torch.float32)) / scale
 
 # %% ../nbs/41_gradnorm.ipynb #410010
@@ -56,7 +57,7 @@ def to_sum(w: Tensor,  # [K] positive weights
         w, free = w.clamp(*clip), free & ~out
     return w
 
-# %% ../nbs/41_gradnorm.ipynb #410018
+# %% ../nbs/41_gradnorm.ipynb #1cc54ab0
 class TaskWeights:
     "Fixed weights w of K losses; `total` is their weighted sum."
     def __init__(self,
@@ -65,7 +66,8 @@ class TaskWeights:
                 ):
         "Raises `UserError` for doubled or unknown names and for weights that are not positive."
         weights = weights or {}
-        if not names or len(set(names)) < len(names): raise UserError(f'task names {list(names)}: name each task once')
+        if not names or len(set(names)) < len(names):
+            raise UserError(f'task names {list(names)}: name each task once')
         if bad := [k for k, w in weights.items() if k not in names or not w > 0]:
             raise UserError(f'task weights for {bad}: give positive numbers for tasks among {list(names)}')
         self.names = list(names)
@@ -76,31 +78,34 @@ class TaskWeights:
         "The current weights by name."
         return dict(zip(self.names, self.s.exp().tolist()))
 
-    def total(self, losses: dict[str, Tensor]) -> Tensor:  # scalars by name; a task may be missing from a step
+    def total(self, losses: dict[str, Tensor]) -> Tensor:  # scalars by name; a task may be missing
         "Σ w_k L_k. Raises `UserError` for no losses, or one that was never announced."
         self._known(losses)
         return sum(self.weights[k] * loss for k, loss in losses.items())
 
     def _known(self, losses: dict[str, Tensor]) -> None:
         if not losses or set(losses) - set(self.names):
-            raise UserError(f'losses {sorted(losses)} for the tasks {self.names}: give one or more of these, and no others')
+            raise UserError(f'losses {sorted(losses)} for the tasks {self.names}: '
+                            'give one or more of these, and no others')
 
     def step(self, losses: dict[str, Tensor], params: Sequence[Tensor], **kwargs) -> bool:
         "Fixed weights do not move."
         return False
 
-    _state = ('names', 's')
+    moving: tuple[str, ...] = ()    # attributes that a subclass changes in `step`
+
     def state_dict(self) -> dict:
         "All that a resumed run needs to go on bit for bit."
-        return copy.deepcopy({k: getattr(self, k) for k in self._state})
+        return copy.deepcopy({k: getattr(self, k) for k in ('names', 's', *self.moving)})
 
     def load_state_dict(self, state: dict) -> None:
         "Raises `UserError` where the state is of other tasks."
-        if state['names'] != self.names: raise UserError(f"weights of the tasks {state['names']} loaded into a run of {self.names}")
-        for k in self._state[2:]: setattr(self, k, copy.deepcopy(state[k]))
+        if (names := state['names']) != self.names:
+            raise UserError(f'weights of the tasks {names} loaded into a run of {self.names}')
+        for k in self.moving: setattr(self, k, copy.deepcopy(state[k]))
         self.s.copy_(state['s'])
 
-# %% ../nbs/41_gradnorm.ipynb #410021
+# %% ../nbs/41_gradnorm.ipynb #e5a24e45
 def measure_tasks(names: Sequence[str],  # the K tasks
             losses: dict[str, Tensor],  # scalars by name
             params: Sequence[Tensor],  # the final shared layer
@@ -109,22 +114,26 @@ def measure_tasks(names: Sequence[str],  # the K tasks
            ) -> tuple[Tensor, Tensor, Tensor]:  # norms g [K], losses L [K] (float64, CPU), present [K] bool
     "Gradient norms on the shared layer and loss values, averaged over processes where there are several."
     P = sum(p.numel() for p in params)
-    M = torch.zeros(len(names), P + 2, device=params[0].device, dtype=torch.promote_types(params[0].dtype, torch.float32))
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    M = torch.zeros(len(names), P + 2, device=params[0].device, dtype=dtype)
     for row, k in zip(M, names):
         v = grad_vector(losses[k], params, scale) if k in losses else None
         if v is not None: row[:P], row[P], row[P + 1] = v, losses[k].detach(), 1
     if reduce is not None: M = reduce(M)
     g, (L, here) = M[:, :P].norm(dim=1).double().cpu(), M[:, P:].double().cpu().T
-    return g, L / here.clamp_min(1e-9), here > 0                            # a loss is averaged over where it was
+    return g, L / here.clamp_min(1e-9), here > 0                            # averaged over where it was
 
-# %% ../nbs/41_gradnorm.ipynb #410023
+# %% ../nbs/41_gradnorm.ipynb #a7985248
 def _check(ref: str, optimizer: str, clip: tuple[float, float], every: int, ema: float) -> None:
     if ref not in ('mean', 'first'): raise UserError(f"GradNorm ref={ref!r}: choose 'mean' or 'first'")
-    if optimizer not in ('adam', 'sgd'): raise UserError(f"GradNorm optimizer={optimizer!r}: choose 'adam' or 'sgd'")
-    if not 0 < clip[0] <= 1 <= clip[1]: raise UserError(f'GradNorm clip={clip}: it must hold the starting weight 1')
-    if every < 1 or not 0 <= ema < 1: raise UserError(f'GradNorm every={every}, ema={ema}: every >= 1 and 0 <= ema < 1')
+    if optimizer not in ('adam', 'sgd'):
+        raise UserError(f"GradNorm optimizer={optimizer!r}: choose 'adam' or 'sgd'")
+    if not 0 < clip[0] <= 1 <= clip[1]:
+        raise UserError(f'GradNorm clip={clip}: it must hold the starting weight 1')
+    if every < 1 or not 0 <= ema < 1:
+        raise UserError(f'GradNorm every={every}, ema={ema}: every >= 1 and 0 <= ema < 1')
 
-# %% ../nbs/41_gradnorm.ipynb #410024
+# %% ../nbs/41_gradnorm.ipynb #65956974
 class GradNorm(TaskWeights):
     "Task weights moved by GradNorm (Sec. 3.5, 4.2): call `step`, then backward of `total`."
     def __init__(self,
@@ -149,45 +158,49 @@ class GradNorm(TaskWeights):
         self.opt = (torch.optim.Adam if optimizer == 'adam' else torch.optim.SGD)([self.s], lr=lr)
         self.first, self.mean = torch.full_like(self.s, math.nan), torch.full_like(self.s, math.nan)
         self.calls = self.skipped = 0
-        self.norms: dict[str, float] = {}                                   # g_k of the last update, to be logged
+        self.norms: dict[str, float] = {}       # g_k of the last update, to be logged
 
-    def step(self, losses: dict[str, Tensor], params: Sequence[Tensor], reduce: Callable | None = None, scale: float = 1.) -> bool:
-        "On every `every`-th call, measure and move the weights (arguments as in `measure`). True where they moved."
+    def step(self, losses: dict[str, Tensor], params: Sequence[Tensor], reduce: Callable | None = None,
+             scale: float = 1.) -> bool:
+        "On every `every`-th call, measure (as `measure_tasks`) and move the weights. True where they moved."
         self._known(losses)
         self.calls += 1
         if (self.calls - 1) % self.every: return False
         g, L, here = measure_tasks(self.names, losses, params, reduce, scale)
         moved = bool(here.any() and g.isfinite().all() and L.isfinite().all())
-        if moved: _update(self, g, L, here)
+        if moved: self._update(g, L, here)
         self.skipped += not moved
         return moved
 
-    _state = ('names', 's', 'first', 'mean', 'calls', 'skipped', 'norms')
+    def _update(self, g: Tensor, L: Tensor, here: Tensor) -> None:
+        "One step of s; all [K], `here` says which tasks take part."
+        away = [k for k, h in zip(self.names, here) if not h and k not in self.apart]
+        if away and not self.norms:             # said once
+            message = f'GradNorm: {", ".join(away)} did not reach the shared layer and keep their weight'
+            warnings.warn(message, stacklevel=3)
+        new = here & self.first.isnan()         # L0 and the average start at the first value
+        self.first, self.mean = torch.where(new, L, self.first), torch.where(new, L, self.mean)
+        self.mean = torch.where(here, self.ema*self.mean + (1 - self.ema)*L, self.mean)
+        ratio = (self.mean + self.eps) / (self.first + self.eps)
+
+        before, w = self.s.clone(), self.s.exp()
+        dw = gradnorm_gradient(w[here], g[here], ratio[here], self.alpha, self.ref)
+        self.s.grad = torch.zeros_like(w)
+        self.s.grad[here] = w[here]*dw + 2*self.log_reg*self.s[here]
+        self.opt.step()
+        w_new = self.s[here].exp().clamp(*self.clip)
+        if self.renormalize: w_new = to_sum(w_new, len(w) - w[~here].sum().item(), self.clip)
+        self.s.copy_(before.masked_scatter(here, w_new.log()))
+        self.norms = {k: n for k, n, h in zip(self.names, g.tolist(), here) if h}
+
+    moving = ('first', 'mean', 'calls', 'skipped', 'norms')
     def state_dict(self) -> dict: return super().state_dict() | {'opt': copy.deepcopy(self.opt.state_dict())}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.opt.load_state_dict(copy.deepcopy(state['opt']))
 
-# %% ../nbs/41_gradnorm.ipynb #410025
-def _update(gn: GradNorm, g: Tensor, L: Tensor, here: Tensor) -> None:
-    "One step of s; all [K], `here` says which tasks take part."
-    new = here & gn.first.isnan()
-    if not gn.norms and (away := [k for k, h in zip(gn.names, here) if not h and k not in gn.apart]):
-        warnings.warn(f'GradNorm: {", ".join(away)} did not reach the shared layer and keep their weight', stacklevel=3)
-    gn.first, gn.mean = torch.where(new, L, gn.first), torch.where(new, L, gn.mean)                   # L0 and the average start at the first value
-    gn.mean = torch.where(here, gn.ema*gn.mean + (1 - gn.ema)*L, gn.mean)
-    before, w = gn.s.clone(), gn.s.exp()
-    ratio = (gn.mean + gn.eps) / (gn.first + gn.eps)
-    gn.s.grad = torch.zeros_like(w)
-    gn.s.grad[here] = w[here] * gradnorm_gradient(w[here], g[here], ratio[here], gn.alpha, gn.ref) + 2*gn.log_reg*gn.s[here]
-    gn.opt.step()
-    w_new = gn.s[here].exp().clamp(*gn.clip)
-    if gn.renormalize: w_new = to_sum(w_new, len(w) - w[~here].sum().item(), gn.clip)
-    gn.s.copy_(before.masked_scatter(here, w_new.log()))
-    gn.norms = {k: n for k, n, h in zip(gn.names, g.tolist(), here) if h}
-
-# %% ../nbs/41_gradnorm.ipynb #410037
+# %% ../nbs/41_gradnorm.ipynb #12b8b164
 def literal_gradnorm(L: Tensor,  # [K] losses
                      w: Tensor,  # [K] weights, with a graph to s
                      params: Sequence[Tensor],  # the final shared layer; every loss must reach it
@@ -211,4 +224,5 @@ def literal_total(losses: Sequence[Tensor],  # K scalars
                  ) -> Tensor:  # scalar, to be minimized over the network and s at once
     "Eq. 6 with Eq. 5 inside (Sec. 3.5), as printed."
     L, w = torch.stack(tuple(losses)), s.exp()                              # [K]
-    return (w * L).sum() + alpha*literal_gradnorm(L, w, params, first, detach_target) + log_reg*s.square().sum()
+    L_gradnorm = literal_gradnorm(L, w, params, first, detach_target)
+    return (w * L).sum() + alpha*L_gradnorm + log_reg*s.square().sum()

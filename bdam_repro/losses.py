@@ -40,25 +40,28 @@ def l2_normalize(x: Tensor  # [..., D]
 # %% ../nbs/40_losses.ipynb #400012
 TAU_MIN = 1e-3  # floor of a learnable temperature (fixed ones in the field: 0.01 to 0.07)
 
-# %% ../nbs/40_losses.ipynb #400013
+# %% ../nbs/40_losses.ipynb #69c4f7ff
 def similarity(v: Tensor,  # [B, D] image features, any length
                t: Tensor,  # [B, D] text features, row i belongs to row i of v
                tau: float | Tensor  # temperature > 0; a tensor is floored at `TAU_MIN`
               ) -> Tensor:  # [B, B] cos(v_i, t_j) / tau
-    "Temperature-scaled cosines of all pairs in the batch. Raises `UserError` for unpaired shapes or tau <= 0."
+    "Temperature-scaled cosines of all pairs. Raises `UserError` for unpaired shapes or tau <= 0."
     if v.ndim != 2 or v.shape != t.shape:
-        raise UserError(f'a loss over pairs wants two [B, D] tensors, got {list(v.shape)} and {list(t.shape)}: pair and project them first')
+        shapes = f'{list(v.shape)} and {list(t.shape)}'
+        raise UserError(f'a loss over pairs wants two [B, D] tensors, got {shapes}: '
+                        'pair and project them first')
     if isinstance(tau, Tensor): tau = tau.clamp_min(TAU_MIN)
     elif not tau > 0: raise UserError(f'temperature tau={tau}: it must be positive (0.02 to 0.07 is usual)')
     return l2_normalize(v) @ l2_normalize(t).T / tau
 
-# %% ../nbs/40_losses.ipynb #400016
+# %% ../nbs/40_losses.ipynb #abc9423c
 def same_label(ids: Tensor | None,  # [B] integers, or None: all different
                like: Tensor  # [B, B], gives size and device
               ) -> Tensor:  # [B, B] bool; the diagonal is always True
     "Which pairs of the batch carry the same label (identity, or clothing text)."
     if ids is None: return torch.eye(len(like), dtype=torch.bool, device=like.device)
-    if ids.shape != like.shape[:1]: raise UserError(f'labels of shape {list(ids.shape)} for a batch of {len(like)}: one integer a row')
+    if ids.shape != like.shape[:1]:
+        raise UserError(f'labels of shape {list(ids.shape)} for a batch of {len(like)}: one integer a row')
     return ids[:, None] == ids[None, :]
 
 def masked_logsumexp(s: Tensor,  # [B, M]
@@ -76,17 +79,18 @@ def cross_entropy_rows(s: Tensor,  # [B, B] logits
     log_p = s.masked_fill(~keep, -1e30).log_softmax(1)                      # [B, B]
     return -(torch.where(target, log_p, 0.).sum(1) / target.sum(1)).mean()
 
-# %% ../nbs/40_losses.ipynb #400020
+# %% ../nbs/40_losses.ipynb #c676224a
 @full_precision
 def info_nce(v: Tensor,  # [B, D] image features
              t: Tensor,  # [B, D] text features, row i describes image i
              tau: float | Tensor = .05,  # temperature
              pids: Tensor | None = None,  # [B] identities; None: every row its own
-             symmetric: bool = True,  # image -> text and text -> image, averaged; False: image -> text (Eq. 3)
+             symmetric: bool = True,  # both directions, averaged; False: image -> text alone (Eq. 3)
              positives: str = 'multi'  # 'diagonal' | 'mask' | 'multi': what pairs of one identity are
             ) -> Tensor:  # scalar
     "Eq. 3 (Sec. 3.5). Raises `UserError` for an unknown reading, unpaired shapes, tau <= 0."
-    if positives not in ('diagonal', 'mask', 'multi'): raise UserError(f"positives={positives!r}: choose 'diagonal', 'mask' or 'multi'")
+    if positives not in ('diagonal', 'mask', 'multi'):
+        raise UserError(f"positives={positives!r}: choose 'diagonal', 'mask' or 'multi'")
     s = similarity(v, t, tau)                                               # [B, B]
     same, own = same_label(pids, s), same_label(None, s)
     target = same if positives == 'multi' else own
@@ -106,15 +110,16 @@ def triplet(anchor: Tensor,  # [T, D] f_a
     d_n = (anchor - negative).square().sum(1)                               # [T]
     return F.relu(d_p - d_n + margin).sum() / max(len(anchor), 1)
 
-# %% ../nbs/40_losses.ipynb #400033
+# %% ../nbs/40_losses.ipynb #e3434a51
 def mine_triplets(features: Tensor,  # [B, D] anchors
                   pids: Tensor,  # [B] identities
                   how: str = 'hard',  # 'hard' | 'random' | 'all'
-                  others: Tensor | None = None,  # [B, D] where positives and negatives come from; None: `features`, an anchor not being its own positive
+                  others: Tensor | None = None,  # [B, D] of the other modality; None: `features`
                   generator: torch.Generator | None = None  # for 'random'
-                 ) -> tuple[Tensor, Tensor, Tensor]:  # indices (a, p, n), [T] each; T = 0 where no anchor has both
+                 ) -> tuple[Tensor, Tensor, Tensor]:  # indices (a, p, n), [T] each; T may be 0
     "Pick the triplets of a batch for Eq. 4. Raises `UserError` for an unknown `how`."
-    if how not in ('hard', 'random', 'all'): raise UserError(f"mining how={how!r}: choose 'hard', 'random' or 'all'")
+    if how not in ('hard', 'random', 'all'):
+        raise UserError(f"mining how={how!r}: choose 'hard', 'random' or 'all'")
     pos = same_label(pids, features[:, :1].expand(-1, len(features)))
     neg = ~pos                                                              # [B, B]
     if others is None: pos = pos & ~torch.eye(len(pos), dtype=torch.bool, device=pos.device)
@@ -123,16 +128,20 @@ def mine_triplets(features: Tensor,  # [B, D] anchors
     pick = _hardest(features, features if others is None else others) if how == 'hard' else _any_of(generator)
     return a, pick(a, pos[a], True), pick(a, neg[a], False)
 
-# %% ../nbs/40_losses.ipynb #400034
+# %% ../nbs/40_losses.ipynb #2037e4cc
 def _hardest(x: Tensor, y: Tensor) -> Callable:
     "Farthest positive or nearest negative; distances in float32, without gradient."
     d = torch.cdist(x.detach().float(), y.detach().float())                 # [B, B]
-    return lambda a, mask, positive: (d[a].masked_fill(~mask, -math.inf).argmax(1) if positive
-                                      else d[a].masked_fill(~mask, math.inf).argmin(1))
+    def pick(a, mask, positive):
+        if positive: return d[a].masked_fill(~mask, -math.inf).argmax(1)
+        return d[a].masked_fill(~mask, math.inf).argmin(1)
+    return pick
 
 def _any_of(generator: torch.Generator | None) -> Callable:
-    "One allowed column a row, at random."
-    return lambda a, mask, positive: torch.multinomial(mask.float(), 1, generator=generator)[:, 0] if len(a) else a
+    "One allowed column per row, at random."
+    def pick(a, mask, positive):
+        return torch.multinomial(mask.float(), 1, generator=generator)[:, 0] if len(a) else a
+    return pick
 
 # %% ../nbs/40_losses.ipynb #400s02
 @full_precision
@@ -152,13 +161,13 @@ def batch_triplet(features: Tensor,  # [B, D]
     wrong = ~pos[a]                                                         # [A, B]
     return (F.relu(d[a, p][:, None] - d[a] + margin)*wrong).sum() / wrong.sum().clamp_min(1)
 
-# %% ../nbs/40_losses.ipynb #400037
+# %% ../nbs/40_losses.ipynb #f08ada4a
 @full_precision
 def clothing_adversarial(f_clo: Tensor,  # [B, D] clothing features, projected to the text's width
                          t_clo: Tensor,  # [B, D] clothing text features
                          tau: float | Tensor = .05,  # temperature
                          p: str = 'softmax',  # 'softmax' | 'sigmoid': what P_pos is
-                         clo_ids: Tensor | None = None  # [B] equal where clothing texts are equal; None: all different
+                         clo_ids: Tensor | None = None  # [B] equal for equal clothing texts; None: all differ
                         ) -> Tensor:  # scalar
     "Eq. 1 (Sec. 3.2). Raises `UserError` for an unknown `p`, unpaired shapes, tau <= 0."
     if p not in ('softmax', 'sigmoid'): raise UserError(f"P_pos p={p!r}: choose 'softmax' or 'sigmoid'")
@@ -168,7 +177,7 @@ def clothing_adversarial(f_clo: Tensor,  # [B, D] clothing features, projected t
     loss = s.logsumexp(1) - masked_logsumexp(s, other)                      # [B]
     return torch.where(other.any(1), loss, (s*0).sum(1)).mean()
 
-# %% ../nbs/40_losses.ipynb #400043
+# %% ../nbs/40_losses.ipynb #b9133307
 def text_ids(tokens: Tensor  # [B, L] token ids
             ) -> Tensor:  # [B] integers, equal for equal rows
     "Number the distinct texts of a batch, for `clo_ids`."
@@ -177,7 +186,7 @@ def text_ids(tokens: Tensor  # [B, L] token ids
 def clothing_matching(f_clo: Tensor,  # [B, D] clothing features
                       t_clo: Tensor,  # [B, D] clothing text features
                       tau: float | Tensor = .05,  # temperature
-                      clo_ids: Tensor | None = None  # [B] equal where clothing texts are equal; None: all different
+                      clo_ids: Tensor | None = None  # [B] equal for equal clothing texts; None: all differ
                      ) -> Tensor:  # scalar
     "InfoNCE between clothing features and clothing texts (Sec. 4.3's matching loss)."
     return info_nce(f_clo, t_clo, tau, pids=clo_ids, positives='multi')
@@ -220,28 +229,30 @@ def _rbf(x: Tensor) -> Tensor:  # [N, N] centered
     i, j = torch.triu_indices(len(x), len(x), 1)
     return _center(torch.exp(-d2 / (2 * d2[i, j].median().clamp_min(1e-12))))
 
-# %% ../nbs/40_losses.ipynb #400053
-_KERNELS = {'linear': _linear, 'linear_normalized': lambda x: _linear(l2_normalize(x)), 'rbf': _rbf, 'cka': _cka}
+# %% ../nbs/40_losses.ipynb #ddbe15b7
+_KERNELS = {'linear': _linear, 'linear_normalized': lambda x: _linear(l2_normalize(x)),
+            'rbf': _rbf, 'cka': _cka}
 
 @full_precision
 def hsic(x: Tensor,  # [N, D] gated identity features
          y: Tensor,  # [N, E] gated clothing features
          kernel: str = 'linear'  # 'linear' (as printed) | 'linear_normalized' | 'rbf' | 'cka'
         ) -> Tensor:  # scalar >= 0; 'cka' in [0, 1]
-    "Eq. 2 (Sec. 3.2), the (biased) Hilbert-Schmidt independence criterion. Raises `UserError` for an unknown kernel or N that differs."
+    "Eq. 2 (Sec. 3.2), the biased Hilbert-Schmidt independence criterion. Raises `UserError`."
     if kernel not in _KERNELS: raise UserError(f'HSIC kernel={kernel!r}: choose one of {", ".join(_KERNELS)}')
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y): raise UserError(f'HSIC wants [N, D] and [N, E], got {list(x.shape)} and {list(y.shape)}')
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise UserError(f'HSIC wants [N, D] and [N, E], got {list(x.shape)} and {list(y.shape)}')
     N = len(x)
     if N < 2: return (x*0).sum() + (y*0).sum()
     trace = (_KERNELS[kernel](x) * _KERNELS[kernel](y)).sum()               # tr(HKH HLH) = tr(KHLH)
     return trace if kernel == 'cka' else trace / (N - 1)**2
 
-# %% ../nbs/40_losses.ipynb #400064
+# %% ../nbs/40_losses.ipynb #df980081
 @full_precision
 def gate_regularization(g: Tensor,  # [B, D] sigmoid gate, or [B, 2] softmax gate; entries in [0, 1]
                         how: str = 'half'  # 'half' | 'entropy'
                        ) -> Tensor:  # scalar >= 0, zero where all gates are 1/2
-    "Keep a gate from collapsing (named in Sec. 4.2, defined nowhere). Raises `UserError` for an unknown `how`."
+    "Keep a gate from collapsing (named in Sec. 4.2, never defined). Raises `UserError` for an unknown `how`."
     if how == 'half': return (g - .5).square().mean()
     if how != 'entropy': raise UserError(f"gate regularization how={how!r}: choose 'half' or 'entropy'")
     g = g.clamp(1e-6, 1 - 1e-6)
@@ -254,7 +265,7 @@ def match_loss(logits: Tensor  # [B, 1+K] match scores; column 0 is the right im
     "Cross-entropy of picking the right image among 1+K."
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
-# %% ../nbs/40_losses.ipynb #400070
+# %% ../nbs/40_losses.ipynb #da06d221
 @full_precision
 def sdm(v: Tensor,  # [B, D] image features
         t: Tensor,  # [B, D] text features
@@ -264,7 +275,7 @@ def sdm(v: Tensor,  # [B, D] image features
     "IRRA's similarity distribution matching, the sum of both directions."
     s = similarity(v, t, tau)
     same = same_label(pids, s).to(s.dtype)
-    q = same / same.sum(1, keepdim=True)                                    # symmetric labels: the same rows both ways
+    q = same / same.sum(1, keepdim=True)                          # symmetric labels: the same rows both ways
     def kl(s): return (s.softmax(1) * (s.log_softmax(1) - (q + 1e-8).log())).sum(1).mean()
     return kl(s) + kl(s.T)
 

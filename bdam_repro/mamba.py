@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import UserError
 
-# %% ../nbs/32_mamba.ipynb #320008
+# %% ../nbs/32_mamba.ipynb #2fee71c2
 def selective_scan_ref(x: Tensor,           # input of the state space, [b, L, D]
                        delta: Tensor,       # step size before bias and softplus, [b, L, D]
                        A: Tensor,           # decay rates, all negative, [D, N]
@@ -27,7 +27,7 @@ def selective_scan_ref(x: Tensor,           # input of the state space, [b, L, D
                        z: Tensor,           # gate before SiLU, [b, L, D]
                        delta_bias: Tensor,  # bias of the step size, [D]
                       ) -> Tensor:          # [b, L, D]
-    "The selective scan (Sec. 3.4's Mamba) token by token: slow, differentiable any number of times, the definition for the others."
+    "The selective scan (Sec. 3.4's Mamba) token by token: slow, differentiable any number of times."
     delta, h, ys = F.softplus(delta + delta_bias), torch.zeros_like(A), []
     for t in range(x.shape[1]):
         A_bar = torch.exp(delta[:, t, :, None] * A)                                 # [b, D, N]
@@ -35,12 +35,13 @@ def selective_scan_ref(x: Tensor,           # input of the state space, [b, L, D
         ys.append((h * C[:, t, None]).sum(-1) + D * x[:, t])                        # [b, D]
     return torch.stack(ys, 1) * F.silu(z)
 
-# %% ../nbs/32_mamba.ipynb #320011
-def scan_one(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor) -> Tensor:
+# %% ../nbs/32_mamba.ipynb #3ffd0314
+def scan_one(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+             delta_bias: Tensor) -> Tensor:
     "The scan of a sequence of length 1 in closed form; arguments as in `selective_scan_ref`."
     delta = F.softplus(delta + delta_bias)
     y = (delta * (B * C).sum(-1, keepdim=True) + D) * x
-    return (y + 0 * A.sum()) * F.silu(z)      # A takes no part, yet keeps a gradient (of 0): DDP wants one for each parameter
+    return (y + 0 * A.sum()) * F.silu(z)      # A takes no part, yet gets a gradient (of 0), as DDP wants
 
 # %% ../nbs/32_mamba.ipynb #320018
 def _chunks(v: Tensor, T: int) -> Tensor:  # [b, L, w] -> [b, K, T, w]
@@ -52,9 +53,11 @@ def _join(v: Tensor, L: int) -> Tensor:    # [b, K, T, w] -> [b, L, w]
     "Undo `_chunks`."
     return v.flatten(1, 2)[:, :L]
 
-# %% ../nbs/32_mamba.ipynb #320021
+# %% ../nbs/32_mamba.ipynb #826498be
 def _decay_and_write(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, a: Tensor, h: Tensor) -> None:
-    "a ← exp(Δ A) and h ← Δ x B, both [b, K, T, N, D]; `delta`, `x` (= Δ x) are [b, K, T, D], `A` [N, D], `B` [b, K, T, N]."
+    """a ← exp(Δ A) and h ← Δ x B, both [b, K, T, N, D].
+
+    `delta` and `x` (= Δ x) are [b, K, T, D], `A` is [N, D], `B` is [b, K, T, N]."""
     torch.mul(delta[..., None, :], A / math.log(2), out=a).exp2_()     # e^v = 2^(v / ln 2)
     torch.mul(x[..., None, :], B[..., None], out=h)
 
@@ -70,9 +73,9 @@ def _carry(P: Tensor,        # decay over a whole chunk, [b, K, N, D]
         s[:, k] = now
         now = torch.addcmul(e[:, k], P[:, k], now)
 
-# %% ../nbs/32_mamba.ipynb #320025
+# %% ../nbs/32_mamba.ipynb #9b6bbd50
 def _enter_states(a: Tensor, h: Tensor, P: Tensor, s: Tensor) -> None:
-    "Steps 1 and 2: fill `s` with the state that enters each chunk; `h` holds what is written, and is left alone."
+    "Steps 1 and 2: fill `s` with the state that enters each chunk; `h` holds the writes and is left alone."
     T, e = h.shape[2], h[:, :, 0].clone()
     for t in range(1, T): torch.addcmul(h[:, :, t], a[:, :, t], e, out=e)
     _carry(P, e, s, range(e.shape[1]))
@@ -95,51 +98,53 @@ def _run_grads(a: Tensor,   # decays; on return the products a_t g_t, [b, K, T, 
     for t in range(T - 1, 0, -1): g[:, :, t-1] += a[:, :, t].mul_(g[:, :, t])
     a[:, :, 0] *= g[:, :, 0]
 
-# %% ../nbs/32_mamba.ipynb #320028
+# %% ../nbs/32_mamba.ipynb #ee5db4c9
 def _read(v: Tensor, m: Tensor) -> Tensor:   # [b, K, T, N], [b, K, T, N, D] -> [b, K, T, D]
     "Sum over the states: C·h forward, B·g backward."
     return torch.matmul(v[..., None, :], m).squeeze(-2)
 
 def _along(m: Tensor, v: Tensor) -> Tensor:  # [b, K, T, N, D], [b, K, T, D] -> [b, K, T, N]
     "Sum over the channels: the gradients of B and C."
-    return torch.matmul(v[..., None, :], m.mT).squeeze(-2)      # row by matrix: ten times as fast as matrix by column
+    return torch.matmul(v[..., None, :], m.mT).squeeze(-2)    # row by matrix: ten times the reverse's speed
 
-# %% ../nbs/32_mamba.ipynb #320029
+# %% ../nbs/32_mamba.ipynb #24a7212f
 def _decay_grads(q: Tensor, delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    "From q = a g h_{t-1}, overwritten: the gradient of A, [N, D], and A's part of the gradient of Δ, [b, K, T, D]."
+    "From q = a g h_{t-1} (overwritten): the gradient of A, [N, D], and its part of Δ's, [b, K, T, D]."
     dA = q[:, :, 0] * delta[:, :, 0, None]
     for t in range(1, q.shape[2]): dA.addcmul_(q[:, :, t], delta[:, :, t, None])
     return dA.sum((0, 1)), q.mul_(A).sum(-2)
 
-# %% ../nbs/32_mamba.ipynb #320031
+# %% ../nbs/32_mamba.ipynb #504bec53
 def _plan(b: int, L: int, D: int, N: int, device: torch.device) -> tuple[int, int, int]:
     "Chunk length T, and how many batch rows and channels a block of work holds."
     T = min(L, min(range(12, 24), key=lambda t: (-L % t, -t)))
     steps = N * (L + -L % T)                                          # numbers per row and channel
     if device.type == 'cuda': budget = 1 << 26
-    else: budget = 1 << (20 if torch.get_num_threads() == 1 else 23)  # an operation must be worth waking the other threads
+    else: budget = 1 << (20 if torch.get_num_threads() == 1 else 23)  # more work must wake the other threads
     w = min(D, max(64, budget // steps // 64 * 64))
     return T, max(1, min(b, budget // (steps * w))), w
 
-# %% ../nbs/32_mamba.ipynb #320033
+# %% ../nbs/32_mamba.ipynb #c5390c68
 def _blocks(b: int, D: int, rows: int, w: int, work: list[Tensor], *KTN: int):
-    "Batch slice, channel slice and the work tensors [rows, K, T, N, w] of each block, all on the same memory."
+    "Batch slice, channel slice and work tensors [rows, K, T, N, w] of each block, all on the same memory."
     for i in range(0, b, rows):
         for j in range(0, D, w):
             shape = (min(rows, b - i), *KTN, min(w, D - j))
             yield slice(i, i + rows), slice(j, j + w), [m[:math.prod(shape)].view(shape) for m in work]
 
-# %% ../nbs/32_mamba.ipynb #320035
-def _states(delta: Tensor, dx: Tensor, A: Tensor, B: Tensor, s: Tensor, a: Tensor, h: Tensor, enter: bool) -> Tensor:
-    "All states of a block into `h`; `enter` fills `s`, else it is given. Returns a whole chunk's decay, [b, K, N, D]."
+# %% ../nbs/32_mamba.ipynb #973da4c5
+def _states(delta: Tensor, dx: Tensor, A: Tensor, B: Tensor, s: Tensor, a: Tensor, h: Tensor,
+            enter: bool) -> Tensor:
+    "All states of a block into `h`; `enter` fills `s`. Returns each chunk's decay, [b, K, N, D]."
     _decay_and_write(delta, dx, A, B, a, h)
     P = torch.exp(delta.sum(2)[..., None, :] * A)
     if enter: _enter_states(a, h, P, s)
     _run_states(a, h, s)
     return P
 
-# %% ../nbs/32_mamba.ipynb #320036
-def _block_grads(delta: Tensor, dx: Tensor, A: Tensor, B: Tensor, C: Tensor, dy: Tensor, s: Tensor, work: list[Tensor]):
+# %% ../nbs/32_mamba.ipynb #d3c97435
+def _block_grads(delta: Tensor, dx: Tensor, A: Tensor, B: Tensor, C: Tensor, dy: Tensor, s: Tensor,
+                 work: list[Tensor]):
     "C·h, and the gradients of A, Δ (through A alone), B, C and Δx."
     a, h, g = work
     P = _states(delta, dx, A, B, s, a, h, enter=False)
@@ -150,9 +155,9 @@ def _block_grads(delta: Tensor, dx: Tensor, A: Tensor, B: Tensor, C: Tensor, dy:
     a[:, :, 1:] *= h[:, :, :-1]
     return *_decay_grads(a, delta, A), *out
 
-# %% ../nbs/32_mamba.ipynb #320038
+# %% ../nbs/32_mamba.ipynb #c5fd2d53
 class _ChunkedScan(torch.autograd.Function):
-    "The chunked selective scan. Keeps its inputs and the states between chunks; everything else is computed again."
+    "The chunked selective scan. It keeps its inputs and the states between chunks, no more."
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, D, z, delta_bias):
@@ -164,7 +169,8 @@ class _ChunkedScan(torch.autograd.Function):
         for i, j, (a, h) in _blocks(b, Dm, rows, w, work, K, T, N):
             xj, dj, zj = (v[i, :, j].to(A.dtype) for v in (x, delta, z))
             dj = F.softplus(dj + delta_bias[j])
-            _states(_chunks(dj, T), _chunks(dj * xj, T), At[:, j], _chunks(B[i], T), s[i, ..., j], a, h, enter=True)
+            _states(_chunks(dj, T), _chunks(dj * xj, T), At[:, j], _chunks(B[i], T), s[i, ..., j], a, h,
+                    enter=True)
             y[i, :, j] = torch.addcmul(_join(_read(_chunks(C[i], T), h), L), D[j], xj) * F.silu(zj)
         ctx.save_for_backward(x, delta, A, B, C, D, z, delta_bias, s)
         return y
@@ -175,8 +181,9 @@ class _ChunkedScan(torch.autograd.Function):
         if torch.is_grad_enabled(): return _differentiable_grads(inputs, dout, ctx.needs_input_grad)
         with torch.autocast(dout.device.type, enabled=False): return _chunked_grads(inputs, s, dout, ctx.plan)
 
-# %% ../nbs/32_mamba.ipynb #320039
-def _chunked_grads(inputs: list[Tensor], s: Tensor, dout: Tensor, plan: tuple[int, int, int]) -> tuple[Tensor, ...]:
+# %% ../nbs/32_mamba.ipynb #303075cc
+def _chunked_grads(inputs: list[Tensor], s: Tensor, dout: Tensor, plan: tuple[int, int, int]
+                  ) -> tuple[Tensor, ...]:
     "The gradients of all inputs of the scan."
     x, delta, A, B, C, D, z, delta_bias = inputs
     ((b, L, Dm), N), (T, rows, w) = (x.shape, A.shape[1]), plan
@@ -189,25 +196,29 @@ def _chunked_grads(inputs: list[Tensor], s: Tensor, dout: Tensor, plan: tuple[in
         raw = dj + delta_bias[j]
         dj, gate = F.softplus(raw), torch.sigmoid(zj)
         dy = do * zj * gate
-        grads = _block_grads(_chunks(dj, T), _chunks(dj * xj, T), At[:, j], _chunks(B[i], T), _chunks(C[i], T),
-                             _chunks(dy, T), s[i, ..., j], views)
+        grads = _block_grads(_chunks(dj, T), _chunks(dj * xj, T), At[:, j], _chunks(B[i], T),
+                             _chunks(C[i], T), _chunks(dy, T), s[i, ..., j], views)
         dA_j, (dd, y, dB_i, dC_i, dwrite) = grads[0], (_join(v, L) for v in grads[1:])
         dz[i, :, j] = do * torch.addcmul(y, D[j], xj) * gate * (1 + zj * (1 - gate))
         dx[i, :, j] = torch.addcmul(dy * D[j], dwrite, dj)
         draw = torch.addcmul(dd, dwrite, xj) * torch.sigmoid(raw)
         ddelta[i, :, j] = draw
-        dA[:, j] += dA_j; dB[i] += dB_i; dC[i] += dC_i
-        dD[j] += (dy * xj).sum((0, 1)); dbias[j] += draw.sum((0, 1))
+        dA[:, j] += dA_j
+        dB[i] += dB_i
+        dC[i] += dC_i
+        dD[j] += (dy * xj).sum((0, 1))
+        dbias[j] += draw.sum((0, 1))
     return dx, ddelta, dA.t(), dB, dC, dD, dz, dbias
 
-# %% ../nbs/32_mamba.ipynb #320041
-def _differentiable_grads(inputs: list[Tensor], dout: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+# %% ../nbs/32_mamba.ipynb #7d9d93ca
+def _differentiable_grads(inputs: list[Tensor], dout: Tensor, needed: tuple[bool, ...]
+                         ) -> tuple[Tensor | None, ...]:
     "The gradients of the needed inputs as a graph of their own, through the reference."
     y = selective_scan_ref(*(v.to(inputs[2].dtype) for v in inputs)).to(dout.dtype)
     grads = iter(torch.autograd.grad(y, [v for v, n in zip(inputs, needed) if n], dout, create_graph=True))
     return tuple(next(grads) if n else None for n in needed)
 
-# %% ../nbs/32_mamba.ipynb #320042
+# %% ../nbs/32_mamba.ipynb #5aef4d4c
 def selective_scan(x: Tensor,           # input of the state space, [b, L, D]
                    delta: Tensor,       # step size before bias and softplus, [b, L, D]
                    A: Tensor,           # decay rates, all negative, [D, N]
@@ -217,80 +228,90 @@ def selective_scan(x: Tensor,           # input of the state space, [b, L, D]
                    z: Tensor,           # gate before SiLU, [b, L, D]
                    delta_bias: Tensor,  # bias of the step size, [D]
                   ) -> Tensor:          # [b, L, D], of x's type
-    "The selective scan in plain PyTorch: chunked, float32 inside (float64 for float64 inputs), on any device."
+    "The selective scan in plain PyTorch: chunked, in float32 inside (float64 for float64), on any device."
     wide = torch.promote_types(x.dtype, torch.float32)
     A, B, C, D, delta_bias = (v.to(wide) for v in (A, B, C, D, delta_bias))
     with torch.autocast(x.device.type, enabled=False):
         if x.shape[1] > 1: return _ChunkedScan.apply(x, delta, A, B, C, D, z, delta_bias)
         return scan_one(x.to(wide), delta.to(wide), A, B, C, D, z.to(wide), delta_bias).to(x.dtype)
 
-# %% ../nbs/32_mamba.ipynb #320053
+# %% ../nbs/32_mamba.ipynb #2b2463a5
 @functools.cache
 def mamba_ssm_kernels() -> tuple[Callable, Callable | None] | None:
-    "`(selective_scan_fn, causal_conv1d_fn)`; the second None without `causal-conv1d`, and None in all without `mamba-ssm`."
+    """`(selective_scan_fn, causal_conv1d_fn)`.
+
+    None without `mamba-ssm`; only the second is None without `causal-conv1d`."""
     try: from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError: return None
     try: from causal_conv1d import causal_conv1d_fn
     except ImportError: causal_conv1d_fn = None
     return selective_scan_fn, causal_conv1d_fn
 
-# %% ../nbs/32_mamba.ipynb #320054
-def selective_scan_cuda(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor) -> Tensor:
+# %% ../nbs/32_mamba.ipynb #62e5967e
+def selective_scan_cuda(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+                        delta_bias: Tensor) -> Tensor:
     "The selective scan by `mamba_ssm`'s kernel; arguments as in `selective_scan`."
     last = lambda v: v.to(x.dtype).transpose(1, 2).contiguous()     # [b, L, ·] -> [b, ·, L]
     y = mamba_ssm_kernels()[0](last(x), last(delta), A.float(), last(B), last(C), D.float(), z=last(z),
                                delta_bias=delta_bias.float(), delta_softplus=True)
     return y.transpose(1, 2)
 
-# %% ../nbs/32_mamba.ipynb #320056
-def _init_delta(proj: nn.Linear, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float) -> None:
+# %% ../nbs/32_mamba.ipynb #750acac8
+def _init_delta(proj: nn.Linear, dt_min: float, dt_max: float, dt_init: str, dt_scale: float,
+                dt_init_floor: float) -> None:
     "Weight of scale dt_rank^-1/2; bias such that softplus(bias) is log-uniform in [dt_min, dt_max]."
     std = proj.in_features ** -.5 * dt_scale
     if dt_init == 'constant': nn.init.constant_(proj.weight, std)
     elif dt_init == 'random': nn.init.uniform_(proj.weight, -std, std)
     else: raise UserError(f"Mamba: dt_init={dt_init!r} is unknown; choose 'random' or 'constant'")
-    delta = torch.exp(torch.rand(proj.out_features) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=dt_init_floor)
+    low, high = math.log(dt_min), math.log(dt_max)
+    delta = torch.exp(torch.rand(proj.out_features) * (high - low) + low).clamp(min=dt_init_floor)
     with torch.no_grad(): proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))   # the inverse of softplus
 
-# %% ../nbs/32_mamba.ipynb #320057
+# %% ../nbs/32_mamba.ipynb #7185813f
 BACKENDS = 'auto', 'torch', 'mamba-ssm'
 
 def _check_backend(backend: str) -> None:
     "Refuse what does not exist or is not installed."
-    if backend not in BACKENDS: raise UserError(f"Mamba: backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend not in BACKENDS:
+        raise UserError(f"Mamba: backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == 'mamba-ssm' and mamba_ssm_kernels() is None:
-        raise UserError("Mamba: backend='mamba-ssm' needs the mamba-ssm package (pip install 'bdam-repro[cuda]'); 'torch' works everywhere")
+        raise UserError("Mamba: backend='mamba-ssm' needs the mamba-ssm package "
+                        "(pip install 'bdam-repro[cuda]'); 'torch' works everywhere")
 
-# %% ../nbs/32_mamba.ipynb #320059
+# %% ../nbs/32_mamba.ipynb #d2a3cee5
 def _kernels(backend: str, x: Tensor) -> tuple[Callable, Callable | None] | None:
     "The GPU kernels for this input, or None for plain PyTorch."
     if backend == 'mamba-ssm' and not x.is_cuda:
-        raise UserError(f"Mamba: backend='mamba-ssm' got a tensor on {x.device}; move it to a GPU or take backend='auto'")
+        raise UserError(f"Mamba: backend='mamba-ssm' got a tensor on {x.device}; "
+                        "move it to a GPU or take backend='auto'")
     return mamba_ssm_kernels() if backend != 'torch' and x.is_cuda and x.dtype != torch.float64 else None
 
-# %% ../nbs/32_mamba.ipynb #320061
+# %% ../nbs/32_mamba.ipynb #e844c92c
 def _causal_conv(x: Tensor, conv: nn.Conv1d, fused: Callable | None) -> Tensor:   # [b, L, D] -> [b, L, D]
     "SiLU of a depthwise causal convolution."
-    if x.shape[1] == 1:      # one token: the padding hides all taps but the last, and a convolution's backward pass took longer than the rest of the block
+    if x.shape[1] == 1:
+        # the padding hides all taps but the last, and a convolution's backward pass took longer than the rest
         y = x*conv.weight[:, 0, -1].to(x.dtype)
         return F.silu(y if conv.bias is None else y + conv.bias.to(x.dtype))
     if fused is not None:
-        return fused(x.transpose(1, 2).contiguous(), conv.weight.squeeze(1), conv.bias, activation='silu').transpose(1, 2)
+        last = x.transpose(1, 2).contiguous()                                      # [b, D, L]
+        return fused(last, conv.weight.squeeze(1), conv.bias, activation='silu').transpose(1, 2)
     row = x.unsqueeze(1).permute(0, 3, 1, 2)                                       # [b, D, 1, L]
     y = F.conv2d(row, conv.weight.unsqueeze(2), conv.bias, padding=(0, conv.padding[0]), groups=conv.groups)
     return F.silu(y[:, :, 0, :x.shape[1]].transpose(1, 2))
 
-# %% ../nbs/32_mamba.ipynb #320062
+# %% ../nbs/32_mamba.ipynb #7d1d6a83
 class Mamba(nn.Module):
     """A Mamba block (the layer of Sec. 3.4's fusion), `[b, L, d_model] -> [b, L, d_model]`, causal.
 
-    Its `state_dict` is that of `mamba_ssm.Mamba`. Raises `UserError` for an unknown option and for a backend that is not there."""
+    Its `state_dict` is that of `mamba_ssm.Mamba`. Raises `UserError` for an unknown option or backend."""
     def __init__(self,
                  d_model: int,                  # width of the tokens
                  d_state: int = 16,             # N, numbers of state per channel
                  d_conv: int = 4,               # tokens that the convolution sees
                  expand: int = 2,               # inner width D = expand * d_model
-                 dt_rank: int | str = 'auto',   # rank of the projection that makes Δ; 'auto' is d_model / 16, rounded up
+                 dt_rank: int | str = 'auto',   # rank of Δ's projection; 'auto' is d_model / 16, rounded up
                  dt_min: float = .001,          # smallest initial Δ
                  dt_max: float = .1,            # largest initial Δ
                  dt_init: str = 'random',       # initial weight of Δ's projection: 'random' or 'constant'
@@ -299,7 +320,7 @@ class Mamba(nn.Module):
                  conv_bias: bool = True,        # bias in the convolution
                  bias: bool = False,            # bias in the input and output projections
                  *,
-                 backend: str = 'auto',         # 'torch', 'mamba-ssm', or 'auto': mamba-ssm for CUDA tensors where installed
+                 backend: str = 'auto',         # 'torch', 'mamba-ssm', or 'auto': mamba-ssm on CUDA if there
                 ):
         super().__init__()
         _check_backend(backend)
@@ -313,17 +334,18 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1., d_state + 1).log().repeat(D, 1))
         self.D = nn.Parameter(torch.ones(D))
         self.A_log._no_weight_decay = self.D._no_weight_decay = True    # decay would pull A to -1 and D to 0
-        self.dt_proj.bias._no_reinit = True                             # a model-wide "bias = 0" would undo its initialization
+        self.dt_proj.bias._no_reinit = True                            # a model-wide "bias = 0" would undo it
         self.out_proj = nn.Linear(D, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:              # [b, L, d_model]
-        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.in_proj.in_features:
-            raise UserError(f'Mamba: got a tensor {list(x.shape)}; expected [batch, length ≥ 1, {self.in_proj.in_features}]')
+        d_model = self.in_proj.in_features
+        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != d_model:
+            raise UserError(f'Mamba: got a tensor {list(x.shape)}; expected [batch, length ≥ 1, {d_model}]')
         fast = _kernels(self.backend, x)
         x, z = self.in_proj(x).chunk(2, -1)              # [b, L, D] each
         x = _causal_conv(x, self.conv1d, fast and fast[1])
         delta, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
-        delta = F.linear(delta, self.dt_proj.weight)     # [b, L, D]; its bias is added inside the scan, in float32
+        delta = F.linear(delta, self.dt_proj.weight)     # [b, L, D]; the scan adds its bias, in float32
         A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
         y = (selective_scan_cuda if fast else selective_scan)(x, delta, A, B, C, self.D, z, self.dt_proj.bias)
         return self.out_proj(y)

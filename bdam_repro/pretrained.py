@@ -13,23 +13,27 @@ from .files import read_tensors, write_tensors
 from .encoders import TextEncoder, VisionEncoder
 from .model import Model
 
-# %% ../nbs/36_pretrained.ipynb #340030
+# %% ../nbs/36_pretrained.ipynb #39273926
 def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors` file
     "Weights, options and the encoders' architecture in one file."
-    config = model.config.model_dump(exclude={'data_root', 'device'})   # of the machine, not of the model
+    of_the_machine = {'data_root', 'device'}
+    config = model.config.model_dump(exclude=of_the_machine)
     meta = {'config': config, 'vision': model.vision.config, 'text': model.text.config}
     return write_tensors(path, model.state_dict(), meta)
 
-# %% ../nbs/36_pretrained.ipynb #340032
+# %% ../nbs/36_pretrained.ipynb #eded35f3
 def from_pretrained(path: str | Path) -> Model:  # in evaluation mode, on the CPU
-    "The model of `save_pretrained`. Raises `UserError` for a file that is none."
+    "The model of `save_pretrained`. Raises `UserError` for a file that holds none that fits."
     state, meta = read_tensors(path)
-    if not {'config', 'vision', 'text'} <= meta.keys(): raise UserError(f'{path} holds no model: give the path of a best.safetensors')
+    if not {'config', 'vision', 'text'} <= meta.keys():
+        raise UserError(f'{path} holds no model: give the path of a best.safetensors')
     try:
-        config = Config(**meta['config'])
-        model = Model(config, VisionEncoder.from_config(meta['vision']), TextEncoder.from_config(meta['text']))
-        if not any(k.startswith('proj_clo.') for k in state): model.proj_clo = None     # trained without descriptions
+        vision, text = VisionEncoder.from_config(meta['vision']), TextEncoder.from_config(meta['text'])
+        model = Model(Config(**meta['config']), vision, text)
+        trained_on_clothing = any(name.startswith('proj_clo.') for name in state)
+        if not trained_on_clothing: model.proj_clo = None      # there were no descriptions
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f'{path} does not fit this version of the model: {str(e).strip().splitlines()[-1].strip()}') from None
+        reason = str(e).strip().splitlines()[-1].strip()
+        raise UserError(f'{path} does not fit this version of the model: {reason}') from None
     return model.eval()

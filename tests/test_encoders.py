@@ -37,17 +37,20 @@ def noisy(net):
 
 @pytest.fixture(scope='module')
 def hub(tmp_path_factory):
-    "A ViT classifier, a pretraining BERT with the old gamma/beta names, and a whole CLIP, as the hub has them."
+    "A ViT classifier, a pretraining BERT with the old gamma/beta names, and a whole CLIP, as on the hub."
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp('hub')
     vit = noisy(ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=8)))
     vit.save_pretrained(root/'vit')
-    (root/'vit'/'preprocessor_config.json').write_text(json.dumps({'image_mean': [.1, .2, .3], 'image_std': [.5, .6, .7]}))
+    stats = {'image_mean': [.1, .2, .3], 'image_std': [.5, .6, .7]}
+    (root/'vit'/'preprocessor_config.json').write_text(json.dumps(stats))
     noisy(BertForPreTraining(BertConfig(**SMALL, vocab_size=99))).save_pretrained(root/'bert')
-    rename(root/'bert', lambda k: k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'))
+    old_name = lambda k: k.replace('Norm.weight', 'Norm.gamma').replace('Norm.bias', 'Norm.beta')
+    rename(root/'bert', old_name)
     text = dict(SMALL, vocab_size=99, bos_token_id=97, eos_token_id=98)
     vision = dict(SMALL, image_size=32, patch_size=8)
-    noisy(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))).save_pretrained(root/'clip')
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    noisy(CLIPModel(config)).save_pretrained(root/'clip')
     return root
 
 
@@ -59,7 +62,8 @@ def rename(folder, f):
 def copy(folder, to, change=lambda weights: weights):
     to.mkdir()
     for f in folder.iterdir(): (to/f.name).write_bytes(f.read_bytes())
-    save_file(change(load_file(folder/'model.safetensors')), to/'model.safetensors', metadata={'format': 'pt'})
+    weights = change(load_file(folder/'model.safetensors'))
+    save_file(weights, to/'model.safetensors', metadata={'format': 'pt'})
     return to
 
 
@@ -90,7 +94,8 @@ def test_vit_equals_the_librarys_interpolation_at_other_sizes(hub, size):
     theirs = ViTModel.from_pretrained(hub/'vit', add_pooling_layer=False).eval()
     mean, std = torch.tensor([.1, .2, .3]).view(3, 1, 1), torch.tensor([.5, .6, .7]).view(3, 1, 1)
     want = theirs(pixel_values=(x - mean)/std, interpolate_pos_encoding=True).last_hidden_state
-    torch.testing.assert_close(VisionEncoder(hub/'vit', image_size=size).eval()(x), want, rtol=1e-4, atol=1e-4)
+    ours = VisionEncoder(hub/'vit', image_size=size).eval()
+    torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-4)
 
 
 def test_bert_equals_the_librarys_and_ignores_padding(hub):
@@ -130,8 +135,9 @@ def test_clip_runs_on_a_grid_that_is_not_square(hub):
 def cases():
     "Class, spec, options and inputs of the four towers."
     pixels = (torch.rand(2, 3, 32, 16),)
-    return [(VisionEncoder, VIT, {'image_size': (32, 16)}, pixels), (VisionEncoder, CLIP_V, {'image_size': (32, 16)}, pixels),
-            (TextEncoder, BERT, {'vocab_size': 99}, texts()), (TextEncoder, CLIP_T, {'vocab_size': 99}, texts())]
+    size, vocab = {'image_size': (32, 16)}, {'vocab_size': 99}
+    return [(VisionEncoder, VIT, size, pixels), (VisionEncoder, CLIP_V, size, pixels),
+            (TextEncoder, BERT, vocab, texts()), (TextEncoder, CLIP_T, vocab, texts())]
 
 
 def test_every_parameter_gets_a_gradient():
@@ -168,9 +174,11 @@ def test_bf16_autocast_stays_close():
 
 def test_config_rebuilds_without_hub_or_folder(hub):
     size, pixels = {'image_size': (64, 24)}, (torch.rand(2, 3, 64, 24),)
-    for kind, spec, kw, inputs in [(VisionEncoder, hub/'vit', size, pixels), (VisionEncoder, hub/'clip', size, pixels),
+    for kind, spec, kw, inputs in [(VisionEncoder, hub/'vit', size, pixels),
+                                   (VisionEncoder, hub/'clip', size, pixels),
                                    (VisionEncoder, VIT, size | {'dropout': .1}, pixels),
-                                   (TextEncoder, hub/'bert', {}, texts()), (TextEncoder, hub/'clip', {}, texts())]:
+                                   (TextEncoder, hub/'bert', {}, texts()),
+                                   (TextEncoder, hub/'clip', {}, texts())]:
         encoder = kind(spec, **kw).eval()
         again = kind.from_config(json.loads(json.dumps(encoder_config(encoder)))).eval()
         again.load_state_dict(encoder.state_dict())
@@ -179,7 +187,8 @@ def test_config_rebuilds_without_hub_or_folder(hub):
 
 
 def test_dropout_is_set_and_survives_saving():
-    encoder = VisionEncoder.from_config(encoder_config(VisionEncoder(VIT, image_size=(32, 16), dropout=.3))).train()
+    saved = encoder_config(VisionEncoder(VIT, image_size=(32, 16), dropout=.3))
+    encoder = VisionEncoder.from_config(saved).train()
     x = torch.rand(1, 3, 32, 16)
     assert not torch.equal(encoder(x), encoder(x))
     assert {m.p for m in encoder.modules() if isinstance(m, torch.nn.Dropout)} == {.3}
@@ -194,7 +203,8 @@ def one_line(e, *words):
 
 def test_missing_weights_are_refused(hub, tmp_path):
     drop = lambda w: {k: v for k, v in w.items() if 'layer.1.output.dense' not in k}
-    with pytest.raises(UserError) as e: VisionEncoder(copy(hub/'vit', tmp_path/'a', drop), image_size=(32, 32))
+    with pytest.raises(UserError) as e:
+        VisionEncoder(copy(hub/'vit', tmp_path/'a', drop), image_size=(32, 32))
     one_line(e, 'lacks 2 weights', 'layers.1')
     with pytest.raises(UserError) as e: TextEncoder(copy(hub/'bert', tmp_path/'b', drop))
     one_line(e, 'lacks 2 weights')
@@ -205,15 +215,18 @@ def test_missing_weights_are_refused(hub, tmp_path):
 
 def test_unknown_weights_are_refused(hub, tmp_path):
     more = lambda w: w | {'adapter.weight': torch.zeros(3)}
-    with pytest.raises(UserError) as e: VisionEncoder(copy(hub/'vit', tmp_path/'a', more), image_size=(32, 32))
+    with pytest.raises(UserError) as e:
+        VisionEncoder(copy(hub/'vit', tmp_path/'a', more), image_size=(32, 32))
     one_line(e, 'unknown', 'adapter.weight')
     with pytest.raises(UserError) as e:
-        TextEncoder(copy(hub/'bert', tmp_path/'b', lambda w: w | {'bert.encoder.layer.2.output.dense.bias': torch.zeros(32)}))
+        third_layer = {'bert.encoder.layer.2.output.dense.bias': torch.zeros(32)}
+        TextEncoder(copy(hub/'bert', tmp_path/'b', lambda w: w | third_layer))
     one_line(e, 'unknown', 'layer.2')
 
 
 def test_shapes_that_do_not_fit_are_refused(hub, tmp_path):
-    folder = copy(hub/'vit', tmp_path/'a', lambda w: w | {'vit.encoder.layer.0.attention.attention.query.bias': torch.zeros(7)})
+    seven = {'vit.encoder.layer.0.attention.attention.query.bias': torch.zeros(7)}
+    folder = copy(hub/'vit', tmp_path/'a', lambda w: w | seven)
     with pytest.raises(UserError) as e: VisionEncoder(folder, image_size=(32, 32))
     one_line(e, 'misshapen', 'q_proj.bias')
 
@@ -234,7 +247,8 @@ def test_damaged_weights_are_refused(hub, tmp_path):
     one_line(e, 'model.safetensors')
 
 
-@pytest.mark.parametrize('content, words', [(None, 'no config.json'), ('{', 'not JSON'), ('[]', 'not a JSON object'),
+@pytest.mark.parametrize('content, words', [(None, 'no config.json'), ('{', 'not JSON'),
+                                            ('[]', 'not a JSON object'),
                                             ('{"model_type": "gpt2"}', "type 'gpt2'")])
 def test_a_folder_that_is_no_checkpoint(tmp_path, content, words):
     if content is not None: (tmp_path/'config.json').write_text(content)
@@ -256,18 +270,22 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_the_hub_out_of_reach_names_the_way_out(tmp_path):
     code = ("from bdam_repro.config import UserError\nfrom bdam_repro.encoders import VisionEncoder\n"
-            "try: VisionEncoder('vit-base-patch16-224', image_size=(384, 128))\nexcept UserError as e: print(e)")
+            "try: VisionEncoder('vit-base-patch16-224', image_size=(384, 128))\n"
+            "except UserError as e: print(e)")
     env = os.environ | {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)}
     out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert out.stdout.count('\n') == 1, out.stderr
-    assert 'google/vit-base-patch16-224' in out.stdout and 'HF_HUB_OFFLINE' in out.stdout and 'folder' in out.stdout
+    assert 'google/vit-base-patch16-224' in out.stdout
+    assert 'HF_HUB_OFFLINE' in out.stdout
+    assert 'folder' in out.stdout
 
 
 def test_options_are_checked():
-    for make, word in [(lambda: VisionEncoder({**VIT, 'depth': 3}, image_size=(32, 16)), "'depth' is unknown"),
-                       (lambda: VisionEncoder({**VIT, 'type': 'bert'}, image_size=(32, 16)), 'none of vit, clip'),
+    size, no_hidden = (32, 16), {'type': 'vit', 'layers': 2, 'heads': 4}
+    for make, word in [(lambda: VisionEncoder({**VIT, 'depth': 3}, image_size=size), "'depth' is unknown"),
+                       (lambda: VisionEncoder({**VIT, 'type': 'bert'}, image_size=size), 'none of vit, clip'),
                        (lambda: VisionEncoder({**VIT, 'heads': 5}, image_size=(32, 16)), '5 heads'),
-                       (lambda: VisionEncoder({'type': 'vit', 'layers': 2, 'heads': 4}, image_size=(32, 16)), "lack 'hidden'"),
+                       (lambda: VisionEncoder(no_hidden, image_size=size), "lack 'hidden'"),
                        (lambda: VisionEncoder(VIT, image_size=(33, 16)), '33×16'),
                        (lambda: VisionEncoder(VIT, image_size=(0, 16)), '0×16'),
                        (lambda: TextEncoder(BERT), 'vocab_size')]:
@@ -281,4 +299,5 @@ def test_tokenizer_and_lengths_are_checked_against_the_checkpoint(hub):
     with pytest.raises(UserError) as e: TextEncoder(hub/'clip', max_length=78)
     one_line(e, '78 tokens', '77')
     with pytest.raises(ValueError, match='built for 8'): TextEncoder(hub/'bert', max_length=8)(*texts())
-    with pytest.raises(ValueError, match='built for'): VisionEncoder(hub/'vit', image_size=(32, 32))(torch.rand(1, 3, 64, 32))
+    with pytest.raises(ValueError, match='built for'):
+        VisionEncoder(hub/'vit', image_size=(32, 32))(torch.rand(1, 3, 64, 32))

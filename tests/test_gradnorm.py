@@ -1,4 +1,4 @@
-"GradNorm: the closed form, the sum and the clip, resuming, several processes, and losses that do not take part."
+"GradNorm: the closed form, the sum and the clip, resuming, several processes, losses that take no part."
 
 import copy
 import io
@@ -35,7 +35,8 @@ def setup(seed=0, scales=(1.0, 50.0, 0.02), dtype=torch.float64):
 def test_closed_form_is_the_double_backward(seed, w, ratio, alpha, ref):
     net, losses = setup(seed)
     params, L = list(net[-1].parameters()), list(losses().values())
-    w, ratio = torch.tensor(w, dtype=torch.float64, requires_grad=True), torch.tensor(ratio, dtype=torch.float64)
+    w = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+    ratio = torch.tensor(ratio, dtype=torch.float64)
     G = []
     for k in range(3):
         grads = torch.autograd.grad(w[k] * L[k], params, create_graph=True)
@@ -123,7 +124,8 @@ def test_total_is_the_weighted_sum_and_its_gradient():
     alone = {k: torch.autograd.grad(v, net[-1].weight, retain_graph=True)[0] for k, v in now.items()}
     want = 2 * alone['a'] + alone['b'] + 0.25 * alone['c']
     assert torch.allclose(got, want, rtol=1e-12)
-    assert tw.step(now, [net[-1].weight]) is False and tw.weights == pytest.approx({'a': 2, 'b': 1, 'c': 0.25})
+    assert tw.step(now, [net[-1].weight]) is False
+    assert tw.weights == pytest.approx({'a': 2, 'b': 1, 'c': 0.25})
 
 
 @pytest.mark.parametrize('optimizer', ['adam', 'sgd'])
@@ -168,14 +170,15 @@ def test_a_saved_state_does_not_move_with_the_run():
     assert str(state) == str(before) and other.weights == gn.weights
 
 
-# --- several processes ----------------------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------------
 
 
 def test_reduce_averages_gradients_before_the_norm():
     net, losses = setup()
     params, now = list(net[-1].parameters()), losses()
     whole = []
-    g, L, here = gnm.measure_tasks(NAMES, now, params, reduce=lambda M: whole.append(M) or M * torch.tensor([0.0] * 24 + [1.0, 1.0]))
+    no_gradients = torch.tensor([0.0] * 24 + [1.0, 1.0])
+    g, L, here = gnm.measure_tasks(NAMES, now, params, reduce=lambda M: whole.append(M) or M * no_gradients)
     assert (g == 0).all() and here.all()  # opposite gradients on two processes: the mean has no length
     assert L.tolist() == pytest.approx([v.item() for v in now.values()])
     assert whole[0].shape == (3, 5 * 4 + 4 + 2)  # one matrix, one collective
@@ -192,12 +195,14 @@ def test_two_processes_agree_with_one_on_the_whole_batch():
         return {'a': d.square().mean(), 'b': 7 * d.abs().mean()}
 
     matrices = []
-    for rows in (slice(0, 4), slice(4, 8)): gnm.measure_tasks('ab', losses(rows), params, lambda M: matrices.append(M) or M)
+    for rows in (slice(0, 4), slice(4, 8)):
+        gnm.measure_tasks('ab', losses(rows), params, lambda M: matrices.append(M) or M)
     one = GradNorm('ab', every=1)
     two = GradNorm('ab', every=1)
     one.step(losses(slice(0, 8)), params)
     two.step(losses(slice(0, 4)), params, reduce=lambda M: (matrices[0] + matrices[1]) / 2)
-    assert one.norms == pytest.approx(two.norms, rel=1e-12) and one.weights == pytest.approx(two.weights, rel=1e-12)
+    assert one.norms == pytest.approx(two.norms, rel=1e-12)
+    assert one.weights == pytest.approx(two.weights, rel=1e-12)
 
 
 def test_a_task_missing_on_one_process_keeps_the_collective_in_step():
@@ -207,13 +212,14 @@ def test_a_task_missing_on_one_process_keeps_the_collective_in_step():
     part = {k: v for k, v in now.items() if k != 'b'}
     present = []
     gnm.measure_tasks(NAMES, now, params, lambda M: present.append(M) or M)
-    g, L, here = gnm.measure_tasks(NAMES, part, params, lambda M: shapes.append(M.shape) or (M + present[0]) / 2)
+    mean_of_two = lambda M: shapes.append(M.shape) or (M + present[0]) / 2
+    g, L, here = gnm.measure_tasks(NAMES, part, params, mean_of_two)
     assert shapes == [present[0].shape] and here.all()
     assert L.tolist() == pytest.approx(full[1].tolist())  # a loss is averaged over where it was
-    assert g[1].item() == pytest.approx(full[0][1].item() / 2)  # a gradient over all, as data-parallel training does
+    assert g[1].item() == pytest.approx(full[0][1].item() / 2)  # over all, as in data-parallel training
 
 
-# --- losses that do not take part -----------------------------------------------------------------------------------
+# --- losses that do not take part ---------------------------------------------------------------------------
 
 
 def test_a_loss_that_never_reaches_the_layer_keeps_weight_one_and_is_named():
@@ -225,7 +231,8 @@ def test_a_loss_that_never_reaches_the_layer_keeps_weight_one_and_is_named():
         gn.step({**losses(), 'gate': elsewhere.sum(), 'constant': torch.tensor(2.0)}, params)
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # said once
-        for _ in range(20): gn.step({**losses(), 'gate': elsewhere.sum(), 'constant': torch.tensor(2.0)}, params)
+        for _ in range(20):
+            gn.step({**losses(), 'gate': elsewhere.sum(), 'constant': torch.tensor(2.0)}, params)
     assert gn.weights['gate'] == gn.weights['constant'] == 1
     assert sum(gn.weights.values()) == pytest.approx(5) and gn.weights['b'] < 0.9
 
@@ -248,7 +255,8 @@ def test_losses_at_zero_do_not_break_the_ratio():
     W = torch.ones(3, dtype=torch.float64, requires_grad=True)
     gn = GradNorm(['hsic', 'nce', 'triplet'], every=1)
     for hsic in (0.0, 1e-4, 1e-9, 0.0):  # starts at zero; a satisfied triplet loss has a zero gradient
-        assert gn.step({'hsic': hsic * W.sum(), 'nce': W.square().sum(), 'triplet': torch.relu(W - 2).sum()}, [W])
+        terms = {'hsic': hsic * W.sum(), 'nce': W.square().sum(), 'triplet': torch.relu(W - 2).sum()}
+        assert gn.step(terms, [W])
         assert all(0 < w < 3 for w in gn.weights.values())
     assert gn.skipped == 0
 
@@ -268,7 +276,8 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(bad):
 
 def test_no_loss_reaches_the_layer():
     gn = GradNorm(['a'], every=1)
-    assert not gn.step({'a': torch.tensor(1.0)}, [torch.ones(2, requires_grad=True)]) and gn.weights == {'a': 1.0}
+    assert not gn.step({'a': torch.tensor(1.0)}, [torch.ones(2, requires_grad=True)])
+    assert gn.weights == {'a': 1.0}
 
 
 def test_half_precision_gradients_survive_with_a_scale():
@@ -278,12 +287,13 @@ def test_half_precision_gradients_survive_with_a_scale():
     assert gnm.grad_vector(loss, [W], scale=2.0**16).norm().item() == pytest.approx(2e-9, rel=0.1)
 
 
-# --- the literal reading, and mistakes ------------------------------------------------------------------------------
+# --- the literal reading, and mistakes ----------------------------------------------------------------------
 
 
 def test_literal_total_is_eq_6_and_trains_network_and_weights():
     net, losses = setup()
-    params, s = list(net[-1].parameters()), torch.tensor([0.1, -0.3, 0.2], dtype=torch.float64, requires_grad=True)
+    params = list(net[-1].parameters())
+    s = torch.tensor([0.1, -0.3, 0.2], dtype=torch.float64, requires_grad=True)
     L, first = list(losses().values()), torch.tensor([1.0, 40.0, 0.05], dtype=torch.float64)
     total = gnm.literal_total(L, s, params, first, alpha=1.5, log_reg=1e-3)
     w = s.detach().exp()
@@ -293,14 +303,17 @@ def test_literal_total_is_eq_6_and_trains_network_and_weights():
     want = (w * v).sum() + 1.5 * (G - r * G[0]).abs().sum() + 1e-3 * w.log().square().sum()
     assert total.item() == pytest.approx(want.item(), rel=1e-12)
     total.backward()
-    assert s.grad.isfinite().all() and net[0].weight.grad.isfinite().all() and net[0].weight.grad.abs().sum() > 0
+    assert s.grad.isfinite().all()
+    assert net[0].weight.grad.isfinite().all()
+    assert net[0].weight.grad.abs().sum() > 0
 
 
 def test_literal_gradient_of_s_agrees_with_finite_differences():
     net, losses = setup()
     params, first = list(net[-1].parameters()), torch.tensor([1.0, 40.0, 0.05], dtype=torch.float64)
     s = torch.tensor([0.1, -0.3, 0.2], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s: gnm.literal_total(list(losses().values()), s, params, first), (s,))
+    total = lambda s: gnm.literal_total(list(losses().values()), s, params, first)
+    assert torch.autograd.gradcheck(total, (s,))
 
 
 @pytest.mark.parametrize(
@@ -318,7 +331,7 @@ def test_literal_gradient_of_s_agrees_with_finite_differences():
         lambda: TaskWeights(['a'], {'a': -1.0}),
         lambda: TaskWeights(['a']).total({'b': torch.tensor(1.0)}),
         lambda: TaskWeights(['a']).total({}),
-        lambda: GradNorm(['a'], every=1).step({'b': torch.ones(1, requires_grad=True).sum()}, [torch.ones(1)]),
+        lambda: GradNorm(['a'], every=1).step({'b': torch.ones((), requires_grad=True)}, [torch.ones(1)]),
         lambda: GradNorm(['a', 'b']).load_state_dict(GradNorm(['a']).state_dict()),
     ],
 )

@@ -14,13 +14,16 @@ from bdam_repro.config import UserError
 KERNELS = ('linear', 'linear_normalized', 'rbf', 'cka')
 POSITIVES = ('diagonal', 'mask', 'multi')
 
+def cross_triplet(x, y, a, p, n): return ls.triplet(x[a], y[p], y[n])
+
+
 LOSSES = {  # every loss as a function of two feature matrices and labels
     **{f'info_nce_{p}': lambda x, y, i, p=p: ls.info_nce(x, y, 0.02, i, positives=p) for p in POSITIVES},
     **{
         f'triplet_{h}': lambda x, y, i, h=h: ls.triplet(*(x[k] for k in ls.mine_triplets(x, i, h)))
         for h in ('hard', 'random', 'all')
     },
-    'triplet_cross': lambda x, y, i: (lambda a, p, n: ls.triplet(x[a], y[p], y[n]))(*ls.mine_triplets(x, i, others=y)),
+    'triplet_cross': lambda x, y, i: cross_triplet(x, y, *ls.mine_triplets(x, i, others=y)),
     'adversarial': lambda x, y, i: ls.clothing_adversarial(x, y, 0.02),
     'adversarial_ids': lambda x, y, i: ls.clothing_adversarial(x, y, 0.02, clo_ids=i),
     'adversarial_sigmoid': lambda x, y, i: ls.clothing_adversarial(x, y, 0.02, 'sigmoid'),
@@ -59,7 +62,7 @@ LABELS = {
 @pytest.mark.parametrize('case', BATCHES)
 @pytest.mark.parametrize('name', LOSSES)
 def test_finite_value_and_gradient_in_degenerate_batches(name, case, dtype):
-    # eq. 2's gradient grows with the cube of the features; float16 cannot hold it however the loss is computed
+    # eq. 2's gradient grows with the cube of the features; float16 cannot hold it however it is computed
     if dtype == torch.float16 and case == 'large' and name == 'hsic_linear':
         case = 'random'
     for labels in LABELS.values():
@@ -72,7 +75,8 @@ def test_finite_value_and_gradient_in_degenerate_batches(name, case, dtype):
         assert y.grad is None or y.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('name', [n for n in LOSSES if 'gate' not in n])  # the gates' own sigmoid is the test's
+# the gates' own sigmoid is the test's
+@pytest.mark.parametrize('name', [n for n in LOSSES if 'gate' not in n])
 def test_half_precision_inputs_are_computed_in_float32(name):
     x, y, i = R.bfloat16(), R.flip(0).bfloat16(), LABELS['pairs'](6)
     torch.manual_seed(0)
@@ -86,7 +90,8 @@ def test_half_precision_inputs_are_computed_in_float32(name):
 @pytest.mark.parametrize('name', [n for n in LOSSES if n not in ('triplet_random', 'match')])
 def test_order_of_the_batch_does_not_matter(name):
     x, y, i, perm = R.double(), R.flip(0).double() + 0.3, LABELS['pairs'](6), torch.tensor([3, 0, 5, 1, 4, 2])
-    assert LOSSES[name](x, y, i).item() == pytest.approx(LOSSES[name](x[perm], y[perm], i[perm]).item(), rel=1e-12)
+    shuffled = LOSSES[name](x[perm], y[perm], i[perm]).item()
+    assert LOSSES[name](x, y, i).item() == pytest.approx(shuffled, rel=1e-12)
 
 
 @pytest.mark.parametrize('scale', [1e-18, 1e-3, 1e3, 1e15])
@@ -101,7 +106,8 @@ def test_order_of_the_batch_does_not_matter(name):
 )
 def test_losses_on_directions_do_not_see_lengths(name, scale):
     x, y, i = R.double(), R.flip(0).double() + 0.3, LABELS['pairs'](6)
-    assert LOSSES[name](x * scale, y * scale, i).item() == pytest.approx(LOSSES[name](x, y, i).item(), rel=1e-9, abs=1e-12)
+    unscaled = LOSSES[name](x, y, i).item()
+    assert LOSSES[name](x * scale, y * scale, i).item() == pytest.approx(unscaled, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize('tau', [1e-6, 1e-4, 0.01])
@@ -139,7 +145,7 @@ def test_nan_features_are_not_hidden():
         assert LOSSES[name](bad, R, LABELS['pairs'](6)).isnan(), name
 
 
-# --- oracles: float64 numpy, term by term ---------------------------------------------------------------------------
+# --- oracles: float64 numpy, term by term -------------------------------------------------------------------
 
 
 def unit(x):
@@ -174,7 +180,8 @@ def test_info_nce_oracle(batch, how, symmetric):
             positives = [j for j in range(len(s)) if (pids[j] == pids[i] if how == 'multi' else j == i)]
             others = [j for j in range(len(s)) if j == i or how != 'mask' or pids[j] != pids[i]]
             top = s[i, others].max()
-            rows.append(-np.mean([s[i, p] - top - np.log(np.exp(s[i, others] - top).sum()) for p in positives]))
+            total = np.log(np.exp(s[i, others] - top).sum())
+            rows.append(-np.mean([s[i, p] - top - total for p in positives]))
         return np.mean(rows)
 
     s = unit(v) @ unit(t).T / tau
@@ -190,9 +197,11 @@ def test_adversarial_oracle(batch):
     s = unit(v) @ unit(t).T / max(tau, 0.1)  # the naive form needs 1 - P to be representable
     P = np.exp(s) / np.exp(s).sum(1, keepdims=True)
     tv, tt, ti = as_torch(v, t, ids)
-    assert ls.clothing_adversarial(tv, tt, max(tau, 0.1)).item() == pytest.approx(-np.log(1 - np.diag(P)).mean(), rel=1e-7)
+    found = ls.clothing_adversarial(tv, tt, max(tau, 0.1)).item()
+    assert found == pytest.approx(-np.log(1 - np.diag(P)).mean(), rel=1e-7)
     rows = [0.0 if (ids == ids[i]).all() else -np.log(P[i, ids != ids[i]].sum()) for i in range(len(s))]
-    assert ls.clothing_adversarial(tv, tt, max(tau, 0.1), clo_ids=ti).item() == pytest.approx(np.mean(rows), rel=1e-9, abs=1e-12)
+    found = ls.clothing_adversarial(tv, tt, max(tau, 0.1), clo_ids=ti).item()
+    assert found == pytest.approx(np.mean(rows), rel=1e-9, abs=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
@@ -212,7 +221,8 @@ def test_hsic_oracle(batch):
         h(unit(x) @ unit(x).T, unit(y) @ unit(y).T), rel=1e-8, abs=1e-14
     )
     cka = ls.hsic(tx, ty, 'cka').item()
-    assert cka == pytest.approx(h(K, L) / math.sqrt(h(K, K) * h(L, L)), rel=1e-8) and -1e-12 <= cka <= 1 + 1e-12
+    assert cka == pytest.approx(h(K, L) / math.sqrt(h(K, K) * h(L, L)), rel=1e-8)
+    assert -1e-12 <= cka <= 1 + 1e-12
 
 
 @settings(max_examples=40, deadline=None)
@@ -264,10 +274,11 @@ def test_mined_triplets_are_valid(batch, how, cross):
             assert d[i, j] == pytest.approx(
                 max(d[i, m] for m in range(len(x)) if pids[m] == pids[i] and (cross or m != i)), rel=1e-3
             )
-            assert d[i, k] == pytest.approx(min(d[i, m] for m in range(len(x)) if pids[m] != pids[i]), rel=1e-3)
+            nearest = min(d[i, m] for m in range(len(x)) if pids[m] != pids[i])
+            assert d[i, k] == pytest.approx(nearest, rel=1e-3)
 
 
-# --- directions of the gradient: what each loss is for --------------------------------------------------------------
+# --- directions of the gradient: what each loss is for ------------------------------------------------------
 
 
 def test_one_identity_makes_no_triplet_but_keeps_the_graph():
@@ -294,7 +305,7 @@ def test_equal_clothing_texts_are_no_negatives():
     ids = ls.text_ids(torch.tensor([[1, 2], [1, 2], [3, 0], [4, 0], [5, 0], [6, 0]]))
     assert loss(0, ids) < loss(0.5, ids)  # encodings of one text are drawn together
     assert loss(0, None) > loss(0.5, None)  # without ids they are pushed apart
-    assert loss(0, ids) == pytest.approx(loss(0, None), abs=1e-9)  # exactly equal ones share the probability anyway
+    assert loss(0, ids) == pytest.approx(loss(0, None), abs=1e-9)  # equal ones share the probability anyway
 
 
 def test_gate_regularization_pulls_to_one_half_on_both_gates():
@@ -355,5 +366,6 @@ def test_tal_takes_the_weights_of_its_positives_as_constants():
     want = 0.0
     for d in (c, c.T):
         alpha = torch.softmax((d.detach() / 0.5).masked_fill(~same, -math.inf), 1)
-        want = want + (5 - (alpha * d).sum(1) + 0.5 * (d / 0.5).masked_fill(same, -math.inf).logsumexp(1)).mean()
+        softmax = 0.5 * (d / 0.5).masked_fill(same, -math.inf).logsumexp(1)
+        want = want + (5 - (alpha * d).sum(1) + softmax).mean()
     assert torch.allclose(grad, torch.autograd.grad(want, w)[0], rtol=1e-9, atol=1e-12)

@@ -28,7 +28,8 @@ def worst_error(scan, args):
     wide = [v.detach().double().requires_grad_() for v in args]
     y, want = scan(*args), selective_scan_ref(*wide)
     dy = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    pairs = zip((y, *torch.autograd.grad(y, args, dy.to(y.dtype))), (want, *torch.autograd.grad(want, wide, dy)), strict=True)
+    found, right = torch.autograd.grad(y, args, dy.to(y.dtype)), torch.autograd.grad(want, wide, dy)
+    pairs = zip((y, *found), (want, *right), strict=True)
     return max(((p - q).norm() / q.norm().clamp_min(1e-9)).item() for p, q in pairs)
 
 
@@ -43,11 +44,14 @@ def one_thread():
 # ---------------------------------------------------------------- the scan
 
 @settings(max_examples=40, deadline=None)
-@given(b=st.integers(1, 3), L=st.integers(1, 70), D=st.integers(1, 9), N=st.integers(1, 17), seed=st.integers(0, 9),
+@given(b=st.integers(1, 3), L=st.integers(1, 70), D=st.integers(1, 9), N=st.integers(1, 17),
+       seed=st.integers(0, 9),
        shift=st.sampled_from([-6., -2., 1., 4.]))
 @example(b=3, L=3, D=1, N=15, seed=1, shift=-6.)
 def test_any_shape_agrees_with_the_loop(b, L, D, N, seed, shift):
-    "A handful of terms can cancel: then float32 itself is far off, how far at the worst of the next inputs (one may be lucky)."
+    """A handful of terms can cancel, and then float32 itself is far off.
+
+    How far is measured at the worst of the next inputs, since one of them may be lucky."""
     args = inputs(b, L, D, N, seed=seed, shift=shift)
     beside = lambda k: [(v.detach()*(1 + k*2**-22)).requires_grad_() for v in args]
     own = max(worst_error(selective_scan_ref, beside(k)) for k in range(5))
@@ -111,7 +115,8 @@ def test_one_token_needs_no_decay():
 
 
 def test_deterministic():
-    a, b = (torch.autograd.grad(selective_scan(*args).sum(), args) for args in (inputs(3, 40, 20, 16), inputs(3, 40, 20, 16)))
+    first, second = inputs(3, 40, 20, 16), inputs(3, 40, 20, 16)
+    a, b = (torch.autograd.grad(selective_scan(*args).sum(), args) for args in (first, second))
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
@@ -129,8 +134,9 @@ def test_memory_kept_for_backward():
 # ---------------------------------------------------------------- the block and its peers
 
 SHAPES = {  # the parameters of mamba_ssm.Mamba(256)
-    'A_log': (512, 16), 'D': (512,), 'in_proj.weight': (1024, 256), 'conv1d.weight': (512, 1, 4), 'conv1d.bias': (512,),
-    'x_proj.weight': (48, 512), 'dt_proj.weight': (512, 16), 'dt_proj.bias': (512,), 'out_proj.weight': (256, 512)}
+    'A_log': (512, 16), 'D': (512,), 'in_proj.weight': (1024, 256), 'conv1d.weight': (512, 1, 4),
+    'conv1d.bias': (512,), 'x_proj.weight': (48, 512), 'dt_proj.weight': (512, 16), 'dt_proj.bias': (512,),
+    'out_proj.weight': (256, 512)}
 
 
 def test_state_dict_of_mamba_ssm():
@@ -138,7 +144,9 @@ def test_state_dict_of_mamba_ssm():
     keys = set(Mamba(256, bias=True, conv_bias=False).state_dict())
     assert keys == set(SHAPES) - {'conv1d.bias'} | {'in_proj.bias', 'out_proj.bias'}
     odd = Mamba(20, d_state=5, d_conv=3, expand=3, dt_rank=7).state_dict()
-    assert odd['x_proj.weight'].shape == (17, 60) and odd['conv1d.weight'].shape == (60, 1, 3) and odd['A_log'].shape == (60, 5)
+    assert odd['x_proj.weight'].shape == (17, 60)
+    assert odd['conv1d.weight'].shape == (60, 1, 3)
+    assert odd['A_log'].shape == (60, 5)
     assert Mamba(17).dt_rank == 2
 
 
@@ -209,12 +217,12 @@ def test_bfloat16_inputs_are_computed_in_float32():
     y = selective_scan(*args)
     want = selective_scan_ref(*(v.detach().float() for v in args))
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, want.bfloat16(), rtol=2 ** -7, atol=1e-6)      # no further than one rounding
+    torch.testing.assert_close(y, want.bfloat16(), rtol=2 ** -7, atol=1e-6)     # no further than one rounding
     assert all(g.dtype == torch.bfloat16 for g in torch.autograd.grad(y.sum(), args))
 
 
 def test_learns_to_remember():
-    "The sign of the first six tokens' sum, asked at the twelfth: out of the convolution's sight, so the state must carry it."
+    "The sign of the first six tokens' sum, asked at the twelfth: only the state can carry it so far."
     torch.manual_seed(0)
     m = torch.nn.Sequential(torch.nn.Linear(1, 16), Mamba(16), torch.nn.Linear(16, 1))
     opt = torch.optim.Adam(m.parameters(), 1e-2)
@@ -242,21 +250,26 @@ def test_wrong_shapes(shape):
     with pytest.raises(UserError, match='expected'): Mamba(16)(torch.zeros(shape))
 
 
-# ---------------------------------------------------------------- mamba-ssm, by a stand-in with its documented interface
+# --- mamba-ssm, by a stand-in with its documented interface
 
 @pytest.fixture
 def fake_mamba_ssm(monkeypatch):
     calls = []
 
-    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+                          return_last_state=False):
         b, d, L = u.shape
-        assert delta.shape == z.shape == (b, d, L) and A.shape[0] == d and B.shape == C.shape == (b, A.shape[1], L)
+        assert delta.shape == z.shape == (b, d, L)
+        assert A.shape[0] == d
+        assert B.shape == C.shape == (b, A.shape[1], L)
         assert D.shape == delta_bias.shape == (d,) and delta_softplus and not return_last_state
-        assert {v.dtype for v in (A, D, delta_bias)} == {torch.float32} and {v.dtype for v in (delta, B, C, z)} == {u.dtype}
+        assert {v.dtype for v in (A, D, delta_bias)} == {torch.float32}
+        assert {v.dtype for v in (delta, B, C, z)} == {u.dtype}
         assert L == 1 or all(v.stride(-1) == 1 for v in (u, delta, B, C, z))
         calls.append('scan')
         rows = [v.float().transpose(1, 2) for v in (u, delta, B, C, z)]
-        return selective_scan_ref(rows[0], rows[1], A, rows[2], rows[3], D, rows[4], delta_bias).transpose(1, 2).to(u.dtype)
+        y = selective_scan_ref(rows[0], rows[1], A, rows[2], rows[3], D, rows[4], delta_bias)
+        return y.transpose(1, 2).to(u.dtype)
 
     def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
                          final_states_out=None, activation=None):
@@ -293,19 +306,22 @@ def test_block_by_the_kernels(fake_mamba_ssm, monkeypatch, conv, L):
     if not conv: monkeypatch.setitem(sys.modules, 'causal_conv1d', None)
     m, x = Mamba(16), torch.randn(2, L, 16)
     want = torch.autograd.grad(m(x).square().sum(), list(m.parameters()))
-    assert fake_mamba_ssm == []                                                  # CPU tensors never reach the kernels
+    assert fake_mamba_ssm == []                                          # CPU tensors never reach the kernels
     choose = mamba._kernels
     monkeypatch.setattr(mamba, '_kernels', lambda backend, x: choose(backend, on_gpu(x)))
     got = torch.autograd.grad(m(x).square().sum(), list(m.parameters()))
-    assert fake_mamba_ssm == ['conv']*(conv and L > 1) + ['scan']               # one token's convolution is a product
+    assert fake_mamba_ssm == ['conv']*(conv and L > 1) + ['scan']       # one token's convolution is a product
     for p, q in zip(got, want, strict=True): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
 def test_which_backend(fake_mamba_ssm):
     x = torch.zeros(1)
     assert mamba._kernels('auto', on_gpu(x)) and mamba._kernels('mamba-ssm', on_gpu(x))
-    assert mamba._kernels('auto', x) is mamba._kernels('torch', on_gpu(x)) is mamba._kernels('auto', on_gpu(x.double())) is None
-    with pytest.raises(UserError, match='move it to a GPU'): Mamba(8, backend='mamba-ssm')(torch.zeros(1, 2, 8))
+    assert mamba._kernels('auto', x) is None
+    assert mamba._kernels('torch', on_gpu(x)) is None
+    assert mamba._kernels('auto', on_gpu(x.double())) is None
+    with pytest.raises(UserError, match='move it to a GPU'):
+        Mamba(8, backend='mamba-ssm')(torch.zeros(1, 2, 8))
 
 
 def test_a_broken_install_falls_back(monkeypatch):

@@ -44,7 +44,7 @@ def problem(seed=0, Q=60, G=150, D=16, ids=25, noise=1., dtype=torch.float32):
 
 
 def plain(scores, hits):
-    "One query by the definition: R1, R5, R10, AP, INP, rank, for one ordering of the ties (that of the columns)."
+    "One query by the definition: R1, R5, R10, AP, INP, rank; ties are in the order of the columns."
     r = np.flatnonzero(hits[np.argsort(-scores, kind='stable')]) + 1
     return [r[0] <= 1, r[0] <= 5, r[0] <= 10, np.mean(np.arange(1, len(r) + 1)/r), len(r)/r[-1], r[0]]
 
@@ -52,7 +52,8 @@ def plain(scores, hits):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=6), st.data())
 def test_ties_are_the_mean_over_every_ordering(scores, data):
-    hits = np.array(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)).filter(any)))
+    n = len(scores)
+    hits = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any)))
     scores = np.array(scores, float)
     orders = [list(p) for p in itertools.permutations(range(len(scores)))]
     expected = np.mean([plain(scores[p], hits[p]) for p in orders], 0)
@@ -65,7 +66,8 @@ def test_without_ties_it_is_the_definition_and_scikit_learn():
     s = (unit(q) @ unit(g).T).numpy()
     hits = q_pids[:, None].numpy() == g_pids.numpy()
     r = rank_metrics(q, g, q_pids, g_pids)
-    assert np.allclose(np.array([getattr(r, f) for f in FIELDS]).T, [plain(*x) for x in zip(s, hits)], atol=1e-12)
+    found = np.array([getattr(r, f) for f in FIELDS]).T
+    assert np.allclose(found, [plain(*x) for x in zip(s, hits)], atol=1e-12)
     assert np.allclose(r.AP, [average_precision_score(h, x) for h, x in zip(hits, s)])
     summary = retrieval_metrics(q, g, q_pids, g_pids)
     assert list(summary) == KEYS and all(type(v) is float for v in summary.values())
@@ -73,7 +75,7 @@ def test_without_ties_it_is_the_definition_and_scikit_learn():
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize('levels', [None, 1])         # real features, and features of few values with many exact ties
+@pytest.mark.parametrize('levels', [None, 1])         # real features, and few values with many exact ties
 def test_no_permutation_and_no_tile_changes_a_bit(dtype, levels):
     for seed in range(4):
         q, g, q_pids, g_pids = problem(seed, D=33, dtype=dtype)
@@ -90,7 +92,7 @@ def test_no_permutation_and_no_tile_changes_a_bit(dtype, levels):
 def test_dot_products_are_exact_whatever_the_order():
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(64, 1024, generator=rng)
-    x[:8], x[8:16] = 1, x[8:16]*1e-30                 # all of one sign: the largest partial sums; and tiny features
+    x[:8], x[8:16] = 1, x[8:16]*1e-30           # all of one sign: the largest partial sums; and tiny features
     u = unit(x)
     as_integers = (u*2**26).to(torch.int64)
     assert torch.equal(as_integers.double()*2**-26, u)
@@ -121,7 +123,8 @@ def test_a_constant_embedding_is_chance(value):
     assert r == chance(q_pids, g_pids)
     M = np.bincount(g_pids)[q_pids]
     for k in (1, 5, 10):
-        assert r[f'R{k}'] == pytest.approx(100*np.mean([1 - math.comb(130 - m, k)/math.comb(130, k) for m in M]))
+        hit = [1 - math.comb(130 - m, k)/math.comb(130, k) for m in M]
+        assert r[f'R{k}'] == pytest.approx(100*np.mean(hit))
 
 
 def test_chance_is_the_mean_of_random_rankings():
@@ -141,7 +144,8 @@ def test_many_matches_are_sorted_few_are_compared():
         r = metrics_from_scores(s, q_pids, g_pids, chunk=11)
         rng = np.random.default_rng(0)
         hits = q_pids[:, None].numpy() == g_pids.numpy()
-        mean = np.mean([[plain(x[o], h[o]) for x, h in zip(s.numpy(), hits)] for o in (rng.permutation(G) for _ in range(60))], 0)
+        orders = [rng.permutation(G) for _ in range(60)]
+        mean = np.mean([[plain(x[o], h[o]) for x, h in zip(s.numpy(), hits)] for o in orders], 0)
         assert np.abs(np.array([r.AP, r.INP]).T - mean[:, 3:5]).mean() < .01
 
 
@@ -231,7 +235,7 @@ def test_memory_is_a_tile_and_not_queries_times_gallery():
         print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))'''
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     before, after = json.loads(out)
-    assert (after - before)/1024 < 150                # MB; 4,000 × 16,000 scores alone would be 488 in float64
+    assert (after - before)/1024 < 150            # MB; 4,000 × 16,000 scores alone are 488 in float64
 
 
 def test_bootstrap_agrees_with_the_standard_error():
@@ -244,12 +248,13 @@ def test_bootstrap_agrees_with_the_standard_error():
 
 def test_bootstrap_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    inside = [lo <= .3 <= hi for _, lo, hi in (bootstrap_ci(rng.random(200) < .3, n=300, level=.8) for _ in range(300))]
+    intervals = [bootstrap_ci(rng.random(200) < .3, n=300, level=.8) for _ in range(300)]
+    inside = [lo <= .3 <= hi for _, lo, hi in intervals]
     assert .73 < np.mean(inside) < .87
 
 
 def test_drawing_identities_together_widens_the_interval():
-    of = np.repeat(np.arange(200), 6)                 # six captions of one person are found or missed together
+    of = np.repeat(np.arange(200), 6)                # six captions of one person are found or missed together
     v = (np.random.default_rng(0).random(200) < .7)[of].astype(float)
     width = lambda c: c[2] - c[1]
     assert width(bootstrap_ci(v, groups=of)) > 2*width(bootstrap_ci(v))
