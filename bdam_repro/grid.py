@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 from .config import PRESETS, UserError, Config, config_hash, make_config, run_dir
 from .paper import table as printed_table
 
-# %% ../nbs/65_grid.ipynb #b52fab82
-REFERENCE = {1: 'bdam', 2: 'fusion', 3: 'full', 4: 'full', 5: 'full'}    # table -> the row that the paper proposes
+# %% ../nbs/65_grid.ipynb #2d462e92
+REFERENCE = {1: 'bdam', 2: 'fusion', 3: 'full', 4: 'full', 5: 'full'}    # table -> what the paper proposes
 RIVALS = {'full': 'Full model',                                            # Table 5: variant -> its row
           'baseline': 'Baseline (dual InfoNCE)',
           'baseline_described': 'Baseline (dual InfoNCE, identity texts too)',
           'sdm': 'Baseline (SDM)',
           'tal': 'Baseline (TAL)'}
-LAYOUT_TAGS = {'': 'cuhk', 'icfg': 'icfg', 'rstp': 'rstp'}                # tag of a run -> layout of SynthPEDES
+LAYOUT_TAGS = {'': 'cuhk', 'icfg': 'icfg', 'rstp': 'rstp'}       # tag of a run -> layout of SynthPEDES
 DATASET_NAMES = {'synth': 'SynthPEDES', 'cuhk': 'CUHK-PEDES', 'icfg': 'ICFG-PEDES', 'rstp': 'RSTPReid'}
 
 # %% ../nbs/65_grid.ipynb #9adabf0f
