@@ -21,7 +21,7 @@ from bdam_repro.results import collect_runs
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "Two smoke runs."
-    return testing.smoke_pair(tmp_path_factory.mktemp('made'))
+    return testing.smoke_runs(tmp_path_factory.mktemp('made'))
 
 
 @pytest.fixture(scope='module')
@@ -67,20 +67,20 @@ def test_seeds_that_only_one_has_are_left_out(copied):
 def test_the_figure_is_drawn_again_without_the_models(made, copied):
     runs = pictures.open_pair(pictures.run_pairs(copied), made.data_root)
     kept = tuple(pictures.kept_answers(r.folder) for r in runs)
-    seen = pictures.see_pair(runs, kept)
-    first = save_figure(pictures.plot_examples(pictures.find_examples(runs, kept, seen), runs[0], pictures.caption1(runs, seen[1])), 'fig1', copied)
+    maps = pictures.pair_maps(runs, kept)
+    first = save_figure(pictures.plot_examples(pictures.find_examples(runs, kept, maps), runs[0], pictures.caption1(runs, maps[1])), 'fig1', copied)
     before = [f.read_bytes() for f in first]
     archive = copied.runs_path.parent/'tables'
     keep_runs(copied.runs_path, collect_runs(copied.runs_path), archive)
     shutil.rmtree(copied.runs_path)
     assert len(restore_runs(copied.runs_path, archive, [r.config for r in runs])) == 2
     again = pictures.open_pair(pictures.run_pairs(copied), made.data_root)
-    assert [r.model for r in again] == [None, None] and pictures.see_first(copied) == 0
+    assert [r.model for r in again] == [None, None] and pictures.keep_first_maps(copied) == 0
     kept = tuple(pictures.kept_answers(r.folder) for r in again)
-    seen = pictures.see_pair(again, kept)
-    fig = pictures.plot_examples(pictures.find_examples(again, kept, seen), again[0], pictures.caption1(again, seen[1]))
+    maps = pictures.pair_maps(again, kept)
+    fig = pictures.plot_examples(pictures.find_examples(again, kept, maps), again[0], pictures.caption1(again, maps[1]))
     assert [f.read_bytes() for f in save_figure(fig, 'fig1', copied)] == before
-    with pytest.raises(UserError, match='another run'): pictures.see(again[0], [0, 1, 2], [])
+    with pytest.raises(UserError, match='another run'): pictures.measure_maps(again[0], [0, 1, 2], [])
 
 
 # ---- which queries
@@ -98,7 +98,7 @@ def test_other_queries_are_refused():
 def test_examples_are_the_first_of_their_kind(pair):
     runs, kept = pair
     rows = pictures.outcomes(*kept)
-    examples = pictures.find_examples(runs, kept, pictures.see_pair(runs, kept))
+    examples = pictures.find_examples(runs, kept, pictures.pair_maps(runs, kept))
     assert [x.kind for x in examples] == [k for k in pictures.OUTCOMES if len(rows[k])][:2]
     for x in examples:
         q = rows[x.kind][0]
@@ -109,7 +109,7 @@ def test_examples_are_the_first_of_their_kind(pair):
 def test_models_that_agree_are_shown_agreeing(pair):
     runs, kept = pair
     same = [kept[0], kept[0] | dict(top=kept[1]['top'])]
-    assert [x.kind for x in pictures.find_examples(runs, same, pictures.see_pair(runs, same))] == ['Both are right', 'Neither is right']
+    assert [x.kind for x in pictures.find_examples(runs, same, pictures.pair_maps(runs, same))] == ['Both are right', 'Neither is right']
 
 
 # ---- maps
@@ -127,7 +127,7 @@ def test_shares_sum_to_one_and_come_from_the_right_place(size):
     model = smoke(image_height=size[0], image_width=size[1])
     image = torch.randint(256, (3, *size), dtype=torch.uint8)
     n, corners = pictures.windows(model.vision.grid)
-    gray = pictures.hide(model, image, corners[:2])
+    gray = pictures.hide_windows(model, image, corners[:2])
     for name, s in pictures.patch_shares(model, gray).items():
         assert s.shape == tuple(-(-g//n) for g in model.vision.grid) and s.sum() == pytest.approx(1, abs=1e-5), name
         assert (s.ravel()[:2] < 1e-4).all() and (s.ravel()[2:] > 1e-4).all(), name
@@ -237,8 +237,8 @@ def test_without_a_run_the_drawing_says_untrained(made):
 
 def figures(made, pair):
     (runs, kept), (model, source) = pair, architecture.running_model(made)
-    t, seen = architecture.trace(model), pictures.see_pair(runs, kept)
-    yield 'fig1', 180, pictures.plot_examples(pictures.find_examples(runs, kept, seen), runs[0], pictures.caption1(runs, seen[1]))
+    t, maps = architecture.trace(model), pictures.pair_maps(runs, kept)
+    yield 'fig1', 180, pictures.plot_examples(pictures.find_examples(runs, kept, maps), runs[0], pictures.caption1(runs, maps[1]))
     yield 'fig2', 200, architecture.plot_model(model, t, architecture.caption2(t, model.config, source))
 
 
@@ -251,8 +251,8 @@ def test_files_are_small_and_the_same_again(made, pair):
 
 
 def test_captions_say_where_it_is_from(pair):
-    seen = {'map.f_id': torch.ones(1, 4, 2), 'likeness': torch.tensor([.5, .7])}
-    words = pictures.caption1(pair[0], seen)
+    maps = {'map.f_id': torch.ones(1, 4, 2), 'likeness': torch.tensor([.5, .7])}
+    words = pictures.caption1(pair[0], maps)
     for part in ('SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code ', '2 images', '0.60 ± 0.14'):
         assert part in words
 
