@@ -297,7 +297,7 @@ def draw_gate(page: Page, t: Traced) -> None:
         page.ax.text(x + .08, middle + .31*up, text, fontsize=7, ha='right', va='center')
     page.box(x, middle, .52, words_of(t, 'gate', 'gate g'), 'tower')
 
-# %% ../nbs/72_architecture.ipynb #1587a876
+# %% ../nbs/72_architecture.ipynb #3f7d3bcd
 def text_title(t: Traced, c: Config) -> tuple[str, list[str]]:   # key of the input, lines
     "What the text lane reads: captions, the identity description, or both."
     captions = '2 captions' if 'other' in t.inputs else 'caption'
@@ -308,7 +308,7 @@ def text_title(t: Traced, c: Config) -> tuple[str, list[str]]:   # key of the in
     return 'caption', [captions]
 
 def draw_text_lane(page: Page, t: Traced, model: Model, lane: str,      # of `LANE`
-                   key: str, title: list[str], symbol: str) -> None:    # input, its name, the feature's symbol
+                   key: str, title: list[str], symbol: str) -> None:  # input, its name, the feature's symbol
     "A text, its encoder and projection, up to its feature."
     c, X, y, again = model.config, COLUMN, LANE[lane], lane == 'clo_text'
     pool = 'mean, project' if c.text_pool == 'mean' else '[CLS], project'
@@ -387,7 +387,7 @@ def draw_losses(page: Page, t: Traced, c: Config) -> None:
         top = Y['id'] + .2 + .57*(sum(k in t.parts for k in _STACK) - 1)
         draw_loss(page, X['right'], top + .37, words['fusion'], (X['right'], top + .2))
 
-# %% ../nbs/72_architecture.ipynb #4ac6f94b
+# %% ../nbs/72_architecture.ipynb #611b73c6
 def plot_model(model: Model, t: Traced, words: str, dpi: int = 100):   # matplotlib's figure, 7 inches wide
     "Figure 2: the architecture of a model, from one forward pass of it; `words` is the caption."
     import matplotlib.pyplot as plt
@@ -410,7 +410,8 @@ def caption2(t: Traced, c: Config, source: str) -> str:
     bars = '; two bars: no gradient passes'*(c.fusion and not c.fusion_grad)
     fused = ', fused adds the match'*('match' in t.parts)
     return (f'Figure 2. The model as it runs ({t.total:,} parameters). '
-            f'A box: name (encoders: layers × width), shape of what it makes, parameters; B images or texts of a batch{pairs}. '
+            'A box: name (encoders: layers × width), shape of what it makes, parameters; '
+            f'B images or texts of a batch{pairs}. '
             f'Dark: the losses, {weighed}, with the number of the equation{bars}. '
             f'dual is the cosine of f_id and t{fused}. {source}')
 
