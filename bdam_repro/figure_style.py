@@ -16,13 +16,13 @@ from .config import Config, UserError, atomic_path
 from .grid import DATASET_NAMES
 from .results import ArtifactParameters, Features, read_json
 
-# %% ../nbs/69_figure_style.ipynb #c567f929
+# %% ../nbs/69_figure_style.ipynb #9a012577
 PAGE_WIDTH = 7.                                              # inches, both columns
 PAGE_STYLE = {'font.size': 7.5, 'axes.linewidth': .6, 'mathtext.fontset': 'dejavusans'}   # drawings
 CHART_STYLE = {'font.size': 7.5, 'axes.titlesize': 8, 'axes.labelsize': 7.5, 'xtick.labelsize': 7,
                'ytick.labelsize': 7, 'legend.fontsize': 7, 'axes.spines.top': False,
-               'axes.spines.right': False, 'axes.linewidth': .6, 'xtick.major.width': .6, 'ytick.major.width': .6,
-               'axes.titlelocation': 'left', 'hatch.linewidth': .5}                 # charts
+               'axes.spines.right': False, 'axes.linewidth': .6, 'xtick.major.width': .6,
+               'ytick.major.width': .6, 'axes.titlelocation': 'left', 'hatch.linewidth': .5}   # charts
 IDENTITY_INK, CLOTHING_INK, BASELINE_INK = '#1f4e8c', '#94480f', '#4d4d4d'         # lines and texts: all dark
 IDENTITY_COLOR, CLOTHING_COLOR, BASELINE_COLOR = '#1f4e8c', '#d9822b', '#6e6e6e'   # areas: apart in gray
 
