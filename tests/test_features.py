@@ -20,7 +20,7 @@ PRINTED = json.loads((Path(__file__).parent/'paper_numbers.json').read_text())['
 
 
 @pytest.fixture(scope='module')
-def p(tmp_path_factory): return testing.smoke_runs(tmp_path_factory.mktemp('features'))
+def p(tmp_path_factory): return testing.smoke_runs(tmp_path_factory.mktemp('features'), seeds=(0, 1))
 
 
 @pytest.fixture(scope='module')

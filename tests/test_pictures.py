@@ -1,4 +1,4 @@
-"Figures 1 and 2: the queries that are counted, the maps, the drawing that follows the configuration, files to print."
+"Figures 1 and 2: the queries that are counted, the maps, a drawing that follows the model, files to print."
 import json
 import shutil
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from bdam_repro.results import collect_runs
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "Two smoke runs."
-    return testing.smoke_pair(tmp_path_factory.mktemp('made'))
+    return testing.smoke_runs(tmp_path_factory.mktemp('made'))
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +42,13 @@ def smoke(variant='full', **options): return build_model(make_config('synth', 's
 
 def answers(*right, rows=None):
     "A run that has queries right to this degree."
-    return dict(q_rows=np.arange(len(right)) if rows is None else rows, results=dict(dual=SimpleNamespace(R1=np.array(right))))
+    rows = np.arange(len(right)) if rows is None else rows
+    return dict(q_rows=rows, results=dict(dual=SimpleNamespace(R1=np.array(right))))
+
+
+def figure1(runs, kept, maps):
+    examples = pictures.find_examples(runs, kept, maps)
+    return pictures.plot_examples(examples, runs[0], pictures.caption1(runs, maps[1]))
 
 
 # ---- which runs
@@ -67,20 +73,18 @@ def test_seeds_that_only_one_has_are_left_out(copied):
 def test_the_figure_is_drawn_again_without_the_models(made, copied):
     runs = pictures.open_pair(pictures.run_pairs(copied), made.data_root)
     kept = tuple(pictures.kept_answers(r.folder) for r in runs)
-    seen = pictures.see_pair(runs, kept)
-    first = save_figure(pictures.plot_examples(pictures.find_examples(runs, kept, seen), runs[0], pictures.caption1(runs, seen[1])), 'fig1', copied)
-    before = [f.read_bytes() for f in first]
+    maps = pictures.pair_maps(runs, kept)
+    before = [f.read_bytes() for f in save_figure(figure1(runs, kept, maps), 'fig1', copied)]
     archive = copied.runs_path.parent/'tables'
     keep_runs(copied.runs_path, collect_runs(copied.runs_path), archive)
     shutil.rmtree(copied.runs_path)
     assert len(restore_runs(copied.runs_path, archive, [r.config for r in runs])) == 2
     again = pictures.open_pair(pictures.run_pairs(copied), made.data_root)
-    assert [r.model for r in again] == [None, None] and pictures.see_first(copied) == 0
+    assert [r.model for r in again] == [None, None] and pictures.keep_first_maps(copied) == 0
     kept = tuple(pictures.kept_answers(r.folder) for r in again)
-    seen = pictures.see_pair(again, kept)
-    fig = pictures.plot_examples(pictures.find_examples(again, kept, seen), again[0], pictures.caption1(again, seen[1]))
-    assert [f.read_bytes() for f in save_figure(fig, 'fig1', copied)] == before
-    with pytest.raises(UserError, match='another run'): pictures.see(again[0], [0, 1, 2], [])
+    maps = pictures.pair_maps(again, kept)
+    assert [f.read_bytes() for f in save_figure(figure1(again, kept, maps), 'fig1', copied)] == before
+    with pytest.raises(UserError, match='another run'): pictures.measure_maps(again[0], [0, 1, 2], [])
 
 
 # ---- which queries
@@ -92,29 +96,35 @@ def test_a_tie_at_the_top_is_not_right():
 
 def test_other_queries_are_refused():
     other = answers(1, 0, rows=np.array([0, 2]))
-    with pytest.raises(UserError, match='tested on different queries'): pictures.outcomes(answers(1, 0), other)
+    with pytest.raises(UserError, match='tested on different queries'):
+        pictures.outcomes(answers(1, 0), other)
 
 
 def test_examples_are_the_first_of_their_kind(pair):
     runs, kept = pair
     rows = pictures.outcomes(*kept)
-    examples = pictures.find_examples(runs, kept, pictures.see_pair(runs, kept))
+    examples = pictures.find_examples(runs, kept, pictures.pair_maps(runs, kept))
     assert [x.kind for x in examples] == [k for k in pictures.OUTCOMES if len(rows[k])][:2]
     for x in examples:
         q = rows[x.kind][0]
-        assert x.own == kept[0]['q_rows'][q] and (x.count, x.of) == (len(rows[x.kind]), len(kept[0]['q_rows']))
+        assert x.own == kept[0]['q_rows'][q]
+        assert (x.count, x.of) == (len(rows[x.kind]), len(kept[0]['q_rows']))
         assert [r.place for r in x.ranked] == [float(e['results']['dual'].rank[q]) for e in kept]
 
 
 def test_models_that_agree_are_shown_agreeing(pair):
     runs, kept = pair
     same = [kept[0], kept[0] | dict(top=kept[1]['top'])]
-    assert [x.kind for x in pictures.find_examples(runs, same, pictures.see_pair(runs, same))] == ['Both are right', 'Neither is right']
+    examples = pictures.find_examples(runs, same, pictures.pair_maps(runs, same))
+    assert [x.kind for x in examples] == ['Both are right', 'Neither is right']
 
 
 # ---- maps
 
-@pytest.mark.parametrize('grid, count', [((8, 4), 32), ((24, 8), 24), ((14, 14), 49), ((9, 3), 10), ((1, 1), 1)])
+GRIDS = [((8, 4), 32), ((24, 8), 24), ((14, 14), 49), ((9, 3), 10), ((1, 1), 1)]
+
+
+@pytest.mark.parametrize('grid, count', GRIDS)
 def test_windows_tile_the_grid(grid, count):
     n, corners = pictures.windows(grid)
     seen = np.zeros(grid, int)
@@ -127,9 +137,10 @@ def test_shares_sum_to_one_and_come_from_the_right_place(size):
     model = smoke(image_height=size[0], image_width=size[1])
     image = torch.randint(256, (3, *size), dtype=torch.uint8)
     n, corners = pictures.windows(model.vision.grid)
-    gray = pictures.hide(model, image, corners[:2])
+    gray = pictures.hide_windows(model, image, corners[:2])
     for name, s in pictures.patch_shares(model, gray).items():
-        assert s.shape == tuple(-(-g//n) for g in model.vision.grid) and s.sum() == pytest.approx(1, abs=1e-5), name
+        assert s.shape == tuple(-(-g//n) for g in model.vision.grid), name
+        assert s.sum() == pytest.approx(1, abs=1e-5), name
         assert (s.ravel()[:2] < 1e-4).all() and (s.ravel()[2:] > 1e-4).all(), name
 
 
@@ -159,7 +170,9 @@ def test_the_model_is_shown_the_part_that_it_reads(pair):
 # ---- the drawing
 
 @pytest.fixture(scope='module')
-def traced(): return {v: (m := smoke(v), architecture.trace(m)) for v in VARIANTS if not v.startswith('style_')}
+def traced():
+    models = {v: smoke(v) for v in VARIANTS if not v.startswith('style_')}
+    return {v: (m, architecture.trace(m)) for v, m in models.items()}
 
 
 def test_each_parameter_stands_in_one_box(traced):
@@ -170,12 +183,13 @@ def test_each_parameter_stands_in_one_box(traced):
 def test_losses_and_boxes_follow_the_configuration(traced):
     losses = {v: set(t.losses) for v, (_, t) in traced.items()}
     assert losses['full'] == {'align', 'triplet', 'clothing', 'decouple', 'gate', 'fusion'}
-    without = dict(no_infonce='align', no_triplet='triplet', no_adversarial='clothing', no_decoupling='decouple',
-                   no_gate_reg='gate', bdam='fusion')
+    without = dict(no_infonce='align', no_triplet='triplet', no_adversarial='clothing',
+                   no_decoupling='decouple', no_gate_reg='gate', bdam='fusion')
     for v, term in without.items():
         assert losses['full'] - losses[v] == {term}, v
     boxes = {v: set(t.parts) for v, (_, t) in traced.items()}
-    assert boxes['fusion'] - boxes['fusion_no_gate'] == {'weights'} and boxes['fusion'] - boxes['fusion_no_mamba'] == {'mixer'}
+    assert boxes['fusion'] - boxes['fusion_no_gate'] == {'weights'}
+    assert boxes['fusion'] - boxes['fusion_no_mamba'] == {'mixer'}
     assert boxes['bdam'] - boxes['bdam_no_gate'] == {'gate'}
 
 
@@ -183,7 +197,8 @@ def test_inputs_are_those_that_are_read(traced):
     read = lambda **o: set(architecture.trace(smoke(**o)).inputs) - {'image', 'clothing'}
     assert set(traced['full'][1].inputs) == {'image', 'caption', 'other', 'identity', 'clothing'}
     assert set(traced['baseline'][1].inputs) == {'image', 'caption', 'other'}
-    assert read(two_captions=False) == {'caption', 'identity'} and read(id_text='caption') == {'caption', 'other'}
+    assert read(two_captions=False) == {'caption', 'identity'}
+    assert read(id_text='caption') == {'caption', 'other'}
 
 
 def test_tracing_leaves_no_trace():
@@ -191,7 +206,8 @@ def test_tracing_leaves_no_trace():
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in m.state_dict().items()}
     architecture.trace(m)
     assert m.training and m.config == c and torch.equal(before, torch.get_rng_state())
-    assert not any(x._forward_hooks for x in m.modules()) and all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
+    assert not any(x._forward_hooks for x in m.modules())
+    assert all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
 
 
 READINGS = [dict(fusion_input='tokens', fusion_text='identity', id_text='both'),
@@ -230,31 +246,36 @@ def test_without_a_run_the_drawing_says_untrained(made):
     assert 'untrained' in source and 'SynthPEDES' in source and model.config.variant == 'full'
     model, source = architecture.running_model(made)
     assert 'untrained' not in source and 'score fused' in source
-    assert json.loads((made.runs_path/'synth'/'smoke'/'full'/'seed0'/'provenance.json').read_text())['code'] in source
+    provenance = made.runs_path/'synth'/'smoke'/'full'/'seed0'/'provenance.json'
+    assert json.loads(provenance.read_text())['code'] in source
 
 
 # ---- to print
 
 def figures(made, pair):
     (runs, kept), (model, source) = pair, architecture.running_model(made)
-    t, seen = architecture.trace(model), pictures.see_pair(runs, kept)
-    yield 'fig1', 180, pictures.plot_examples(pictures.find_examples(runs, kept, seen), runs[0], pictures.caption1(runs, seen[1]))
+    t, maps = architecture.trace(model), pictures.pair_maps(runs, kept)
+    yield 'fig1', 180, figure1(runs, kept, maps)
     yield 'fig2', 200, architecture.plot_model(model, t, architecture.caption2(t, model.config, source))
 
 
 def test_files_are_small_and_the_same_again(made, pair):
-    first = {f.name: f.read_bytes() for name, dpi, fig in figures(made, pair) for f in save_figure(fig, name, made, dpi)}
-    again = {f.name: f.read_bytes() for name, dpi, fig in figures(made, pair) for f in save_figure(fig, name, made, dpi)}
+    def saved():
+        files = [f for name, dpi, fig in figures(made, pair) for f in save_figure(fig, name, made, dpi)]
+        return {f.name: f.read_bytes() for f in files}
+    first, again = saved(), saved()
     assert first == again and set(first) == {'fig1.pdf', 'fig1.png', 'fig2.pdf', 'fig2.png'}
     assert max(map(len, first.values())) < 10**6
-    assert [Image.open(made.figures_path/f'fig{n}.png').width for n in (1, 2)] == [180*figure_style.PAGE_WIDTH, 200*figure_style.PAGE_WIDTH]
+    for n, dpi in ((1, 180), (2, 200)):
+        assert Image.open(made.figures_path/f'fig{n}.png').width == dpi*figure_style.PAGE_WIDTH
 
 
 def test_captions_say_where_it_is_from(pair):
-    seen = {'map.f_id': torch.ones(1, 4, 2), 'likeness': torch.tensor([.5, .7])}
-    words = pictures.caption1(pair[0], seen)
-    for part in ('SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code ', '2 images', '0.60 ± 0.14'):
-        assert part in words
+    maps = {'map.f_id': torch.ones(1, 4, 2), 'likeness': torch.tensor([.5, .7])}
+    words = pictures.caption1(pair[0], maps)
+    said = 'SynthPEDES', 'preset smoke', 'baseline, full', 'seed 0', 'score dual', 'Code '
+    for part in said: assert part in words
+    for part in ('2 images', '0.60 ± 0.14'): assert part in words
 
 
 def test_a_hit_is_told_by_more_than_its_color():

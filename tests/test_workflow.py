@@ -24,7 +24,8 @@ COLLECTED = 'tables/synth-smoke/runs.csv'
 
 
 def environment(root):
-    return {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'BDAM_ROOT': str(root), 'OMP_NUM_THREADS': '1'}
+    inherited = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    return inherited | {'BDAM_ROOT': str(root), 'OMP_NUM_THREADS': '1'}
 
 
 def snakemake(root, *args, config=TOY, targets=()):
@@ -49,7 +50,8 @@ def test_dry_run_lists_the_grid(root):
     code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
     found, runs = jobs(said), len(grid()) + len(audit_grid())
     folders = ({c.tag for c in audit_grid()} & set(DATA)) - set(LAYOUT_TAGS)
-    assert code == 0 and found['train'] == runs and found['styles'] == 3 + len(folders) and found['collect'] == 1
+    assert code == 0 and found['train'] == runs
+    assert found['styles'] == 3 + len(folders) and found['collect'] == 1
     assert all(found[f'table{n}'] == 1 for n in range(1, 6)) and found['audit'] == 1
     assert f'{runs} of {runs} runs to train; no run of this kind is finished yet' in said
     assert not (root/'runs').exists()
@@ -57,7 +59,8 @@ def test_dry_run_lists_the_grid(root):
 
 def test_runs_of_the_audit_can_be_left_out_or_have_more_seeds(root):
     more = grid() + audit_grid(seeds=(0, 1))
-    for config, runs in (('audit=false', grid()), ('audit_seeds=[0,1]', more), ('variants=[full]', grid(variants=['full']))):
+    full = grid(variants=['full'])
+    for config, runs in (('audit=false', grid()), ('audit_seeds=[0,1]', more), ('variants=[full]', full)):
         code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth', config])
         assert code == 0 and jobs(said)['train'] == len(runs), config
     quick = '--configfile', str(REPO/'workflow'/'quick.yaml')
@@ -67,9 +70,11 @@ def test_runs_of_the_audit_can_be_left_out_or_have_more_seeds(root):
 
 def test_dry_run_of_real_data(root):
     code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=cuhk', 'model=a-model'])
-    assert code == 0 and jobs(said)['train'] == len(grid('cuhk')) and jobs(said)['describe'] == 7 and jobs(said)['styles'] == 1
+    assert code == 0 and jobs(said)['train'] == len(grid('cuhk'))
+    assert jobs(said)['describe'] == 7 and jobs(said)['styles'] == 1
     code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=cuhk'])
-    assert code == 0 and jobs(said)['train'] == len(grid('cuhk', styles=False)) and jobs(said)['describe'] == 1
+    assert code == 0 and jobs(said)['train'] == len(grid('cuhk', styles=False))
+    assert jobs(said)['describe'] == 1
 
 
 def test_a_mistake_is_one_clear_line(root):
@@ -98,7 +103,8 @@ def killed(root):
     "The workflow, shot with all its children as soon as a run is done; what was done by then."
     command = [*SNAKEMAKE, '--config', *TOY, '--', COLLECTED]
     with open(root/'said', 'w') as said:
-        p = subprocess.Popen(command, cwd=root, env=environment(root), stdout=said, stderr=said, start_new_session=True)
+        started = dict(cwd=root, env=environment(root), start_new_session=True)
+        p = subprocess.Popen(command, stdout=said, stderr=said, **started)
     deadline = time.monotonic() + 900
     while not list(root.glob('runs/**/*.done')) or not list(root.glob('runs/**/seed*/*.done')):
         assert p.poll() is None and time.monotonic() < deadline, (root/'said').read_text()
@@ -120,13 +126,15 @@ def resumed(root, killed):
 
 def test_no_finished_run_repeats(root, killed, resumed):
     assert len(killed) == 1
-    for f, before in killed.items(): assert (f.stat().st_mtime_ns, f.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    for f, before in killed.items():
+        assert (f.stat().st_mtime_ns, f.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
 def test_all_is_there(root, resumed):
     for c in grid('synth', 'smoke', seeds=(0, 1), layouts=False, variants=['baseline']):
         folder = run_dir(c, root/'runs')
-        assert {f'{config_hash(c)}.done', f'{config_hash(c)}.ipynb', 'metrics.json'} <= {f.name for f in folder.iterdir()}
+        h = config_hash(c)
+        assert {f'{h}.done', f'{h}.ipynb', 'metrics.json'} <= {f.name for f in folder.iterdir()}
     assert len((root/COLLECTED).read_text().splitlines()) == 1 + 2
     assert len((root/'tables/synth-smoke/styles.csv').read_text().splitlines()) == 1 + 7
 
@@ -137,8 +145,10 @@ def test_nothing_is_left_to_do(root, resumed):
 
 def test_another_option_runs_again(root, resumed):
     (root/'own.yaml').write_text('options: {epochs: 3}\n')
-    code, said = snakemake(root, '--configfile', 'own.yaml', '--dry-run', '--quiet', 'rules', targets=[COLLECTED])
-    assert code == 0 and jobs(said)['train'] == 2 and jobs(said)['collect'] == 1 and 'styles' not in jobs(said)
+    dry = '--configfile', 'own.yaml', '--dry-run', '--quiet', 'rules'
+    code, said = snakemake(root, *dry, targets=[COLLECTED])
+    assert code == 0 and jobs(said)['train'] == 2
+    assert jobs(said)['collect'] == 1 and 'styles' not in jobs(said)
     assert 'going by 2 finished runs' in said
 
 
@@ -152,14 +162,16 @@ def elsewhere(root, resumed, tmp_path):
 def test_kept_runs_are_put_back(root, elsewhere):
     code, said = snakemake(elsewhere, targets=[COLLECTED])
     assert code == 0 and '2 finished runs put back' in said and '0 of 2 runs to train' in said, said
-    assert not list(elsewhere.glob('runs/**/seed*/*.ipynb')) and len(list(elsewhere.glob('runs/**/seed*/*.done'))) == 2
+    assert not list(elsewhere.glob('runs/**/seed*/*.ipynb'))
+    assert len(list(elsewhere.glob('runs/**/seed*/*.done'))) == 2
     for f in (root/'tables/synth-smoke').iterdir():
         assert f.read_bytes() == (elsewhere/'tables/synth-smoke'/f.name).read_bytes(), f.name
     assert 'Nothing to be done' in snakemake(elsewhere, targets=[COLLECTED])[1]
 
 
 def test_only_missing_kept_runs_are_trained(elsewhere):
-    _, said = snakemake(elsewhere, '--dry-run', '--quiet', 'rules', config=[*TOY[:2], 'seeds=[0,1,2]', *TOY[3:]])
+    more_seeds = [*TOY[:2], 'seeds=[0,1,2]', *TOY[3:]]
+    _, said = snakemake(elsewhere, '--dry-run', '--quiet', 'rules', config=more_seeds)
     assert jobs(said)['train'] == 1 and '1 of 3 runs to train' in said
 
 

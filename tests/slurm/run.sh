@@ -79,7 +79,7 @@ echo "SLURM ran $jobs jobs"
 
 "$bin/python" - "$scratch" <<'PY'
 import sys
-from bdam_repro.artifacts import KEY, METRICS, read_runs
+from bdam_repro.results import KEY, METRICS, read_runs
 here, slurm = (read_runs(f'{sys.argv[1]}/{x}/tables/synth-smoke/runs.csv')[[*KEY, *METRICS, 'val_R1', 'epoch', 'config_hash']] for x in ('here', 'slurm'))
 assert here.equals(slurm), here.compare(slurm)
 assert open(f'{sys.argv[1]}/here/tables/synth-smoke/table3.csv').read() == open(f'{sys.argv[1]}/slurm/tables/synth-smoke/table3.csv').read()
