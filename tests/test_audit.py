@@ -51,14 +51,15 @@ def change_results(p, side, change):
 
 def verdicts(p):
     e, r = findings.gather(p, draws=60), next(r for r in READINGS if r.options == dict(hsic_kernel='cka'))
-    return {f['metric']: f['verdict'] for f in readings.reading_findings(e, r)}
+    return {f.metric: f.verdict for f in readings.reading_findings(e, r)}
 
 
 # ---- what is in it
 
 def test_every_point_and_every_claim_is_there(made):
     _, t, _ = made
-    assert list(t.columns) == findings.FINDING_COLUMNS and set(t['part']) == set('abcde') and set(t['verdict']) <= VERDICTS
+    assert list(t.columns) == [*findings.FINDING_COLUMNS, 'decides']
+    assert set(t['part']) == set('abcde') and set(t['verdict']) <= VERDICTS
     assert {p.n for p in OPEN_POINTS} == {int(i) for i in t[t['part'].isin(['a', 'c', 'e'])]['item']}
     claims = t[(t['part'] == 'b') & (t['reading'] == '')]
     assert list(claims['item']) == [c.id for c in ALL_CLAIMS]
@@ -70,7 +71,22 @@ def test_a_claim_is_settled_by_its_own_rows(made):
     for c in ALL_CLAIMS:
         own = t[(t['part'] == 'b') & (t['item'] == c.id)]
         said = own[own['reading'] == '']['verdict'].iloc[0]
-        assert said == (findings.NOT_HERE if c.id == 'sota' else findings.claim_verdict(own[own['reading'] != ''].to_dict('records')))
+        of_rows = findings.claim_verdict(own[own['reading'] != ''].itertuples())
+        assert said == (findings.NOT_HERE if c.id == 'sota' else of_rows)
+
+
+def test_what_decides_is_said_in_the_file_and_read_back(made):
+    _, t, files = made
+    back = report.read_audit(files[0])
+    pd.testing.assert_frame_equal(back, t)
+    assert back['decides'].sum() > 50 and set(back[back['decides']]['part']) == {'b'}
+    assert list(back['decides']) == [r.startswith('decides') for r in back['rule']]
+
+
+def test_no_verdict_hangs_on_the_wording_of_a_rule():
+    worded = findings.Finding('b', 'whole', 'x', verdict='against', rule='decides: it seems', decides=False)
+    silent = findings.Finding('b', 'whole', 'y', verdict='for', decides=True)
+    assert findings.claim_verdict([worded, silent]) == 'holds'
 
 
 def test_intervals_and_verdicts_agree(made):
@@ -135,8 +151,8 @@ def test_an_old_audit_survives_a_full_disk(made, monkeypatch):
 
 def test_pictures(made):
     _, t, _ = made
-    assert len(report.plot_readings(t).axes[0].get_yticklabels()) == 1
-    assert report.plot_noise(t).axes[0].lines[0].get_xdata().tolist() == [5.]
+    assert len(readings.plot_readings(t).axes[0].get_yticklabels()) == 1
+    assert protocol.plot_noise(t).axes[0].lines[0].get_xdata().tolist() == [5.]
 
 
 # ---- readings
@@ -160,7 +176,7 @@ def test_a_run_with_other_options_is_left_out_and_named(drawn):
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(margin=.9)))
     e = findings.gather(drawn)
     assert e.left_out == ['synth/smoke/full-hsic_kernel=cka/seed0'] and set(verdicts(drawn).values()) == {findings.NOT_RUN}
-    empty = pd.DataFrame([findings.finding('b', c.id, '', verdict=findings.NOT_RUN) for c in ALL_CLAIMS], columns=findings.FINDING_COLUMNS)
+    empty = findings.findings_frame(findings.Finding('b', c.id, '', verdict=findings.NOT_RUN) for c in ALL_CLAIMS)
     assert 'Left out, since trained with other options: synth/smoke/full-hsic' in report.audit_markdown(empty, '', e.left_out)
 
 
@@ -186,16 +202,18 @@ def test_test_metrics_in_the_history_are_used(drawn):
     h = pd.DataFrame(dict(epoch=[1, 2, 3], val_fused_R1=[4., 6., 5.], val_fused_mAP=[4., 5., 6.], val_fused_R5=[9., 8., 9.],
                           val_fused_R10=[9., 9., 9.]))
     h.to_csv(folder/'history.csv', index=False)
-    gain = lambda e: {f['reading']: (f['diff'], f['verdict']) for f in protocol.selection_on_test(e)}
+    gain = lambda e: {f.reading: (f.diff, f.verdict) for f in protocol.selection_on_test(e)}
     e = findings.gather(drawn)
     assert gain(e)['the best epoch on test'][1] == findings.NOT_RUN
-    assert {f['reading']: f['verdict'] for f in readings.selections(e)} == {'R1': 'default', 'mAP': findings.NOT_RUN, 'sum': 'same epoch'}
+    assert {f.reading: f.verdict for f in readings.selection_readings(e)} == {
+        'R1': 'default', 'mAP': findings.NOT_RUN, 'sum': 'same epoch'}
     c = make_config('synth', 'smoke', 'full', tag=LOG_TEST, **layout_options('smoke', LOG_TEST))
     logged = run_dir(c, drawn.runs_path)
     demo_run(logged, c)
     h.assign(test_fused_R1=[1., 2., 5.]).to_csv(logged/'history.csv', index=False)
     e = findings.gather(drawn)
-    assert gain(e)['the best epoch on test'] == (3, '') and next(f for f in readings.selections(e) if f['reading'] == 'mAP')['diff'] == 3
+    assert gain(e)['the best epoch on test'] == (3, '')
+    assert next(f for f in readings.selection_readings(e) if f.reading == 'mAP').diff == 3
     assert gain(e)['the best seed on test'][1] == findings.NOT_RUN
 
 
@@ -204,7 +222,7 @@ def test_choosing_a_reading_on_test_gains_what_validation_would_not_choose(drawn
     full = e.runs['variant'] == 'full'
     e.runs.loc[full, ['R1', 'val_R1']] = [[60., 50.] if t else [40., 55.] for t in e.runs[full]['tag']]
     found = protocol.selection_on_test(e)[2]
-    assert (found['reading'], found['value'], found['diff']) == ('the best reading on test', 60, 20)
+    assert (found.reading, found.value, found.diff) == ('the best reading on test', 60, 20)
 
 
 # ---- the grid of readings
@@ -244,7 +262,7 @@ def test_tags_and_folders_are_distinct():
 # ---- claims, ceilings
 
 def test_settling():
-    rows = lambda *v: [dict(verdict=x, rule=findings.DECIDES) for x in v]
+    rows = lambda *v: [findings.Finding('b', 'claim', 'x', verdict=x, decides=True) for x in v]
     kinds = ('for', 'against', 'open', findings.NOT_RUN)
     for n in (1, 2, 3):
         for v in combinations(kinds, n):
@@ -281,10 +299,10 @@ def test_a_run_is_looked_at_once_and_again_under_other_options(made):
     p, _, _ = made
     f = p.runs_path/'synth/smoke/full/seed0/look-clothes.safetensors'
     before = f.stat().st_mtime_ns
-    values = findings.model_findings(findings.gather(p), f.parent, 'clothes')
+    values = findings.model_findings(findings.gather(p), f.parent, probes.CLOTHES_CHANGED)
     assert f.stat().st_mtime_ns == before
     shutil.copy(p.runs_path/'synth/smoke/baseline/seed0'/f.name, f)                 # of another model
-    again = findings.model_findings(findings.gather(p), f.parent, 'clothes')
+    again = findings.model_findings(findings.gather(p), f.parent, probes.CLOTHES_CHANGED)
     assert files.read_tensors(f)[1]['config_hash'] == json.loads((f.parent/'config.json').read_text())['config_hash']
     for k in values: np.testing.assert_array_equal(values[k], again[k])
 
@@ -309,22 +327,28 @@ def test_a_run_that_was_never_looked_at_is_left_out(made, tmp_path):
     (folder/findings.MODEL).unlink()
     for f in folder.glob('look-*'): f.unlink()
     e = findings.gather(p.model_copy(update=dict(runs=str(tmp_path/'runs'))), draws=20)
-    assert [(f['verdict'], f['evidence']) for f in protocol.protocol(e)] == [(findings.NOT_RUN, 'no run of full has its model')]
-    deciding = [f for f in probes.robust(e) if f['rule'].startswith(findings.DECIDES)]
-    assert deciding and {f['verdict'] for f in deciding} == {findings.NOT_RUN}
+    assert [(f.verdict, f.evidence) for f in protocol.score_findings(e)] == [(findings.NOT_RUN, 'no run of full has its model')]
+    deciding = [f for f in probes.robust_claim(e) if f.decides]
+    assert deciding and {f.verdict for f in deciding} == {findings.NOT_RUN}
 
 
 def test_real_data_has_no_factors(made):
     p, _, _ = made
     e = findings.gather(p)
     e.base = make_config('cuhk')
-    for rows in (protocol.part_d(e), ceiling.part_e(e), probes.robust(e)): assert [f['verdict'] for f in rows] == [findings.NOT_HERE]
+    for found in (protocol.part_d(e), ceiling.part_e(e), probes.robust_claim(e)):
+        assert [f.verdict for f in found] == [findings.NOT_HERE]
 
 
 def test_dependence_needs_a_pairing():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 5)), rng.normal(size=(60, 5))
-    assert probes.hsic_excess(x, np.abs(x))[2] < .05 < probes.hsic_excess(x, y)[2]
+    assert probes.hsic_excess(x, np.abs(x)).p < .05 < probes.hsic_excess(x, y).p
+
+
+def test_every_question_has_a_name_of_its_own():
+    names = [q.name for q in report.MODEL_QUESTIONS]
+    assert sorted(names) == ['clothes', 'dependence', 'gate', 'other', 'rerank']     # kept archives hold these
 
 
 def test_no_name_of_the_module_is_taken_for_a_test():
