@@ -6,7 +6,7 @@
 __all__ = ['FACE_AND_BODY', 'KNOWN', 'OF_IDENTITY', 'agreement', 'Heard', 'mentioned', 'captions_heard', 'only', 'perfect',
            'ceilings', 'ceiling_findings', 'above_identity', 'part_e']
 
-# %% ../nbs/85_ceiling.ipynb #9f20e871
+# %% ../nbs/85_ceiling.ipynb #2e15fd60
 import copy
 from dataclasses import dataclass, field
 
@@ -18,9 +18,10 @@ from .people import CAPTION, CLOTHING_FACTORS, IDENTITY_FACTORS, stream
 from .captions import Say, caption, mistaken, visible
 from .synth import Spec, picture_rows
 from .metrics import bootstrap_ci, metrics_from_scores
-from .findings import (FULL, NOT_HERE, NOT_RUN, Evidence, Finding, gallery_rows, judge_interval,
-                                 other_pictures, paired_interval, query_people, run_source, seed_query_values, spec_of)
+from .findings import (FULL, NOT_HERE, NOT_RUN, Evidence, Finding, judge_interval, paired_interval,
+                                 query_people, run_source, seed_query_values)
 from .readings import HEAD
+from .probes import gallery_rows, other_pictures, spec_of
 
 # %% ../nbs/85_ceiling.ipynb #316df9b4
 FACE_AND_BODY = tuple(k for k in IDENTITY_FACTORS if not k.startswith('hair'))
@@ -39,7 +40,7 @@ def agreement(queries: list[dict], gallery: list[dict]) -> torch.Tensor:  # [Q, 
         S += a[:, None] == b
     return torch.from_numpy(S)
 
-# %% ../nbs/85_ceiling.ipynb #a1d3fef5
+# %% ../nbs/85_ceiling.ipynb #778fdd39
 @dataclass
 class Heard(Say):
     "The phrases of a text, and which topics were told."
@@ -49,16 +50,22 @@ class Heard(Say):
         self.heard.append((topic, super().told(topic)))
         return self.heard[-1][1]
 
-_TOLD = {'hair': ('hair_style', 'hair_color'), 'inner': ('inner_color',), 'lower': ('lower_type', 'lower_color'),
-         'scarf': ('scarf_color',), 'color2': ('upper_color2',), 'shoes': ('shoes_type', 'shoes_color'),
-         'bag': ('bag_type', 'bag_color'), 'hat': ('hat_type', 'hat_color')}       # topic -> factors; others name themselves
+_TOLD = {                                # topic -> the factors that it tells; other topics are factors
+    'hair': ('hair_style', 'hair_color'),
+    'inner': ('inner_color',),
+    'lower': ('lower_type', 'lower_color'),
+    'scarf': ('scarf_color',),
+    'color2': ('upper_color2',),
+    'shoes': ('shoes_type', 'shoes_color'),
+    'bag': ('bag_type', 'bag_color'),
+    'hat': ('hat_type', 'hat_color')}
 
 def mentioned(y: Heard) -> dict:   # factors as they were written
     "The factors that a caption names; 'average' is not named, and a boy is a child."
     names, garment = {'gender', 'upper_type', 'upper_color'}, 'upper'
     if y.seen.get('age') == 'child': names.add('age')
     for topic, told in y.heard:
-        if topic == 'lower': garment = 'lower'                    # a pattern told from here on is that of the lower garment
+        if topic == 'lower': garment = 'lower'                   # a pattern told from here on is its own
         if told and topic == 'pattern': names.add(f'{garment}_pattern')
         elif told: names |= {*_TOLD.get(topic, (topic,))}
     unnamed = (False, 'average', 'plain')
@@ -78,12 +85,13 @@ def captions_heard(s: Spec) -> list[dict]:   # one per caption of the test split
                 caption(row['factors'], style, rng, s.mistakes)
     return out
 
-# %% ../nbs/85_ceiling.ipynb #954df7f2
+# %% ../nbs/85_ceiling.ipynb #cbb8b27f
 def only(factors: dict, keys: tuple[str, ...]) -> dict:
     "The factors that are among the keys."
     return {k: v for k, v in factors.items() if k in keys}
 
-def perfect(c: Config, clothes_change: bool) -> dict[str, dict[str, np.ndarray]]:   # what is known -> results by query
+def perfect(c: Config, clothes_change: bool
+           ) -> dict[str, dict[str, np.ndarray]]:   # what is known -> results by query
     "Results of a perfect matcher of factors, in the gallery of all pictures and in that of other pictures."
     s = spec_of(c, clothes_change)
     rows, heard = gallery_rows(s), captions_heard(s)
@@ -101,8 +109,8 @@ def perfect(c: Config, clothes_change: bool) -> dict[str, dict[str, np.ndarray]]
                      'R1 other': 100*other['R1'], 'AP other': 100*other['AP']}
     return out
 
-# %% ../nbs/85_ceiling.ipynb #768230c5
-OF_IDENTITY = ('identity without hair', 'identity', 'identity in the caption')      # point 27; the others are point 26
+# %% ../nbs/85_ceiling.ipynb #4ba89db5
+OF_IDENTITY = ('identity without hair', 'identity', 'identity in the caption')      # point 27; others: 26
 
 def ceilings(e: Evidence, clothes_change: bool) -> dict[str, dict[str, np.ndarray]]:
     "`perfect` for the audit's dataset, computed once."
@@ -116,14 +124,15 @@ def ceiling_findings(e: Evidence, clothes_change: bool) -> list[Finding]:
     for name, r in ceilings(e, clothes_change).items():
         for metric, key in metrics.items():
             mean, lo, hi = bootstrap_ci(r[key], n=e.draws, groups=r['pid'])
-            out.append(Finding('e', 27 if name in OF_IDENTITY else 26, name + ending, metric, value=mean, lo=lo, hi=hi,
-                               evidence='perfect(): as many factors as agree, ties averaged'))
+            d = dict(value=mean, lo=lo, hi=hi, evidence='perfect(): as many factors as agree, ties averaged')
+            out.append(Finding('e', 27 if name in OF_IDENTITY else 26, name + ending, metric, **d))
     return out
 
 def above_identity(e: Evidence) -> Finding:
-    "Point 26: R-1 of the whole model, minus what a perfect reader of identity reaches with the same captions."
+    "Point 26: R-1 of the whole model, minus that of a perfect reader of identity with the same captions."
     name = 'use: the whole model, minus what its captions say of identity'
-    rule, source = 'for: the interval of the difference to `identity in the caption` lies above 0', run_source(e, FULL)
+    rule = 'for: the interval of the difference to `identity in the caption` lies above 0'
+    source = run_source(e, FULL)
     if not e.folders(FULL): return Finding('e', 26, name, HEAD, verdict=NOT_RUN, rule=rule, **source)
     r1, _ = seed_query_values(e, FULL)                                               # [seeds, Q]
     ceiling = ceilings(e, False)['identity in the caption']['R1']                    # [Q]

@@ -7,10 +7,9 @@ __all__ = ['NOT_RUN', 'NOT_HERE', 'NO_OPTION', 'NOT_SHOWN', 'FINDING_COLUMNS', '
            'Side', 'FULL', 'BASELINE', 'DEMO', 'MODEL', 'Finding', 'finding_row', 'findings_frame', 'read_audit',
            'judge_interval', 'plot_intervals', 'claim_verdict', 'side_name', 'Evidence', 'read_run_tensors', 'gather',
            'demo_audit', 'seed_query_values', 'query_people', 'interval_columns', 'folder_source', 'run_source',
-           'compare_runs', 'paired_interval', 'dual_ranking', 'ModelQuestion', 'runs_with_findings', 'model_findings',
-           'spec_of', 'gallery_rows', 'other_pictures']
+           'compare_runs', 'paired_interval', 'dual_ranking', 'ModelQuestion', 'runs_with_findings', 'model_findings']
 
-# %% ../nbs/80_findings.ipynb #1c4249d1
+# %% ../nbs/80_findings.ipynb #b2702c39
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -27,18 +26,15 @@ from safetensors import SafetensorError, safe_open
 from .config import Config, UserError, make_config
 from .files import read_tensors, write_tensors
 from .pedes import PedesDataset
-from .synth import CAPTIONS, Spec, picture_rows
 from .run_data import load_data
-from .metrics import (RetrievalResult, bootstrap_ci, metrics_from_scores, paired_bootstrap,
-                                rank_metrics)
+from .metrics import RetrievalResult, bootstrap_ci, paired_bootstrap, rank_metrics
 from .runs import train
 from .grid import layout_options
 from .results import (KEPT_FEATURES, METRICS, ArtifactParameters, collect_runs, half, own_options,
                                 read_json, run_folder)
 
-# %% ../nbs/80_findings.ipynb #ac288212
-NOT_RUN, NOT_HERE, NO_OPTION = 'not run', 'not testable here', 'not an option'
-NOT_SHOWN = 'not shown'
+# %% ../nbs/80_findings.ipynb #0d4e2cc9
+NOT_RUN, NOT_HERE, NO_OPTION, NOT_SHOWN = 'not run', 'not testable here', 'not an option', 'not shown'
 
 @dataclass(frozen=True)
 class Finding:
@@ -56,7 +52,7 @@ class Finding:
     verdict: str = ''
     rule: str = ''                 # how the verdict came about
     evidence: str = ''             # the runs, or the file, that it was read from
-    decides: bool | None = None    # whether the verdict on a claim hangs on it; None: it is no finding about a claim
+    decides: bool | None = None    # whether the verdict on a claim hangs on it; None: it is about no claim
     bound: float = 0.              # what the interval is compared with
 
 # %% ../nbs/80_findings.ipynb #0ae57c05
@@ -79,7 +75,7 @@ def findings_frame(findings: Iterable[Finding]) -> pd.DataFrame:
     "One row per finding."
     return pd.DataFrame([finding_row(f) for f in findings], columns=[*FINDING_COLUMNS, 'decides'])
 
-# %% ../nbs/80_findings.ipynb #923e9f68
+# %% ../nbs/80_findings.ipynb #edfd1694
 def read_audit(path: str | Path    # audit.csv
               ) -> pd.DataFrame:   # as of `findings_frame`
     "The audit as it was written. Raises `UserError`."
@@ -87,7 +83,8 @@ def read_audit(path: str | Path    # audit.csv
     text = {c: str for c in FINDING_COLUMNS if c not in NUMBERS}
     try: t = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={c: [''] for c in NUMBERS})
     except FileNotFoundError:
-        raise UserError(f'no file {path}: make it from finished runs with `papermill nbs/audit.ipynb`') from None
+        make = 'make it from finished runs with `papermill nbs/audit.ipynb`'
+        raise UserError(f'no file {path}: {make}') from None
     except (ValueError, UnicodeError) as e:
         raise UserError(f'{path} is no audit ({str(e).splitlines()[0]}); {again}') from None
     if list(t.columns) != FINDING_COLUMNS:
@@ -212,7 +209,7 @@ def gather(p: ArtifactParameters, draws: int = 2000) -> Evidence:
     base = make_config(c.dataset, c.preset, data_root=p.data_root, **budget)
     return Evidence(p, base, runs[fits].reset_index(drop=True), sorted(left_out), draws)
 
-# %% ../nbs/80_findings.ipynb #da61d41e
+# %% ../nbs/80_findings.ipynb #f900756b
 DEMO: tuple[Side, ...] = (FULL, BASELINE, ('full', 'hsic_kernel=cka'), ('full', 'synth_error=0.5'))
 
 def demo_audit(folder: str | Path,                 # outside the repository's own
@@ -224,7 +221,8 @@ def demo_audit(folder: str | Path,                 # outside the repository's ow
     for s in seeds:
         for variant, tag in sides:
             options = dict(data_root=p.data_root, epochs=1) | layout_options('smoke', tag)
-            train(make_config('synth', 'smoke', variant, seed=s, tag=tag, **options), p.runs_path, progress=False)
+            c = make_config('synth', 'smoke', variant, seed=s, tag=tag, **options)
+            train(c, p.runs_path, progress=False)
     return p
 
 # %% ../nbs/80_findings.ipynb #9c9c2a20
@@ -327,31 +325,3 @@ def model_findings(e: Evidence, folder: Path, question: ModelQuestion) -> dict[s
         answer = {k: torch.as_tensor(np.asarray(v)) for k, v in question.ask(e, folder).items()}
         write_tensors(path, answer, {'config_hash': now})
     return e.tensors(folder, path.stem)
-
-# %% ../nbs/80_findings.ipynb #269bc1f7
-def spec_of(c: Config, clothes_change: bool) -> Spec:
-    "What a SynthPEDES of this configuration is drawn from."
-    n = c.synth_train_ids + c.synth_val_ids + c.synth_test_ids
-    captions = CAPTIONS[c.synth_layout]
-    return Spec(c.synth_layout, n, c.synth_images, c.synth_seed, clothes_change, c.synth_val_ids,
-                c.synth_test_ids, captions_per_image=captions)
-
-def gallery_rows(s: Spec) -> list[dict]:
-    "Factors, captions and styles of the test pictures, in the order of the dataset."
-    test_ids = range(s.n_ids - s.test_ids, s.n_ids)
-    return [row for i in test_ids for row in picture_rows(s, i)]
-
-# %% ../nbs/80_findings.ipynb #96214786
-def other_pictures(scores: torch.Tensor,   # [Q, G]
-                   image: np.ndarray,      # [Q] gallery place of the query's picture
-                   pids: np.ndarray        # [G]
-                  ) -> dict[str, np.ndarray]:  # R1, AP [Q]
-    "Results where picture k of each person asks, and the gallery holds all pictures but the k-th."
-    number = pd.Series(pids).groupby(pids).cumcount().to_numpy()       # [G] which picture of its person
-    out = {m: np.zeros(len(image)) for m in ('R1', 'AP')}
-    for k in np.unique(number):
-        q, g = number[image] == k, number != k
-        block = scores[torch.from_numpy(q)][:, torch.from_numpy(g)]
-        r = metrics_from_scores(block, pids[image][q], pids[g])
-        for m in out: out[m][q] = getattr(r, m)
-    return out

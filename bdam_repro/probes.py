@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'DEPENDENCE', 'PLAIN_MODELS', 'ASKED', 'TRAINED', 'CLOTHES_KEPT', 'CLOTHES_CHANGED', 'PLACES', 'GALLERIES',
-           'NEAR', 'LEAST_SPREAD', 'GATE_METRIC', 'GATE', 'NEEDS_FACTORS', 'gallery_people', 'run_probe_hits',
-           'side_probe_hits', 'probe_gap', 'probe_chance', 'feature_claims', 'Dependence', 'hsic_excess', 'one_hot',
-           'branch_dependence', 'independence_claim', 'true_dependence', 'draw_test', 'other_r1', 'clothes_kept',
-           'clothes_changed', 'place_runs', 'PlaceResults', 'place_results', 'place_finding', 'clothes_cost',
-           'robust_claim', 'gate_means', 'gate_claims', 'balance_claim', 'branch_silhouettes', 'region_claim', 'part_b']
+           'spec_of', 'gallery_rows', 'run_probe_hits', 'side_probe_hits', 'probe_gap', 'probe_chance',
+           'feature_claims', 'Dependence', 'hsic_excess', 'one_hot', 'branch_dependence', 'independence_claim',
+           'true_dependence', 'other_pictures', 'draw_test', 'other_r1', 'clothes_kept', 'clothes_changed',
+           'place_runs', 'PlaceResults', 'place_results', 'place_finding', 'clothes_cost', 'robust_claim']
 
-# %% ../nbs/83_probes.ipynb #729ed5aa
+# %% ../nbs/83_probes.ipynb #f02abfc8
 import json
 import tempfile
 from collections.abc import Iterable
@@ -22,36 +21,41 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import silhouette_samples
 
 from .config import Config
 from .pedes import PedesDataset, load_pedes
 from .people import CLOTHING_FACTORS, IDENTITY_FACTORS
 from .rendering import render
-from .synth import LAYOUT_FILES, annotation
+from .synth import CAPTIONS, LAYOUT_FILES, Spec, annotation, picture_rows
 from .batches import load_tokenizer
 from .pretrained import from_pretrained
 from .losses import _rbf
-from .metrics import bootstrap_ci, paired_bootstrap
+from .metrics import bootstrap_ci, metrics_from_scores, paired_bootstrap
 from .evaluate import evaluate
 from .trainer import pick_device, pick_dtype
 from .grid import CLOTHES
-from .results import load_features
-from .features import probe, probe_hits, unit_rows, untrained
-from .findings import (BASELINE, FULL, MODEL, NOT_HERE, NOT_RUN, Evidence, Finding, ModelQuestion, Side,
-                                 claim_verdict, folder_source, gallery_rows, interval_columns, model_findings,
-                                 other_pictures, paired_interval, run_source, runs_with_findings, side_name, spec_of)
+from .features import probe, probe_hits, unit_rows
+from .findings import (BASELINE, FULL, MODEL, NOT_HERE, NOT_RUN, Evidence, Finding, ModelQuestion,
+                                 Side, folder_source, interval_columns, model_findings,
+                                 paired_interval, run_source, runs_with_findings, side_name)
 from .readings import HEAD
-from .claims import (ALL_CLAIMS, accuracy_claims, claim_finding, efficiency_claims, sota_claim,
-                               style_claims)
+from .claims import claim_finding, gallery_people
 
-# %% ../nbs/83_probes.ipynb #dcbc4265
+# %% ../nbs/83_probes.ipynb #5efa6645
+def spec_of(c: Config, clothes_change: bool) -> Spec:
+    "What a SynthPEDES of this configuration is drawn from."
+    n = c.synth_train_ids + c.synth_val_ids + c.synth_test_ids
+    captions = CAPTIONS[c.synth_layout]
+    return Spec(c.synth_layout, n, c.synth_images, c.synth_seed, clothes_change, c.synth_val_ids,
+                c.synth_test_ids, captions_per_image=captions)
+
+def gallery_rows(s: Spec) -> list[dict]:
+    "Factors, captions and styles of the test pictures, in the order of the dataset."
+    test_ids = range(s.n_ids - s.test_ids, s.n_ids)
+    return [row for i in test_ids for row in picture_rows(s, i)]
+
+# %% ../nbs/83_probes.ipynb #7dd24b7e
 PROBES = {'clothing': ('upper_color', 'lower_color'), 'identity': ('gender', 'build')}
-
-def gallery_people(e: Evidence, times: int = 1) -> np.ndarray:   # [times·G]
-    "The person in each picture of the test gallery."
-    rows = e.tensors(e.folders(FULL)[0])['g_rows']
-    return np.tile(e.pids[rows], times)
 
 def run_probe_hits(e: Evidence, folder: Path, feature: str, kind: str) -> np.ndarray:   # [factors·G] percent
     "The hits of the probes of a kind on a run's feature; their mean is the balanced accuracy."
@@ -60,14 +64,14 @@ def run_probe_hits(e: Evidence, folder: Path, feature: str, kind: str) -> np.nda
     hits = [probe_hits(t[feature], records[f'f_{k}'], records['pid'])[0] for k in PROBES[kind]]
     return np.concatenate([100*h for h in hits])
 
-def side_probe_hits(e: Evidence, side: Side, feature: str, kind: str) -> np.ndarray:   # [seeds, factors·G] percent
+def side_probe_hits(e: Evidence, side: Side, feature: str, kind: str) -> np.ndarray:   # [seeds, factors·G]
     "The same for all runs of a side."
     def probe_runs(): return np.stack([run_probe_hits(e, f, feature, kind) for f in e.folders(side)])
     return e.cached(('probe', side, feature, kind), probe_runs)
 
-# %% ../nbs/83_probes.ipynb #000370bc
+# %% ../nbs/83_probes.ipynb #8deebec6
 def probe_gap(e: Evidence, a: tuple[Side, str], b: tuple[Side, str], kind: str) -> dict[str, float]:
-    "By how much the probes of a kind do better on feature a than on b; nothing where people are too few for a probe."
+    "By how much probes do better on feature a than on b; nothing where people are too few for a probe."
     x, y = side_probe_hits(e, *a, kind), side_probe_hits(e, *b, kind)
     if not (np.isfinite(x).all() and np.isfinite(y).all()): return {}
     people = gallery_people(e, len(PROBES[kind]))
@@ -80,7 +84,7 @@ def probe_chance(e: Evidence, kind: str) -> float:
     constant = np.ones((len(records), 1))
     return 100*np.mean([probe(constant, records[f'f_{k}'], records['pid'])[1] for k in PROBES[kind]])
 
-# %% ../nbs/83_probes.ipynb #2b8c28ec
+# %% ../nbs/83_probes.ipynb #e5fd9c32
 def feature_claims(e: Evidence) -> list[Finding]:
     "The claims `purity` and `clothing_branch`."
     both, full = run_source(e, FULL, BASELINE), run_source(e, FULL)
@@ -88,17 +92,18 @@ def feature_claims(e: Evidence) -> list[Finding]:
         return [claim_finding(item, 'probes', 'accuracy', both) for item in ('purity', 'clothing_branch')]
     colors, body = 'balanced accuracy, colors of upper and lower', 'balanced accuracy, gender and build'
     plain, f_id, f_clo = (BASELINE, 'f_id'), (FULL, 'f_id'), (FULL, 'f_clo')
-    return [
-        claim_finding('purity', "baseline's feature − f_id", colors, probe_gap(e, plain, f_id, 'clothing') | both),
-        claim_finding('purity', "f_id − baseline's feature", body, probe_gap(e, f_id, plain, 'identity') | both,
-                      decides=False),
-        claim_finding('clothing_branch', 'f_clo − f_id', colors, probe_gap(e, f_clo, f_id, 'clothing') | full),
-        claim_finding('clothing_branch', 'f_id − f_clo', body, probe_gap(e, f_id, f_clo, 'identity') | full,
-                      decides=False),
-        *(Finding('b', 'purity', 'chance', metric, value=probe_chance(e, kind), evidence='features()', decides=False)
-          for kind, metric in (('clothing', colors), ('identity', body)))]
+    purer, poorer = probe_gap(e, plain, f_id, 'clothing'), probe_gap(e, f_id, plain, 'identity')
+    special, rest = probe_gap(e, f_clo, f_id, 'clothing'), probe_gap(e, f_id, f_clo, 'identity')
+    out = [claim_finding('purity', "baseline's feature − f_id", colors, purer | both),
+           claim_finding('purity', "f_id − baseline's feature", body, poorer | both, decides=False),
+           claim_finding('clothing_branch', 'f_clo − f_id', colors, special | full),
+           claim_finding('clothing_branch', 'f_id − f_clo', body, rest | full, decides=False)]
+    for kind, metric in (('clothing', colors), ('identity', body)):
+        d = dict(value=probe_chance(e, kind), evidence='features()')
+        out.append(Finding('b', 'purity', 'chance', metric, **d, decides=False))
+    return out
 
-# %% ../nbs/83_probes.ipynb #0674bad9
+# %% ../nbs/83_probes.ipynb #653f6254
 class Dependence(NamedTuple):
     "HSIC of two features, in units of its mean under shuffling."
     excess: float      # 1: as much as shuffled pairs
@@ -107,19 +112,20 @@ class Dependence(NamedTuple):
 
 def hsic_excess(x: np.ndarray, y: np.ndarray, shuffles: int = 200) -> Dependence:   # x [N, D], y [N, E]
     "How much more two features depend on each other than shuffled ones."
-    K, L, rng = _rbf(torch.from_numpy(x).double()), _rbf(torch.from_numpy(y).double()), np.random.default_rng(0)
-    n = len(y)
-    orders = [torch.arange(n), *(torch.from_numpy(rng.permutation(n)) for _ in range(shuffles))]
-    real, *null = [float((K*L[i][:, i]).sum())/(n - 1)**2 for i in orders]          # Eq. 2 with the RBF kernel
-    null = np.array(null)
-    limit, p = float(np.quantile(null, .95)), float((1 + (null >= real).sum())/(1 + shuffles))
+    n, rng = len(y), np.random.default_rng(0)
+    K, L = _rbf(torch.from_numpy(x).double()), _rbf(torch.from_numpy(y).double())    # [N, N]
+    def paired(order): return float((K*L[order][:, order]).sum())/(n - 1)**2         # Eq. 2, RBF kernel
+    real = paired(torch.arange(n))
+    null = np.array([paired(torch.from_numpy(rng.permutation(n))) for _ in range(shuffles)])
+    limit = float(np.quantile(null, .95))
+    p = float((1 + (null >= real).sum())/(1 + shuffles))
     return Dependence(real/null.mean(), limit/null.mean(), p)
 
 def one_hot(records: pd.DataFrame, factors: Iterable[str]) -> np.ndarray:   # [N, values]
     "Known factors as a feature."
     return pd.get_dummies(records[[f'f_{k}' for k in factors]].astype(str)).to_numpy(float)
 
-# %% ../nbs/83_probes.ipynb #da4b970d
+# %% ../nbs/83_probes.ipynb #bdbe0d7c
 def branch_dependence(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
     "The dependence of the two features of each person's first picture."
     t = e.tensors(folder)
@@ -130,19 +136,21 @@ DEPENDENCE = ModelQuestion('dependence', 'f_clo', branch_dependence,
                            sides=(FULL, ('no_decoupling', ''), ('full', 'hsic_kernel=linear')))
 
 def independence_claim(e: Evidence) -> list[Finding]:
-    "The claim on HSIC."
+    "The claim on HSIC: the whole model decides, runs of other terms stand beside."
     rule = 'against where the dependence is above the 95 % point of shuffled pairs (hi) in any seed, else for'
-    out, metric = [], 'HSIC / shuffled'
+    out = []
     for side in DEPENDENCE.sides:
-        decides, folders = side == FULL, runs_with_findings(e, side, DEPENDENCE)
-        judged = dict(decides=decides, rule=rule if decides else '')
-        if not folders:
-            out.append(Finding('b', 'independent', side_name(side), metric, verdict=NOT_RUN, **judged, **run_source(e, side)))
-            continue
-        excess, limit, ps = np.stack([model_findings(e, f, DEPENDENCE)['hsic'] for f in folders]).T     # [seeds] each
-        verdict = 'against' if (excess > limit).any() else 'for'
-        out.append(Finding('b', 'independent', f'{side_name(side)}, p = {ps.min():.3f}', metric, value=excess.mean(),
-                           hi=limit.mean(), verdict=verdict if decides else '', **judged, **folder_source(e, folders)))
+        name, folders = side_name(side), runs_with_findings(e, side, DEPENDENCE)
+        d = dict(verdict=NOT_RUN) | run_source(e, side)
+        if folders:
+            answers = np.stack([model_findings(e, f, DEPENDENCE)['hsic'] for f in folders])
+            excess, limit, ps = answers.T                                             # [seeds] each
+            verdict = 'against' if (excess > limit).any() else 'for'
+            name += f', p = {ps.min():.3f}'
+            d = dict(value=excess.mean(), hi=limit.mean(), verdict=verdict if side == FULL else '')
+            d |= folder_source(e, folders)
+        d |= dict(decides=True, rule=rule) if side == FULL else dict(decides=False)
+        out.append(Finding('b', 'independent', name, 'HSIC / shuffled', **d))
     return out + true_dependence(e)
 
 def true_dependence(e: Evidence) -> list[Finding]:
@@ -152,6 +160,21 @@ def true_dependence(e: Evidence) -> list[Finding]:
     d = hsic_excess(one_hot(people, IDENTITY_FACTORS), one_hot(people, CLOTHING_FACTORS))
     return [Finding('b', 'independent', f'the true factors, p = {d.p:.3f}', 'HSIC / shuffled', value=d.excess,
                     hi=d.limit, evidence='dependence()', decides=False)]
+
+# %% ../nbs/83_probes.ipynb #0be35d61
+def other_pictures(scores: torch.Tensor,   # [Q, G]
+                   image: np.ndarray,      # [Q] gallery place of the query's picture
+                   pids: np.ndarray        # [G]
+                  ) -> dict[str, np.ndarray]:  # R1, AP [Q]
+    "Results where picture k of each person asks, and the gallery holds all pictures but the k-th."
+    number = pd.Series(pids).groupby(pids).cumcount().to_numpy()       # [G] which picture of its person
+    out = {m: np.zeros(len(image)) for m in ('R1', 'AP')}
+    for k in np.unique(number):
+        q, g = number[image] == k, number != k
+        block = scores[torch.from_numpy(q)][:, torch.from_numpy(g)]
+        r = metrics_from_scores(block, pids[image][q], pids[g])
+        for m in out: out[m][q] = getattr(r, m)
+    return out
 
 # %% ../nbs/83_probes.ipynb #51f43bdd
 def draw_test(c: Config, folder: Path) -> PedesDataset:
@@ -166,9 +189,9 @@ def draw_test(c: Config, folder: Path) -> PedesDataset:
     (folder/'synth.json').write_text(json.dumps(asdict(s)))
     return load_pedes('synth', folder.parent, folder=folder.name, val_fraction=0., descriptions=None)
 
-# %% ../nbs/83_probes.ipynb #da3acd5f
-def other_r1(t: np.ndarray, f_id: np.ndarray, image: np.ndarray, pids: np.ndarray) -> np.ndarray:   # [Q] percent
-    "Dual R-1 by query, where the gallery holds other pictures of the person."
+# %% ../nbs/83_probes.ipynb #fa31f7cb
+def other_r1(t: np.ndarray, f_id: np.ndarray, image: np.ndarray, pids: np.ndarray) -> np.ndarray:   # [Q]
+    "Dual R-1 by query in percent, where the gallery holds other pictures of the person."
     cosine = unit_rows(t.astype(float)) @ unit_rows(f_id.astype(float)).T          # [Q, G]
     return 100*other_pictures(torch.from_numpy(cosine), image, pids)['R1']
 
@@ -201,8 +224,9 @@ TRAINED = tuple((v, CLOTHES) for v in ('full', *PLAIN_MODELS))       # on people
 CLOTHES_KEPT = ModelQuestion('other', 't', clothes_kept, sides=(*ASKED, *TRAINED), synth_only=True)
 CLOTHES_CHANGED = ModelQuestion('clothes', MODEL, clothes_changed, sides=ASKED, synth_only=True)
 
-# %% ../nbs/83_probes.ipynb #d6fb04ae
-PLACES = {'kept': 'same clothes', 'changed': 'clothes change', 'trained': 'trained and tested on clothes change'}
+# %% ../nbs/83_probes.ipynb #e0224ba9
+PLACES = {'kept': 'same clothes', 'changed': 'clothes change',
+          'trained': 'trained and tested on clothes change'}
 GALLERIES = {'all': HEAD, 'other': 'dual R-1, other pictures'}
 
 def place_runs(e: Evidence, variant: str, place: str) -> list[Path]:   # place: a key of `PLACES`
@@ -221,17 +245,19 @@ class PlaceResults:
     people: np.ndarray              # [Q]
     folders: list[list[Path]]       # the runs of the two
 
-def place_results(e: Evidence, rival: str, place: str, gallery: str) -> PlaceResults | None:   # None: runs are missing
+def place_results(e: Evidence, rival: str, place: str, gallery: str
+                 ) -> PlaceResults | None:             # None: runs are missing
     "Both models' answers in one place."
     folders = [place_runs(e, variant, place) for variant in ('full', rival)]
     if not all(folders): return None
     question = CLOTHES_CHANGED if place == 'changed' else CLOTHES_KEPT
     answers = [[model_findings(e, f, question) for f in runs] for runs in folders]
     full, other = (np.stack([a[gallery] for a in of]).astype(float) for of in answers)
-    people = e.dataset.split('test').records['pid'].to_numpy()[answers[0][0]['image']]
+    pids = e.dataset.split('test').records['pid'].to_numpy()
+    people = pids[answers[0][0]['image']]
     return PlaceResults(full, other, people, folders)
 
-# %% ../nbs/83_probes.ipynb #d7a68cac
+# %% ../nbs/83_probes.ipynb #fe6d49f9
 def place_finding(e: Evidence, r: PlaceResults | None, rival: str, place: str, gallery: str) -> Finding:
     "The whole model minus a rival in one place."
     decides = (rival, place, gallery) == ('baseline', 'changed', 'other')
@@ -252,7 +278,7 @@ def clothes_cost(e: Evidence, kept: PlaceResults | None, changed: PlaceResults |
     losses = {'full': changed.full - kept.full, rival: changed.rival - kept.rival}         # [seeds, Q]
     means, out = {'full': changed.full.mean(), rival: changed.rival.mean()}, []
     for model, folders in zip(losses, changed.folders):
-        if model == 'full' and rival != PLAIN_MODELS[0]: continue                                # it was said before
+        if model == 'full' and rival != PLAIN_MODELS[0]: continue                    # it was said before
         loss = bootstrap_ci(losses[model], n=e.draws, groups=kept.people)
         d = dict(value=means[model]) | interval_columns(loss) | folder_source(e, folders)
         out.append(claim_finding('robust', f'what the change costs: {model}', metric, d, decides=False))
@@ -275,77 +301,3 @@ def robust_claim(e: Evidence) -> list[Finding]:
     chance = 100*(right/(len(people) - people.nunique())).mean()
     return [*out, Finding('b', 'robust', 'chance', GALLERIES['other'], value=chance,
                           evidence='as many pictures of everybody', decides=False)]
-
-# %% ../nbs/83_probes.ipynb #54f836ee
-NEAR, LEAST_SPREAD = 10., 1.      # percent
-GATE_METRIC = f'mean of g − {50 + NEAR:g} %'
-
-def gate_means(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
-    "The mean of each picture's gate."
-    return dict(mean=e.tensors(folder)['g'].mean(1))
-
-GATE = ModelQuestion('gate', 'g', gate_means, sides=(FULL, ('no_gate_reg', '')))
-
-def gate_claims(e: Evidence) -> list[Finding]:
-    "The claims `gate_mean` and `balance`."
-    if not e.folders(FULL):
-        return [claim_finding(item, 'gate', 'mean', run_source(e, FULL)) for item in ('gate_mean', 'balance')]
-    out, people = [], gallery_people(e)
-    for side in GATE.sides:
-        folders, d = runs_with_findings(e, side, GATE), run_source(e, side)
-        if folders:
-            g = 100*np.stack([model_findings(e, f, GATE)['mean'] for f in folders]).astype(float)     # [seeds, G]
-            excess = bootstrap_ci(g - 50 - NEAR, n=e.draws, groups=people)
-            d = dict(value=g.mean()) | interval_columns(excess) | folder_source(e, folders)
-        out.append(claim_finding('gate_mean', side_name(side), GATE_METRIC, d, decides=side == FULL))
-    return out + balance_claim(e)
-
-def balance_claim(e: Evidence) -> list[Finding]:
-    "The weight of the image in the fusion, on right pairs: its mean near one half, and a spread."
-    runs, source = [e.tensors(f) for f in e.folders(FULL)], run_source(e, FULL)
-    if 'w' not in runs[0]: return [claim_finding('balance', 'image weight', 'mean', {})]
-    w = 100*np.stack([t['w'][:, 0] for t in runs])                                                    # [seeds, Q]
-    mean, lo, hi = bootstrap_ci(w, n=e.draws, groups=runs[0]['q_pids'])
-    near, spread = abs(lo - 50) < NEAR and abs(hi - 50) < NEAR, w.std()
-    def judged(yes, rule): return dict(verdict='for' if yes else 'against', rule=rule, decides=True, **source)
-    return [Finding('b', 'balance', 'image weight on right pairs', 'mean, %', value=mean, lo=lo, hi=hi,
-                    **judged(near, f'for where all of the interval is within {NEAR:g} of 50, else against')),
-            Finding('b', 'balance', 'image weight over right pairs', 'sd, %', value=spread,
-                    **judged(spread > LEAST_SPREAD, f'for where it is above {LEAST_SPREAD:g}, else against'))]
-
-# %% ../nbs/83_probes.ipynb #20c4144c
-def branch_silhouettes(f_id: np.ndarray, f_clo: np.ndarray) -> np.ndarray:   # [N], of −100 to 100
-    "How far a picture's two features lie in the regions of their branches, mean of both."
-    x, branch = np.concatenate([f_id, f_clo]), np.repeat([0, 1], len(f_id))
-    return silhouette_samples(unit_rows(x), branch).reshape(2, -1).mean(0)*100
-
-def region_claim(e: Evidence) -> list[Finding]:
-    "The claim `tsne`: trained against untrained."
-    name, metric, source = 'full − untrained', 'silhouette, %', run_source(e, FULL)
-    if not e.folders(FULL): return [claim_finding('tsne', name, metric, source)]
-    runs = [e.tensors(f) for f in e.folders(FULL)]
-    trained = np.stack([branch_silhouettes(t['f_id'], t['f_clo']) for t in runs])                # [seeds, G]
-    bare = branch_silhouettes(**untrained(load_features(e.folders(FULL)[0]), e.dataset))[None]   # [1, G]
-    gain = paired_bootstrap(trained, bare, n=e.draws, groups=gallery_people(e))
-    d = dict(value=trained.mean()) | interval_columns(gain) | source
-    return [claim_finding('tsne', name, metric, d),
-            Finding('b', 'tsne', 'untrained', metric, value=bare.mean(), evidence='regions()', decides=False)]
-
-# %% ../nbs/83_probes.ipynb #05321bce
-NEEDS_FACTORS = ('purity', 'clothing_branch', 'descriptions', 'robust')
-
-def part_b(e: Evidence) -> list[Finding]:
-    "One row per claim with its verdict, followed by its findings."
-    here, out = e.base.dataset == 'synth', []
-    found = accuracy_claims(e) + style_claims(e) + sota_claim(e) + efficiency_claims(e)
-    found += gate_claims(e) + independence_claim(e) + region_claim(e)
-    if here: found += feature_claims(e) + robust_claim(e)
-    for c in ALL_CLAIMS:
-        own = [f for f in found if f.item == c.id]
-        if c.id == 'sota' if here else c.id in NEEDS_FACTORS:
-            verdict, rule = NOT_HERE, c.test
-        else:
-            readings = dict.fromkeys(f.reading for f in own if f.decides)
-            verdict, rule = claim_verdict(own), 'holds where all are for: ' + '; '.join(readings)
-        out += [Finding('b', c.id, '', verdict=verdict, rule=rule, evidence='the rows below'), *own]
-    return out

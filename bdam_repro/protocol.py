@@ -7,7 +7,7 @@ __all__ = ['PAIR', 'PROTOCOL_RULE', 'RERANK', 'NOISE_RULE', 'stored_features', '
            'rerank_results', 'score_results', 'score_findings', 'gain_on_test', 'selection_on_test',
            'selection_finding', 'part_c', 'noise_finding', 'part_d', 'plot_noise']
 
-# %% ../nbs/84_protocol.ipynb #281e993f
+# %% ../nbs/84_protocol.ipynb #044167b0
 import math
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,31 @@ from .model import ImageFeatures, Model, TextFeatures, invalid_pair_scores, resc
 from .pretrained import from_pretrained
 from .metrics import RetrievalResult, metrics_from_scores, rerank_metrics, topk
 from .grid import LOG_TEST, NOISE, TAGS
-from .findings import (FULL, MODEL, NOT_HERE, NOT_RUN, Evidence, Finding, ModelQuestion, compare_runs,
-                                 dual_ranking, folder_source, judge_interval, model_findings, query_people,
-                                 run_source, runs_with_findings)
+from .findings import (FULL, MODEL, NOT_HERE, NOT_RUN, Evidence, Finding, ModelQuestion,
+                                 compare_runs, dual_ranking, folder_source, judge_interval, model_findings,
+                                 query_people, run_source, runs_with_findings)
 from .readings import HEAD, READING_VERDICTS, beside_default, histories
 from .claims import noise_side
 
-# %% ../nbs/84_protocol.ipynb #19c53aa4
+# %% ../nbs/84_protocol.ipynb #87288261
 def stored_features(t: dict[str, np.ndarray]) -> tuple[TextFeatures, ImageFeatures]:
     "Queries and gallery of a run's test as the pooled fusion reads them: without words and patches."
     t_q, f_id, f_clo, g = (torch.from_numpy(t[k]) for k in ('t', 'f_id', 'f_clo', 'g'))
-    no_words, no_patches = t_q.new_zeros(len(t_q), 0, 1), f_id.new_zeros(len(f_id), 0, 1)
-    no_mask = no_words[..., 0].bool()
-    return TextFeatures(t_q, no_words, no_mask), ImageFeatures(f_id, f_clo, f_clo, g, no_patches)
+    no_words = t_q.new_zeros(len(t_q), 0, 1)
+    no_patches = f_id.new_zeros(len(f_id), 0, 1)
+    queries = TextFeatures(t_q, no_words, no_words[..., 0].bool())
+    return queries, ImageFeatures(f_id, f_clo, f_clo, g, no_patches)
 
 def pair_ranking(model: Model, t: dict[str, np.ndarray], pids: np.ndarray) -> RetrievalResult:
     "The invalid ranking: caption with its own image, against image with its first caption."
     queries, gallery = stored_features(t)
-    image = np.searchsorted(t['g_rows'], t['q_rows'])                            # [Q] each caption's image
-    first = np.unique(image, return_index=True)[1]                               # [G] each image's first caption
+    image = np.searchsorted(t['g_rows'], t['q_rows'])                 # [Q] each caption's image
+    first = np.unique(image, return_index=True)[1]                    # [G] each image's first caption
     own_images, own_captions = gallery[torch.from_numpy(image)], queries[torch.from_numpy(first)]
     scores = invalid_pair_scores(model, queries, own_images, gallery, own_captions)
     return metrics_from_scores(scores, pids[t['q_rows']], pids[t['g_rows']])
 
-# %% ../nbs/84_protocol.ipynb #2267f655
+# %% ../nbs/84_protocol.ipynb #c23f1d12
 def match_scores(model: Model, t: dict[str, np.ndarray], k: int
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # [Q, K] candidates, cosines, m
     "What the fusion alone says of each query's K best."
@@ -63,8 +64,8 @@ def rerank_ways(c: Config) -> dict[str, tuple[int, float]]:   # reading -> K, λ
     ways |= {f'fused, K={k}': (k, λ) for k in (K//4, 4*K) if k}
     return ways | {f'fused, λ={w:g}': (K, w) for w in (λ/2, 2*λ)}
 
-def rerank_results(e: Evidence, folder: Path, model: Model) -> dict[str, np.ndarray]:   # reading -> [Q] percent
-    "R-1 of a finished run's fused ranking under each way."
+def rerank_results(e: Evidence, folder: Path, model: Model) -> dict[str, np.ndarray]:   # reading -> [Q]
+    "R-1 in percent of a finished run's fused ranking under each way."
     ways, dual = rerank_ways(e.base), dual_ranking(e, folder)
     deepest = max(k for k, _ in ways.values())
     top, cosine, m = match_scores(model, e.tensors(folder), deepest)
@@ -74,10 +75,10 @@ def rerank_results(e: Evidence, folder: Path, model: Model) -> dict[str, np.ndar
         out[name] = 100*rerank_metrics(dual, top[:, :k], scores[:, :k]).R1
     return out
 
-# %% ../nbs/84_protocol.ipynb #759de254
+# %% ../nbs/84_protocol.ipynb #8f794408
 PAIR = 'pair (invalid)'
-PROTOCOL_RULE = ('better / worse: the interval of the difference to dual, of the same models, lies above / below 0; '
-                 'pair is invalid: each query sees its own image')
+PROTOCOL_RULE = ('better / worse: the interval of the difference to dual, of the same models, lies above / '
+                 'below 0; pair is invalid: each query sees its own image')
 
 def score_results(e: Evidence, folder: Path) -> dict[str, np.ndarray]:   # reading -> [Q] R-1 in percent
     "`dual`, the ways to re-rank, and the invalid score."
@@ -91,17 +92,18 @@ RERANK = ModelQuestion('rerank', MODEL, score_results, sides=(FULL,))
 
 def score_findings(e: Evidence) -> list[Finding]:
     "Point 1: the scores, and what the invalid one would gain."
-    folders = runs_with_findings(e, FULL, RERANK)
+    folders, source = runs_with_findings(e, FULL, RERANK), run_source(e, FULL)
     if not folders:
-        gone = dict(evidence='no run of full has its model') if e.folders(FULL) else run_source(e, FULL)
-        return [Finding('c', 1, 'dual', HEAD, verdict=NOT_RUN, **gone)]
+        if e.folders(FULL): source = dict(evidence='no run of full has its model')
+        return [Finding('c', 1, 'dual', HEAD, verdict=NOT_RUN, **source)]
     answers, people = [model_findings(e, f, RERANK) for f in folders], query_people(e, FULL)
-    r1 = {name: np.stack([a[name] for a in answers]).astype(float) for name in answers[0]}      # [seeds, Q] each
-    out, source = [], folder_source(e, folders)
-    for name, x in r1.items():
-        d = beside_default(e, x, r1['dual'], people, name == 'dual') | source
-        if name == PAIR: d |= dict(verdict='invalid')
-        out.append(Finding('c', 1, name, 'R-1', 'yes' if name == 'dual' else 'no', **d, rule=PROTOCOL_RULE))
+    def r1(name): return np.stack([a[name] for a in answers]).astype(float)             # [seeds, Q]
+    dual, out = r1('dual'), []
+    for name in answers[0]:
+        d = beside_default(e, r1(name), dual, people, name == 'dual')
+        if name == PAIR: d['verdict'] = 'invalid'
+        d |= dict(default='yes' if name == 'dual' else 'no', rule=PROTOCOL_RULE)
+        out.append(Finding('c', 1, name, 'R-1', **d, **folder_source(e, folders)))
     return out
 
 # %% ../nbs/84_protocol.ipynb #bec15408
@@ -111,19 +113,20 @@ def gain_on_test(groups: list[pd.DataFrame]) -> dict[str, float]:   # each with 
     honest = np.mean([g['R1'][g['val_R1'].idxmax()] for g in groups])
     return dict(value=best, diff=best - honest)
 
-# %% ../nbs/84_protocol.ipynb #834f089c
+# %% ../nbs/84_protocol.ipynb #88027ba8
 def selection_on_test(e: Evidence) -> list[Finding]:
     "Point 17, for epochs, seeds and readings."
-    own = e.runs.sort_values('score').drop_duplicates(['variant', 'tag', 'seed'], keep='last')   # fused where there is
+    scored = e.runs.sort_values('score')                                      # 'fused' comes after 'dual'
+    own = scored.drop_duplicates(['variant', 'tag', 'seed'], keep='last')
     logged, first_seed = e.folders(('full', LOG_TEST)), own['seed'].min()
     epochs = [h.rename(columns=dict(test_R1='R1')) for h in histories(e)] if logged else []
     seeds = [g for _, g in own[own['tag'] == ''].groupby('variant') if len(g) > 1]
-    of_readings = (own['variant'] == 'full') & own['tag'].isin({'', *TAGS} - {LOG_TEST})
-    readings = own[of_readings & (own['seed'] == first_seed)]
+    is_reading = own['tag'].isin({'', *TAGS} - {LOG_TEST})
+    readings = own[(own['variant'] == 'full') & is_reading & (own['seed'] == first_seed)]
+    of_readings = dict(seeds=str(first_seed), evidence=f'runs.csv, {len(readings)} readings')
     return [selection_finding('the best epoch', epochs, folder_source(e, logged)),
             selection_finding('the best seed', seeds, dict(evidence='runs.csv, mean over the variants')),
-            selection_finding('the best reading', [readings] if len(readings) > 1 else [],
-                              dict(seeds=str(first_seed), evidence=f'runs.csv, {len(readings)} readings'))]
+            selection_finding('the best reading', [readings] if len(readings) > 1 else [], of_readings)]
 
 def selection_finding(name: str, groups: list[pd.DataFrame], source: dict[str, Any]) -> Finding:
     "What choosing in each group on test would gain; without groups it was not run."
@@ -135,7 +138,7 @@ def part_c(e: Evidence) -> list[Finding]:
     "The scores, and the selection."
     return score_findings(e) + selection_on_test(e)
 
-# %% ../nbs/84_protocol.ipynb #f4e5ad92
+# %% ../nbs/84_protocol.ipynb #c113ab34
 NOISE_RULE = 'better / worse: the interval of the difference to error 0 % lies above / below 0'
 
 def noise_finding(e: Evidence, error: float, metric: str, shown: str) -> Finding:
@@ -143,15 +146,16 @@ def noise_finding(e: Evidence, error: float, metric: str, shown: str) -> Finding
     clean = noise_side(e, 0.)
     d = compare_runs(e, noise_side(e, error), clean, metric)
     if error == 0 and e.folders(clean): d |= dict.fromkeys(('diff', 'lo', 'hi'), math.nan)
-    verdict = READING_VERDICTS[judge_interval(d.get('lo', math.nan), d.get('hi', math.nan))]
-    if error == 0 and 'value' in d: verdict = ''                 # it is what the others are compared with
+    d['verdict'] = READING_VERDICTS[judge_interval(d.get('lo', math.nan), d.get('hi', math.nan))]
+    if error == 0 and 'value' in d: d['verdict'] = ''            # the others are compared with it
     default = 'yes' if error == e.base.synth_error else 'no'
-    return Finding('d', 'descriptions', f'error {error:.0%}', shown, default, **d, verdict=verdict, rule=NOISE_RULE)
+    return Finding('d', 'descriptions', f'error {error:.0%}', shown, default, **d, rule=NOISE_RULE)
 
 def part_d(e: Evidence) -> list[Finding]:
     "R-1 and mAP of the whole model by error rate."
     if e.base.dataset != 'synth':
-        return [Finding('d', 'descriptions', 'error rates', verdict=NOT_HERE, rule='the true attributes are not known')]
+        unknown = 'the true attributes are not known'
+        return [Finding('d', 'descriptions', 'error rates', verdict=NOT_HERE, rule=unknown)]
     errors, metrics = sorted({*NOISE, e.base.synth_error}), (('R1', HEAD), ('mAP', 'mAP'))
     return [noise_finding(e, error, metric, shown) for error in errors for metric, shown in metrics]
 
