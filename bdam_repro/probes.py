@@ -84,7 +84,7 @@ def probe_chance(e: Evidence, kind: str) -> float:
     constant = np.ones((len(records), 1))
     return 100*np.mean([probe(constant, records[f'f_{k}'], records['pid'])[1] for k in PROBES[kind]])
 
-# %% ../nbs/83_probes.ipynb #e5fd9c32
+# %% ../nbs/83_probes.ipynb #56f3b666
 def feature_claims(e: Evidence) -> list[Finding]:
     "The claims `purity` and `clothing_branch`."
     both, full = run_source(e, FULL, BASELINE), run_source(e, FULL)
@@ -92,18 +92,20 @@ def feature_claims(e: Evidence) -> list[Finding]:
         return [claim_finding(item, 'probes', 'accuracy', both) for item in ('purity', 'clothing_branch')]
     colors, body = 'balanced accuracy, colors of upper and lower', 'balanced accuracy, gender and build'
     plain, f_id, f_clo = (BASELINE, 'f_id'), (FULL, 'f_id'), (FULL, 'f_clo')
-    purer, poorer = probe_gap(e, plain, f_id, 'clothing'), probe_gap(e, f_id, plain, 'identity')
-    special, rest = probe_gap(e, f_clo, f_id, 'clothing'), probe_gap(e, f_id, f_clo, 'identity')
+    purer = probe_gap(e, plain, f_id, 'clothing')
+    richer = probe_gap(e, f_id, plain, 'identity')
+    special = probe_gap(e, f_clo, f_id, 'clothing')
+    other = probe_gap(e, f_id, f_clo, 'identity')
     out = [claim_finding('purity', "baseline's feature − f_id", colors, purer | both),
-           claim_finding('purity', "f_id − baseline's feature", body, poorer | both, decides=False),
+           claim_finding('purity', "f_id − baseline's feature", body, richer | both, decides=False),
            claim_finding('clothing_branch', 'f_clo − f_id', colors, special | full),
-           claim_finding('clothing_branch', 'f_id − f_clo', body, rest | full, decides=False)]
+           claim_finding('clothing_branch', 'f_id − f_clo', body, other | full, decides=False)]
     for kind, metric in (('clothing', colors), ('identity', body)):
         d = dict(value=probe_chance(e, kind), evidence='features()')
         out.append(Finding('b', 'purity', 'chance', metric, **d, decides=False))
     return out
 
-# %% ../nbs/83_probes.ipynb #653f6254
+# %% ../nbs/83_probes.ipynb #4012408b
 class Dependence(NamedTuple):
     "HSIC of two features, in units of its mean under shuffling."
     excess: float      # 1: as much as shuffled pairs
@@ -113,7 +115,8 @@ class Dependence(NamedTuple):
 def hsic_excess(x: np.ndarray, y: np.ndarray, shuffles: int = 200) -> Dependence:   # x [N, D], y [N, E]
     "How much more two features depend on each other than shuffled ones."
     n, rng = len(y), np.random.default_rng(0)
-    K, L = _rbf(torch.from_numpy(x).double()), _rbf(torch.from_numpy(y).double())    # [N, N]
+    K = _rbf(torch.from_numpy(x).double())                                           # [N, N]
+    L = _rbf(torch.from_numpy(y).double())
     def paired(order): return float((K*L[order][:, order]).sum())/(n - 1)**2         # Eq. 2, RBF kernel
     real = paired(torch.arange(n))
     null = np.array([paired(torch.from_numpy(rng.permutation(n))) for _ in range(shuffles)])
@@ -257,7 +260,7 @@ def place_results(e: Evidence, rival: str, place: str, gallery: str
     people = pids[answers[0][0]['image']]
     return PlaceResults(full, other, people, folders)
 
-# %% ../nbs/83_probes.ipynb #fe6d49f9
+# %% ../nbs/83_probes.ipynb #27de4565
 def place_finding(e: Evidence, r: PlaceResults | None, rival: str, place: str, gallery: str) -> Finding:
     "The whole model minus a rival in one place."
     decides = (rival, place, gallery) == ('baseline', 'changed', 'other')
@@ -275,8 +278,9 @@ def clothes_cost(e: Evidence, kept: PlaceResults | None, changed: PlaceResults |
     name, metric = f'the gap to {rival} widens', GALLERIES[gallery]
     if kept is None or changed is None:
         return [claim_finding('robust', name, metric, run_source(e, FULL, (rival, '')), decides=False)]
+    out = []
     losses = {'full': changed.full - kept.full, rival: changed.rival - kept.rival}         # [seeds, Q]
-    means, out = {'full': changed.full.mean(), rival: changed.rival.mean()}, []
+    means = {'full': changed.full.mean(), rival: changed.rival.mean()}
     for model, folders in zip(losses, changed.folders):
         if model == 'full' and rival != PLAIN_MODELS[0]: continue                    # it was said before
         loss = bootstrap_ci(losses[model], n=e.draws, groups=kept.people)
@@ -286,7 +290,7 @@ def clothes_cost(e: Evidence, kept: PlaceResults | None, changed: PlaceResults |
     d = interval_columns(widening) | folder_source(e, *changed.folders)
     return [*out, claim_finding('robust', name, metric, d, decides=False)]
 
-# %% ../nbs/83_probes.ipynb #276a9839
+# %% ../nbs/83_probes.ipynb #770c8a65
 def robust_claim(e: Evidence) -> list[Finding]:
     "The claim on clothes, against each rival, in each gallery and place."
     if e.base.dataset != 'synth':
@@ -298,6 +302,7 @@ def robust_claim(e: Evidence) -> list[Finding]:
         out += clothes_cost(e, results['kept'], results['changed'], rival, gallery)
     people = e.dataset.split('test').records['pid']
     right = people.groupby(people).transform('size') - 1                   # other pictures of the person
-    chance = 100*(right/(len(people) - people.nunique())).mean()
+    gallery = len(people) - people.nunique()
+    chance = 100*(right/gallery).mean()
     return [*out, Finding('b', 'robust', 'chance', GALLERIES['other'], value=chance,
                           evidence='as many pictures of everybody', decides=False)]

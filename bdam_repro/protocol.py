@@ -28,7 +28,7 @@ from .findings import (FULL, MODEL, NOT_HERE, NOT_RUN, Evidence, Finding, ModelQ
 from .readings import HEAD, READING_VERDICTS, beside_default, histories
 from .claims import noise_side
 
-# %% ../nbs/84_protocol.ipynb #87288261
+# %% ../nbs/84_protocol.ipynb #88d0e633
 def stored_features(t: dict[str, np.ndarray]) -> tuple[TextFeatures, ImageFeatures]:
     "Queries and gallery of a run's test as the pooled fusion reads them: without words and patches."
     t_q, f_id, f_clo, g = (torch.from_numpy(t[k]) for k in ('t', 'f_id', 'f_clo', 'g'))
@@ -44,7 +44,8 @@ def pair_ranking(model: Model, t: dict[str, np.ndarray], pids: np.ndarray) -> Re
     first = np.unique(image, return_index=True)[1]                    # [G] each image's first caption
     own_images, own_captions = gallery[torch.from_numpy(image)], queries[torch.from_numpy(first)]
     scores = invalid_pair_scores(model, queries, own_images, gallery, own_captions)
-    return metrics_from_scores(scores, pids[t['q_rows']], pids[t['g_rows']])
+    q_pids, g_pids = pids[t['q_rows']], pids[t['g_rows']]
+    return metrics_from_scores(scores, q_pids, g_pids)
 
 # %% ../nbs/84_protocol.ipynb #c23f1d12
 def match_scores(model: Model, t: dict[str, np.ndarray], k: int
@@ -138,7 +139,7 @@ def part_c(e: Evidence) -> list[Finding]:
     "The scores, and the selection."
     return score_findings(e) + selection_on_test(e)
 
-# %% ../nbs/84_protocol.ipynb #c113ab34
+# %% ../nbs/84_protocol.ipynb #953fc772
 NOISE_RULE = 'better / worse: the interval of the difference to error 0 % lies above / below 0'
 
 def noise_finding(e: Evidence, error: float, metric: str, shown: str) -> Finding:
@@ -156,7 +157,8 @@ def part_d(e: Evidence) -> list[Finding]:
     if e.base.dataset != 'synth':
         unknown = 'the true attributes are not known'
         return [Finding('d', 'descriptions', 'error rates', verdict=NOT_HERE, rule=unknown)]
-    errors, metrics = sorted({*NOISE, e.base.synth_error}), (('R1', HEAD), ('mAP', 'mAP'))
+    errors = sorted({*NOISE, e.base.synth_error})
+    metrics = (('R1', HEAD), ('mAP', 'mAP'))
     return [noise_finding(e, error, metric, shown) for error in errors for metric, shown in metrics]
 
 # %% ../nbs/84_protocol.ipynb #76fb0bec

@@ -8,7 +8,7 @@ __all__ = ['NEEDS_FACTORS', 'EPOCHS', 'JUDGED', 'CEILING', 'MODEL_QUESTIONS', 'p
            'point_words', 'points_table', 'claims_table', 'pairs_table', 'findings_table', 'claim_tables',
            'audit_markdown', 'write_audit', 'find_in_models']
 
-# %% ../nbs/86_report.ipynb #19121f59
+# %% ../nbs/86_report.ipynb #d7fcb70f
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,8 +25,8 @@ from .findings import (FINDING_COLUMNS, NOT_HERE, NOT_RUN, NOT_SHOWN, NO_OPTION,
                                  ModelQuestion, claim_verdict, findings_frame, gather, model_findings,
                                  read_audit, runs_with_findings)
 from .readings import HEAD, READING_RULE, part_a
-from .claims import (ALL_CLAIMS, GATE, accuracy_claims, efficiency_claims, gate_claims, region_claim,
-                               sota_claim, style_claims)
+from .claims import (ALL_CLAIMS, GATE, accuracy_claims, efficiency_claims, gate_claims,
+                               region_claim, sota_claim, style_claims)
 from .probes import (CLOTHES_CHANGED, CLOTHES_KEPT, DEPENDENCE, feature_claims, independence_claim,
                                robust_claim)
 from .protocol import NOISE_RULE, PROTOCOL_RULE, RERANK, part_c, part_d
@@ -187,14 +187,14 @@ def claim_tables(t: pd.DataFrame) -> str:   # t: the audit
     return '\n\n'.join([*([pairs_table(done)] if len(done) else []), *([not_run] if len(missing) else []),
                         findings_table(b[~is_pair], 'b')])
 
-# %% ../nbs/86_report.ipynb #bebff2b8
+# %% ../nbs/86_report.ipynb #af2e92b6
 EPOCHS = ('All readings but `epochs=6` train for as many epochs as the default. An epoch passes every '
           'identity once: with four images of each it is twice as long as with two, so compare '
           '`images_per_id=4` with `epochs=6`.')
 JUDGED = ('A claim holds where every deciding finding is *for*: the interval of what it says is above the '
-          'bound in the row of `audit.csv` lies above it. It does not where one is *against*. It is not shown '
-          'where none is, but one is *open*: the interval holds the bound, so an effect may be there and too '
-          'small for these runs.')
+          'bound in the row of `audit.csv` lies above it. It does not where one is *against*. It is not '
+          'shown where none is, but one is *open*: the interval holds the bound, so an effect may be there '
+          'and too small for these runs.')
 CEILING = 'A perfect matcher of the factors that SynthPEDES was drawn from; no model.'
 
 def audit_markdown(t: pd.DataFrame,               # the audit
