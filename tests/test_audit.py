@@ -14,14 +14,24 @@ from bdam_repro import ceiling, files, findings, probes, protocol, readings, rep
 from bdam_repro.archive import keep_runs, restore_runs
 from bdam_repro.claims import ALL_CLAIMS
 from bdam_repro.config import Config, UserError, make_config, run_dir
-from bdam_repro.grid import CLOTHES, DATA, LOG_TEST, READINGS, audit_grid, grid, layout_options, reading_reference, reading_run
+from bdam_repro.grid import (
+    CLOTHES,
+    DATA,
+    LOG_TEST,
+    READINGS,
+    audit_grid,
+    grid,
+    layout_options,
+    reading_reference,
+    reading_run,
+)
 from bdam_repro.paper import OPEN_POINTS
 from bdam_repro.results import ArtifactParameters, collect_runs, own_options
 from bdam_repro.testing import demo_run
 
 CKA = ('full', 'hsic_kernel=cka')
-VERDICTS = {'', 'default', 'better', 'worse', 'open', 'for', 'against', 'invalid', 'same epoch', 'holds', 'does not', 'not shown',
-            findings.NOT_RUN, findings.NOT_HERE, findings.NO_OPTION}
+VERDICTS = {'', 'default', 'better', 'worse', 'open', 'for', 'against', 'invalid', 'same epoch', 'holds',
+            'does not', 'not shown', findings.NOT_RUN, findings.NOT_HERE, findings.NO_OPTION}
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +48,8 @@ def drawn(tmp_path):
     for variant, tag in (findings.FULL, findings.BASELINE, CKA):
         c = make_config('synth', 'smoke', variant, tag=tag or None, **layout_options('smoke', tag))
         demo_run(run_dir(c, tmp_path/'runs'), c)
-    return ArtifactParameters(preset='smoke', **{k: str(tmp_path/k) for k in ('runs', 'tables')}, data_root=str(tmp_path/'data'))
+    places = {k: str(tmp_path/k) for k in ('runs', 'tables')}
+    return ArtifactParameters(preset='smoke', **places, data_root=str(tmp_path/'data'))
 
 
 def change_results(p, side, change):
@@ -63,7 +74,8 @@ def test_every_point_and_every_claim_is_there(made):
     assert {p.n for p in OPEN_POINTS} == {int(i) for i in t[t['part'].isin(['a', 'c', 'e'])]['item']}
     claims = t[(t['part'] == 'b') & (t['reading'] == '')]
     assert list(claims['item']) == [c.id for c in ALL_CLAIMS]
-    assert set(claims['verdict']) <= {'holds', 'does not', findings.NOT_SHOWN, findings.NOT_RUN, findings.NOT_HERE}
+    known = {'holds', 'does not', findings.NOT_SHOWN, findings.NOT_RUN, findings.NOT_HERE}
+    assert set(claims['verdict']) <= known
 
 
 def test_a_claim_is_settled_by_its_own_rows(made):
@@ -94,7 +106,8 @@ def test_intervals_and_verdicts_agree(made):
     for r in t[t['verdict'].isin(['better', 'worse', 'open', 'for', 'against'])].itertuples():
         if np.isnan(r.diff): continue
         bound = float(m[1]) if (m := re.search(r'below (-?[\d.]+)$', r.rule)) and r.part == 'b' else 0.
-        assert {'better': 'for', 'worse': 'against'}.get(r.verdict, r.verdict) == findings.judge_interval(r.lo, r.hi, bound), r
+        verdict = {'better': 'for', 'worse': 'against'}.get(r.verdict, r.verdict)
+        assert verdict == findings.judge_interval(r.lo, r.hi, bound), r
         assert r.lo <= r.diff + 1e-3 and r.diff <= r.hi + 1e-3
 
 
@@ -109,10 +122,11 @@ def test_what_was_not_run_has_no_difference(made):
 def test_every_path_is_a_run_and_every_mean_is_that_of_runs(made):
     p, t, _ = made
     runs = collect_runs(p.runs_path)
-    known = {f'{r.dataset}/{r.preset}/{r.variant}{"-" if r.tag else ""}{r.tag}/seed{r.seed}' for r in runs.itertuples()}
+    known = {results.run_folder(p.runs_path, r).relative_to(p.runs_path).as_posix() for r in runs.itertuples()}
     paths = {x for e in t['evidence'] if 'no finished' not in e for x in re.findall(r'\S+/seed\d+', e)}
     assert paths and paths <= known
-    own = runs.sort_values('score').drop_duplicates(['variant', 'tag', 'seed'], keep='last').set_index(['variant', 'tag'])
+    own = runs.sort_values('score').drop_duplicates(['variant', 'tag', 'seed'], keep='last')
+    own = own.set_index(['variant', 'tag'])
     for metric, column in ((readings.HEAD, 'R1'), ('mAP', 'mAP'), ('val R-1', 'val_R1')):
         of_cka = (t['part'] == 'a') & (t['metric'] == metric) & t['evidence'].str.startswith('synth/smoke/full-hsic')
         for r in t[of_cka].itertuples():
@@ -175,9 +189,11 @@ def test_a_run_with_other_options_is_left_out_and_named(drawn):
     path = drawn.runs_path/'synth/smoke/full-hsic_kernel=cka/seed0/config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(margin=.9)))
     e = findings.gather(drawn)
-    assert e.left_out == ['synth/smoke/full-hsic_kernel=cka/seed0'] and set(verdicts(drawn).values()) == {findings.NOT_RUN}
+    assert e.left_out == ['synth/smoke/full-hsic_kernel=cka/seed0']
+    assert set(verdicts(drawn).values()) == {findings.NOT_RUN}
     empty = findings.findings_frame(findings.Finding('b', c.id, '', verdict=findings.NOT_RUN) for c in ALL_CLAIMS)
-    assert 'Left out, since trained with other options: synth/smoke/full-hsic' in report.audit_markdown(empty, '', e.left_out)
+    text = report.audit_markdown(empty, '', e.left_out)
+    assert 'Left out, since trained with other options: synth/smoke/full-hsic' in text
 
 
 def test_options_of_all_runs_are_no_obstacle(drawn):
@@ -199,8 +215,8 @@ def test_nothing_to_look_at(tmp_path):
 
 def test_test_metrics_in_the_history_are_used(drawn):
     folder = drawn.runs_path/'synth/smoke/full/seed0'
-    h = pd.DataFrame(dict(epoch=[1, 2, 3], val_fused_R1=[4., 6., 5.], val_fused_mAP=[4., 5., 6.], val_fused_R5=[9., 8., 9.],
-                          val_fused_R10=[9., 9., 9.]))
+    h = pd.DataFrame(dict(epoch=[1, 2, 3], val_fused_R1=[4., 6., 5.], val_fused_mAP=[4., 5., 6.],
+                          val_fused_R5=[9., 8., 9.], val_fused_R10=[9., 9., 9.]))
     h.to_csv(folder/'history.csv', index=False)
     gain = lambda e: {f.reading: (f.diff, f.verdict) for f in protocol.selection_on_test(e)}
     e = findings.gather(drawn)
@@ -233,7 +249,8 @@ def test_each_reading_changes_what_it_says_and_nothing_else():
             usual = make_config('synth', base.preset, c.variant).model_dump()
             changed = {k for k, v in c.model_dump().items() if usual[k] != v} - {'tag', 'folder'}
             assert changed == set(layout_options(None, c.tag)) and changed, c.tag
-    assert {c.tag for c in audit_grid()} & set(DATA) == {CLOTHES, 'icfg', *(t for t in DATA if t.startswith('synth_error'))}
+    noise = {t for t in DATA if t.startswith('synth_error')}
+    assert {c.tag for c in audit_grid()} & set(DATA) == {CLOTHES, 'icfg', *noise}
 
 
 def test_the_audit_finds_the_runs_that_the_grid_makes(tmp_path):
@@ -266,14 +283,17 @@ def test_settling():
     kinds = ('for', 'against', 'open', findings.NOT_RUN)
     for n in (1, 2, 3):
         for v in combinations(kinds, n):
-            want = 'does not' if 'against' in v else findings.NOT_SHOWN if 'open' in v else findings.NOT_RUN if findings.NOT_RUN in v else 'holds'
+            if 'against' in v: want = 'does not'
+            elif 'open' in v: want = findings.NOT_SHOWN
+            else: want = findings.NOT_RUN if findings.NOT_RUN in v else 'holds'
             assert findings.claim_verdict(rows(*v)) == want
 
 
 @pytest.mark.parametrize('layout', ['cuhk', 'icfg', 'rstp'])
 def test_captions_are_heard_in_every_layout(layout):
-    s = findings.spec_of(make_config('synth', synth_layout=layout, synth_train_ids=2, synth_val_ids=1, synth_test_ids=12), True)
-    texts, heard = [t for r in findings.gallery_rows(s) for t in r['captions']], ceiling.captions_heard(s)
+    few = dict(synth_train_ids=2, synth_val_ids=1, synth_test_ids=12)
+    s = probes.spec_of(make_config('synth', synth_layout=layout, **few), True)
+    texts, heard = [t for r in probes.gallery_rows(s) for t in r['captions']], ceiling.captions_heard(s)
     assert len(texts) == len(heard)
     for text, h in zip(texts, heard):
         assert ('scarf' in text.lower()) == ('scarf_color' in h) and ('beard' in text.lower()) == ('beard' in h)
@@ -289,10 +309,10 @@ def test_ceilings_where_clothes_change():
 
 def test_other_pictures_never_show_the_own():
     scores = torch.eye(6).double()
-    r = findings.other_pictures(scores, np.arange(6), np.array([0, 0, 0, 1, 1, 1]))
+    r = probes.other_pictures(scores, np.arange(6), np.array([0, 0, 0, 1, 1, 1]))
     assert np.allclose(r['R1'], .5)
     same = torch.tensor([[0., 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]).double()
-    assert (findings.other_pictures(same, np.arange(4), np.array([0, 0, 1, 1]))['R1'] == 1).all()
+    assert (probes.other_pictures(same, np.arange(4), np.array([0, 0, 1, 1]))['R1'] == 1).all()
 
 
 def test_a_run_is_looked_at_once_and_again_under_other_options(made):
