@@ -128,15 +128,16 @@ def test_every_path_is_a_run_and_every_mean_is_that_of_runs(made):
     own = runs.sort_values('score').drop_duplicates(['variant', 'tag', 'seed'], keep='last')
     own = own.set_index(['variant', 'tag'])
     for metric, column in ((readings.HEAD, 'R1'), ('mAP', 'mAP'), ('val R-1', 'val_R1')):
-        of_cka = (t['part'] == 'a') & (t['metric'] == metric) & t['evidence'].str.startswith('synth/smoke/full-hsic')
-        for r in t[of_cka].itertuples():
+        of_cka = t['evidence'].str.startswith('synth/smoke/full-hsic')
+        for r in t[of_cka & (t['part'] == 'a') & (t['metric'] == metric)].itertuples():
             assert r.value == pytest.approx(own.loc[CKA, column], abs=1e-3)
 
 
 def test_markdown_reads_alone(made):
     p, _, files = made
     text = files[1].read_text()
-    said = 'SynthPEDES', 'preset smoke', 'no reproduction', 'Seeds: 0', 'Code ', '(invalid)', *(f'## {x}.' for x in 'abcde')
+    heads = [f'## {x}.' for x in 'abcde']
+    said = ['SynthPEDES', 'preset smoke', 'no reproduction', 'Seeds: 0', 'Code ', '(invalid)', *heads]
     assert [part for part in said if part not in text] == []
     for c in ALL_CLAIMS: assert f'| {c.id} | {c.where} |' in text
     for point in OPEN_POINTS: assert re.search(rf'(?m)^\| {point.n} \| {re.escape(point.where)} \|', text)
@@ -171,7 +172,8 @@ def test_pictures(made):
 
 # ---- readings
 
-@pytest.mark.parametrize('change, says', [(lambda v: v*0 + 1, 'better'), (lambda v: v*0, 'worse'), (lambda v: v, 'open')])
+@pytest.mark.parametrize('change, says', [
+    (lambda v: v*0 + 1, 'better'), (lambda v: v*0, 'worse'), (lambda v: v, 'open')])
 def test_a_reading_is_judged_by_its_queries(drawn, change, says):
     change_results(drawn, findings.FULL, lambda v: v*0 + np.arange(len(v)) % 2)
     change_results(drawn, CKA, lambda v: change(v*0 + np.arange(len(v)) % 2))
@@ -191,7 +193,8 @@ def test_a_run_with_other_options_is_left_out_and_named(drawn):
     e = findings.gather(drawn)
     assert e.left_out == ['synth/smoke/full-hsic_kernel=cka/seed0']
     assert set(verdicts(drawn).values()) == {findings.NOT_RUN}
-    empty = findings.findings_frame(findings.Finding('b', c.id, '', verdict=findings.NOT_RUN) for c in ALL_CLAIMS)
+    not_run = [findings.Finding('b', c.id, '', verdict=findings.NOT_RUN) for c in ALL_CLAIMS]
+    empty = findings.findings_frame(not_run)
     text = report.audit_markdown(empty, '', e.left_out)
     assert 'Left out, since trained with other options: synth/smoke/full-hsic' in text
 
@@ -303,7 +306,8 @@ def test_captions_are_heard_in_every_layout(layout):
 def test_ceilings_where_clothes_change():
     c = make_config('synth', 'smoke', synth_test_ids=40)
     kept, changed = ceiling.perfect(c, False), ceiling.perfect(c, True)
-    assert changed['clothing']['R1 other'].mean() < 20 < kept['clothing']['R1 other'].mean()     # clothes mislead, or tell all
+    # clothes mislead, or tell all
+    assert changed['clothing']['R1 other'].mean() < 20 < kept['clothing']['R1 other'].mean()
     assert abs(changed['identity']['R1 other'].mean() - kept['identity']['R1 other'].mean()) < 10
 
 
@@ -323,7 +327,8 @@ def test_a_run_is_looked_at_once_and_again_under_other_options(made):
     assert f.stat().st_mtime_ns == before
     shutil.copy(p.runs_path/'synth/smoke/baseline/seed0'/f.name, f)                 # of another model
     again = findings.model_findings(findings.gather(p), f.parent, probes.CLOTHES_CHANGED)
-    assert files.read_tensors(f)[1]['config_hash'] == json.loads((f.parent/'config.json').read_text())['config_hash']
+    config = json.loads((f.parent/'config.json').read_text())
+    assert files.read_tensors(f)[1]['config_hash'] == config['config_hash']
     for k in values: np.testing.assert_array_equal(values[k], again[k])
 
 
@@ -332,11 +337,13 @@ def test_an_audit_without_models_or_large_features_is_the_same(made, tmp_path):
     p, t, _ = made
     runs = collect_runs(p.runs_path)
     keep_runs(p.runs_path, runs, tmp_path/'tables')
-    options = {r.variant + r.tag: dict(variant=r.variant, tag=r.tag, **layout_options('smoke', r.tag)) for r in runs.itertuples()}
+    options = {(r.variant, r.tag): dict(variant=r.variant, tag=r.tag, **layout_options('smoke', r.tag))
+               for r in runs.itertuples()}
     cs = [make_config('synth', 'smoke', epochs=1, **o) for o in options.values()]
     assert len(restore_runs(tmp_path/'runs', tmp_path/'tables', cs)) == 3
     shutil.copy(p.runs_path/'synth/smoke/costs.csv', tmp_path/'runs/synth/smoke')
-    again, _ = report.write_audit(p.model_copy(update=dict(runs=str(tmp_path/'runs'), tables=str(tmp_path/'audit'))), draws=60)
+    places = dict(runs=str(tmp_path/'runs'), tables=str(tmp_path/'audit'))
+    again, _ = report.write_audit(p.model_copy(update=places), draws=60)
     pd.testing.assert_frame_equal(again, t)
 
 
@@ -347,7 +354,8 @@ def test_a_run_that_was_never_looked_at_is_left_out(made, tmp_path):
     (folder/findings.MODEL).unlink()
     for f in folder.glob('look-*'): f.unlink()
     e = findings.gather(p.model_copy(update=dict(runs=str(tmp_path/'runs'))), draws=20)
-    assert [(f.verdict, f.evidence) for f in protocol.score_findings(e)] == [(findings.NOT_RUN, 'no run of full has its model')]
+    not_run, = protocol.score_findings(e)
+    assert (not_run.verdict, not_run.evidence) == (findings.NOT_RUN, 'no run of full has its model')
     deciding = [f for f in probes.robust_claim(e) if f.decides]
     assert deciding and {f.verdict for f in deciding} == {findings.NOT_RUN}
 
