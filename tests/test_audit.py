@@ -122,7 +122,8 @@ def test_what_was_not_run_has_no_difference(made):
 def test_every_path_is_a_run_and_every_mean_is_that_of_runs(made):
     p, t, _ = made
     runs = collect_runs(p.runs_path)
-    known = {results.run_folder(p.runs_path, r).relative_to(p.runs_path).as_posix() for r in runs.itertuples()}
+    folders = [results.run_folder(p.runs_path, r) for r in runs.itertuples()]
+    known = {f.relative_to(p.runs_path).as_posix() for f in folders}
     paths = {x for e in t['evidence'] if 'no finished' not in e for x in re.findall(r'\S+/seed\d+', e)}
     assert paths and paths <= known
     own = runs.sort_values('score').drop_duplicates(['variant', 'tag', 'seed'], keep='last')
@@ -299,7 +300,8 @@ def test_captions_are_heard_in_every_layout(layout):
     texts, heard = [t for r in probes.gallery_rows(s) for t in r['captions']], ceiling.captions_heard(s)
     assert len(texts) == len(heard)
     for text, h in zip(texts, heard):
-        assert ('scarf' in text.lower()) == ('scarf_color' in h) and ('beard' in text.lower()) == ('beard' in h)
+        assert ('scarf' in text.lower()) == ('scarf_color' in h)
+        assert ('beard' in text.lower()) == ('beard' in h)
         assert h['upper_type'] and 'gender' in h and not {False, 'average', 'plain'} & set(h.values())
 
 
@@ -376,7 +378,7 @@ def test_dependence_needs_a_pairing():
 
 def test_every_question_has_a_name_of_its_own():
     names = [q.name for q in report.MODEL_QUESTIONS]
-    assert sorted(names) == ['clothes', 'dependence', 'gate', 'other', 'rerank']     # kept archives hold these
+    assert sorted(names) == ['clothes', 'dependence', 'gate', 'other', 'rerank']    # kept archives hold these
 
 
 def test_no_name_of_the_module_is_taken_for_a_test():
