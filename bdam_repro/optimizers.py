@@ -29,9 +29,9 @@ def orthogonalize(x: Tensor,      # [N, a, b], a <= b
 def lie_flat(x: Tensor) -> Tensor:   # [a, b] -> the same or its transpose, at least as wide as tall
     return x.mT if x.shape[0] > x.shape[1] else x
 
-# %% ../nbs/42_optimizers.ipynb #04cd78d6
+# %% ../nbs/42_optimizers.ipynb #f957a948
 class Muon(torch.optim.Optimizer):
-    "`torch.optim.Muon` in float32: orthogonalized momentum, for matrices and the kernels of patch embeddings."
+    "Orthogonalized momentum, for matrices and the kernels of patch embeddings. `torch.optim.Muon` in float32."
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            by_shape = {}                                                  # (short side, long side) -> (parameter, update)
+            by_shape = {}                                                  # (short side, long side) -> pairs
             for p in group['params']:
                 if p.grad is None: continue
                 update = self.nesterov(p, group['momentum'])
@@ -72,25 +72,25 @@ def split_parameters(model: nn.Module,
         (rest if table or vector or channel_filters else matrices).append(p)
     return matrices, rest
 
-# %% ../nbs/42_optimizers.ipynb #e9b6a1e4
+# %% ../nbs/42_optimizers.ipynb #2011008d
 def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
     "Adam (4.2) or AdamW, weight decay on matrices only; or Muon for the matrices and AdamW for the rest."
     matrices, rest = split_parameters(model, c.optimizer == 'muon')
     if c.optimizer == 'muon':
-        halves = matrices[::2], matrices[1::2]                             # so that two cores can share the work
+        halves = matrices[::2], matrices[1::2]                             # one for each of two cores
         muon = [Muon(half, lr=c.muon_lr, weight_decay=c.weight_decay) for half in halves]
         return [*muon, torch.optim.AdamW(rest, lr=c.lr, weight_decay=0.)]
     groups = [{'params': matrices, 'weight_decay': c.weight_decay}, {'params': rest, 'weight_decay': 0.}]
     kind = torch.optim.AdamW if c.optimizer == 'adamw' else torch.optim.Adam
     return [kind(groups, lr=c.lr)]
 
-# %% ../nbs/42_optimizers.ipynb #b4dfb873
+# %% ../nbs/42_optimizers.ipynb #1e8bbd29
 def lr_at(step: int,    # from 0
           steps: int,   # of the whole run
           warmup: int,  # steps
           schedule: str = 'cosine'   # or 'hold'
          ) -> float:    # factor in (0, 1]
-    "Linear warm-up, then half a cosine to zero (4.2); or the full rate, and from two thirds on straight to zero."
+    "Linear warm-up, then half a cosine to zero (4.2); or the full rate, then a straight last third to zero."
     if step < warmup: return (step + 1)/(warmup + 1)
     if schedule == 'hold': return min(1., 3*(1 - step/steps))
     return .5*(1 + np.cos(np.pi*(step - warmup)/max(1, steps - warmup)))
