@@ -29,9 +29,9 @@ def orthogonalize(x: Tensor,      # [N, a, b], a <= b
 def lie_flat(x: Tensor) -> Tensor:   # [a, b] -> the same or its transpose, at least as wide as tall
     return x.mT if x.shape[0] > x.shape[1] else x
 
-# %% ../nbs/42_optimizers.ipynb #f957a948
+# %% ../nbs/42_optimizers.ipynb #4380e8ba
 class Muon(torch.optim.Optimizer):
-    "Orthogonalized momentum, for matrices and the kernels of patch embeddings. `torch.optim.Muon` in float32."
+    "Orthogonalized momentum, for matrices and kernels of patch embeddings. `torch.optim.Muon` in float32."
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 

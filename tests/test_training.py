@@ -357,8 +357,8 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(home, whole, tmp_path,
 @pytest.fixture(scope='module')
 def ready(home):
     "Data and tokenizer, made once."
-    ds, tok, _ = prepare(cfg(home), home/'ready', False)
-    return ds, tok
+    training = prepare(cfg(home), home/'ready', False)
+    return training.dataset, training.tokenizer
 
 
 READINGS = [
@@ -378,7 +378,7 @@ READINGS = [
 def test_every_reading_trains(home, ready, kw):
     "Two steps: finite losses, and every weight moves that has a gradient."
     c = cfg(home, **kw)
-    trainer = prepare(c, home/'ready', False)[2]
+    trainer = prepare(c, home/'ready', False).trainer
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.scaler = torch.amp.GradScaler('cpu', init_scale=256., enabled=c.amp == 'fp16')  # the first steps are not skipped
     for step, batch in zip(range(2), trainer.loader):
@@ -398,7 +398,7 @@ def test_every_reading_trains(home, ready, kw):
 def test_two_threads_skip_a_step_that_overflows(home, ready, monkeypatch):
     "The first step of fp16 scales by 65,536: gradients overflow, so no weight may move, in neither thread."
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
-    trainer = prepare(cfg(home, amp='fp16', dropout=0.), home/'ready', False)[2]
+    trainer = prepare(cfg(home, amp='fp16', dropout=0.), home/'ready', False).trainer
     assert trainer.model.second is not None and len(trainer.opts) > 1
     trainer.scaler = torch.amp.GradScaler('cpu', init_scale=2.**40, enabled=True)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
@@ -410,7 +410,7 @@ def test_two_threads_skip_a_step_that_overflows(home, ready, monkeypatch):
 def test_descriptions_feed_what_their_option_says(home, ready):
     def batch(**kw):
         c = cfg(home, **kw)
-        trainer = prepare(c, home/'ready', False)[2]
+        trainer = prepare(c, home/'ready', False).trainer
         return trainer, next(iter(trainer.loader))
     trainer, b = batch()
     assert b.id_ids is not None and b.clo_ids is not None                           # 'both'
@@ -600,9 +600,9 @@ def test_a_second_core_changes_no_bit(home, optimizer, tmp_path):
     c = cfg(home, optimizer=optimizer)
     def after(threads):
         torch.set_num_threads(threads)
-        trainer = prepare(c, tmp_path/f'{threads}', False)[2]
+        trainer = prepare(c, tmp_path/f'{threads}', False).trainer
         assert (trainer.model.second is None) == (threads == 1)
-        with T.single_threaded(trainer.model.second is not None): trainer.epoch(0, runs.tqdm(disable=True))
+        with T.single_threaded(trainer.model.second is not None): T.train_epoch(trainer, 0, runs.tqdm(disable=True))
         assert torch.get_num_threads() == threads
         torch.set_num_threads(1)
         return trainer.model.state_dict()
@@ -618,7 +618,7 @@ def test_dropout_and_second_derivatives_keep_to_one_thread(home):
 
 
 def test_muon_takes_the_matrices_and_the_patch_embedding(home, tmp_path):
-    model = prepare(cfg(home), tmp_path, False)[2].model
+    model = prepare(cfg(home), tmp_path, False).trainer.model
     *muon, rest = optimizers.make_optimizers(model, cfg(home))
     matrices = [p for o in muon for p in o.param_groups[0]['params']]
     assert sorted({p.ndim for p in matrices}) == [2, 4]
@@ -627,7 +627,7 @@ def test_muon_takes_the_matrices_and_the_patch_embedding(home, tmp_path):
 
 
 def test_the_temperature_falls(home, tmp_path):
-    trainer, seen = prepare(cfg(home, tau=.1, tau_decay=.25), tmp_path, False)[2], []
+    trainer, seen = prepare(cfg(home, tau=.1, tau_decay=.25), tmp_path, False).trainer, []
     real = T.forward
     def spy(model, batch, c):
         seen.append((c.tau, c.tau_end))
