@@ -49,7 +49,7 @@ def embed_texts(model: Model, dataset: PedesDataset, tokenizer, split: str,
         rows_of.append(rows)
     return join_rows(parts), torch.cat(rows_of).numpy()
 
-# %% ../nbs/51_evaluate.ipynb #02146620
+# %% ../nbs/51_evaluate.ipynb #54433a39
 @torch.no_grad()
 def embed_images(model: Model, dataset: PedesDataset, split: str,
                  batch: int = 256                        # images at a time
@@ -60,19 +60,19 @@ def embed_images(model: Model, dataset: PedesDataset, split: str,
     parts, rows_of = [], []
     for rows, images in image_batches(dataset, size, batch, split, columns=c.columns):
         g = model.encode_image(images.to(device))
-        patches = g.patches if c.fusion_input == 'tokens' else g.patches[:, :0]
-        parts.append(ImageFeatures(g.f_id.float(), g.f_clo.float(), g.hat_clo.float(), g.g.float(), patches.float()))
+        if c.fusion_input != 'tokens': g.patches = g.patches[:, :0]
+        parts.append(ImageFeatures(*(getattr(g, field.name).float() for field in fields(g))))
         rows_of.append(rows)
     return join_rows(parts), torch.cat(rows_of).numpy()
 
-# %% ../nbs/51_evaluate.ipynb #e052d6a7
+# %% ../nbs/51_evaluate.ipynb #ee50e4d0
 def evaluate(model: Model, dataset: PedesDataset, tokenizer, split: str,
              amp=None       # a context of the precision to compute in; None: full precision
             ) -> dict:      # see below
     """Metrics of a split under the honest scores (Sec. 4.1, open point 1).
 
-    Returns `results` (score name -> `RetrievalResult`), the features `q` and `g`, the rows `q_rows` and `g_rows` that they
-    belong to, the best K gallery entries `top` of each query [Q, K], and their new scores `fused` [Q, K] or None."""
+    Returns `results` (score name -> `RetrievalResult`), the features `q` and `g`, their rows `q_rows` and `g_rows`,
+    the best K gallery entries `top` of each query [Q, K], and their new scores `fused` [Q, K] or None."""
     was_training = model.training
     model.eval()
     with amp or torch.autocast('cpu', enabled=False):
