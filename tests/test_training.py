@@ -355,7 +355,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(home, whole, tmp_path,
     assert line.startswith('cannot write') and 'free some space' in line and '\n' not in line
     folder = run_dir(cfg(home), tmp_path)
     assert names(folder) == has
-    if limit > 5_000:                                                                   # with room, it goes on
+    if limit > 5_000:  # with room, it goes on
         assert bits(train(cfg(home), tmp_path, progress=False)) == bits(whole)
 
 
@@ -536,7 +536,7 @@ def test_bad_data_is_one_line_before_the_first_epoch(home, whole, tmp_path, case
     assert '\n' not in str(e.value) and len(str(e.value)) < 500
     run = run_dir(cfg(tmp_path), tmp_path/'runs')
     assert set(names(run)) <= {'config.json', 'tokenizer'}
-    assert before == sorted(p.relative_to(folder) for p in folder.rglob('*'))           # the user's data stays
+    assert before == sorted(p.relative_to(folder) for p in folder.rglob('*'))  # the user's data stays
     shutil.rmtree(folder)
     monkeypatch.undo()
     shutil.copytree(home/'data'/'small', folder)                           # mended, it runs, to the same bits
