@@ -65,13 +65,13 @@ def embed_images(model: Model, dataset: PedesDataset, split: str,
         rows_of.append(rows)
     return join_rows(parts), torch.cat(rows_of).numpy()
 
-# %% ../nbs/51_evaluate.ipynb #c1fd81f9
+# %% ../nbs/51_evaluate.ipynb #b6a465e0
 def evaluate(model: Model, dataset: PedesDataset, tokenizer, split: str,
              amp=None       # a context of the precision to compute in; None: full precision
             ) -> dict:      # see below
     """Metrics of a split under the honest scores (Sec. 4.1, open point 1).
 
-    Returns `results` (score -> `RetrievalResult`), the features `q` and `g`, their rows `q_rows` and `g_rows`,
+    Returns `results` (score -> `RetrievalResult`), features `q` and `g`, their rows `q_rows` and `g_rows`,
     the K best of each query `top` [Q, K], and their new scores `fused` [Q, K] or None."""
     was_training = model.training
     model.eval()
