@@ -60,7 +60,7 @@ def fusion_loss(out: Outputs, c: Config) -> Tensor:
     right, hardest = f[has_wrong, 0], f[has_wrong, 1]
     return triplet(anchor[has_wrong], right, hardest, c.margin)
 
-# %% ../nbs/43_objective.ipynb #7396678e
+# %% ../nbs/43_objective.ipynb #ef2dfa7a
 def learned_gates(out: Outputs, c: Config) -> list[Tensor]:
     "BDAM's gate g [B, D] and the fusion's weights w [B, 2], where this configuration has them."
     gates = []
@@ -78,8 +78,10 @@ def batch_losses(out: Outputs, batch: Batch, c: Config) -> dict[str, Tensor]:
         terms['clothing'] = c.c_clothing*clothing_loss(out, text_ids(batch.clo_ids), c)
     if c.bdam and c.c_decouple:
         terms['decouple'] = c.c_decouple*hsic(out.image.f_id, out.image.f_clo, c.hsic_kernel)
-    if c.c_gate and (gates := learned_gates(out, c)):
-        terms['gate'] = c.c_gate*sum(gate_regularization(g, c.gate_reg) for g in gates)/len(gates)
+    gates = learned_gates(out, c) if c.c_gate else []
+    if gates:
+        total = sum(gate_regularization(g, c.gate_reg) for g in gates)
+        terms['gate'] = c.c_gate*total/len(gates)
     if c.fusion and c.c_fusion: terms['fusion'] = c.c_fusion*fusion_loss(out, c)
     return terms
 
