@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HIT', 'MISS', 'Run', 'load_run', 'run_evaluate', 'metrics_table', 'difference', 'Ranked', 'query_texts',
-           'ranked_examples', 'show_image', 'plot_ranked', 'shorten']
+           'ranked_images', 'ranked_examples', 'show_image', 'shorten', 'plot_ranked']
 
-# %% ../nbs/54_ranked.ipynb #0f1abaae
+# %% ../nbs/54_ranked.ipynb #4c147e02
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from .config import ROOT, Config, UserError
@@ -25,7 +24,7 @@ from .model import Model
 from .pretrained import from_pretrained
 from .metrics import chance
 from .evaluate import evaluate
-from .trainer import pick_device, pick_dtype
+from .trainer import pick_device, pick_dtype, run_autocast
 from .runs import intervals, score_table, summary
 
 # %% ../nbs/54_ranked.ipynb #520006
@@ -39,41 +38,49 @@ class Run:
     tokenizer: object
     dataset: PedesDataset
 
-# %% ../nbs/54_ranked.ipynb #520007
+# %% ../nbs/54_ranked.ipynb #e3df817a
 def load_run(folder: str | Path,           # a run folder; relative to here or to the repository
              data_root: str | None = None, # None: as it was in training
              device: str | None = None,    # None: as it was in training
              progress: bool = True         # a bar where SynthPEDES must be drawn first
             ) -> Run:
     "The run of a folder. Raises `UserError` where it is not finished, or its data is not here."
-    folder = next((p for p in (Path(folder), ROOT/folder) if p.is_dir()), Path(folder))
-    if not (folder/'metrics.json').is_file(): raise UserError(f'no finished run at {folder}: train it first, see train.ipynb')
-    model, kept = from_pretrained(folder/'best.safetensors'), json.loads((folder/'config.json').read_text())     # the weights do not know a machine
-    config = model.config.model_copy(update=dict(data_root=data_root or kept['data_root'], device=device or kept['device']))
+    folder = next((path for path in (Path(folder), ROOT/folder) if path.is_dir()), Path(folder))
+    if not (folder/'metrics.json').is_file():
+        raise UserError(f'no finished run at {folder}: train it first, see train.ipynb')
+    metrics, options = (json.loads((folder/f'{name}.json').read_text()) for name in ('metrics', 'config'))
+    model = from_pretrained(folder/'best.safetensors')                     # knows its options, and no machine
+    machine = dict(data_root=data_root or options['data_root'], device=device or options['device'])
+    config = model.config.model_copy(update=machine)
     model.to(pick_device(config))
-    return Run(folder, config, json.loads((folder/'metrics.json').read_text()), model, load_tokenizer(folder/'tokenizer'), load_data(config, progress))
+    tokenizer = load_tokenizer(folder/'tokenizer')
+    return Run(folder, config, metrics, model, tokenizer, load_data(config, progress))
 
-# %% ../nbs/54_ranked.ipynb #520008
-def run_evaluate(run: Run, split: str = 'test') -> dict:  # as of `training.evaluate`
+# %% ../nbs/54_ranked.ipynb #143c2f93
+def run_evaluate(run: Run, split: str = 'test') -> dict:   # as of `evaluate`
     "Embed and score a split, in the precision of the training."
     if split not in ('val', 'test'): raise UserError(f"split={split!r}: choose 'val' or 'test'")
     device = pick_device(run.config)
-    dtype = pick_dtype(run.config, device)
-    return evaluate(run.model, run.dataset, run.tokenizer, split, torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None))
+    amp = run_autocast(device, pick_dtype(run.config, device))
+    return evaluate(run.model, run.dataset, run.tokenizer, split, amp)
 
-# %% ../nbs/54_ranked.ipynb #520014
+# %% ../nbs/54_ranked.ipynb #5ae02e14
 def metrics_table(run: Run,
                   e: dict    # of `run_evaluate`
-                 ) -> pd.DataFrame:  # in percent; a row a score, and chance
+                 ) -> pd.DataFrame:  # in percent; one row per score, and chance
     "R-1, R-5, R-10, mAP, mINP; intervals over people for R-1 and mAP."
     pids = run.dataset.records['pid'].to_numpy()
-    return score_table(summary(e), intervals(e, pids), chance(pids[e['q_rows']], pids[e['g_rows']]))
+    by_chance = chance(pids[e['q_rows']], pids[e['g_rows']])
+    return score_table(summary(e), intervals(e, pids), by_chance)
 
-# %% ../nbs/54_ranked.ipynb #520018
+# %% ../nbs/54_ranked.ipynb #77d3d93c
 def difference(run: Run, e: dict, split: str = 'test') -> float:  # percentage points
-    "The largest difference between an evaluation and what `metrics.json` says."
-    now = {name: r.summary() for name, r in e['results'].items()}
-    return max(abs(now[name][k] - v) for name, row in run.metrics[split].items() for k, v in row.items())
+    "The largest difference between an evaluation and the run's `metrics.json`."
+    gaps = []
+    for score, kept in run.metrics[split].items():
+        now = e['results'][score].summary()
+        gaps += [abs(now[metric] - value) for metric, value in kept.items()]
+    return max(gaps)
 
 # %% ../nbs/54_ranked.ipynb #520021
 @dataclass
@@ -85,34 +92,42 @@ class Ranked:
     hits: np.ndarray   # [k] bool, the person asked for
     place: float       # expected place of the first hit in the whole gallery, from 1
 
-# %% ../nbs/54_ranked.ipynb #520023
+# %% ../nbs/54_ranked.ipynb #6755eec3
 def query_texts(run: Run, e: dict) -> list[str]:  # [Q]
     "The caption of each query."
-    captions, nth = run.dataset.records['captions'], {}
-    def one(row):
-        nth[row] = nth.get(row, -1) + 1
-        return [t for t in captions.iloc[row] if t][nth[row]]
-    return [one(int(r)) for r in e['q_rows']]
+    captions, left, texts = run.dataset.records['captions'], {}, []
+    for row in e['q_rows']:
+        if row not in left: left[row] = [text for text in captions.iloc[row] if text]
+        texts.append(left[row].pop(0))
+    return texts
 
-# %% ../nbs/54_ranked.ipynb #520025
+# %% ../nbs/54_ranked.ipynb #bab92322
+def ranked_images(run: Run, e: dict, query: int, score: str, text: str, k: int) -> Ranked:
+    "The first `k` images of one query under one score."
+    order = e['top'][query].cpu()
+    if score == 'fused': order = order[e['fused'][query].argsort(descending=True, stable=True)]
+    rows = np.asarray(e['g_rows'])[order.numpy()][:k]
+    pids = run.dataset.records['pid'].to_numpy()
+    hits = pids[rows] == pids[e['q_rows'][query]]
+    return Ranked(score, text, rows, hits, float(e['results'][score].rank[query]))
+
 def ranked_examples(run: Run,
-                    e: dict,                                # of `run_evaluate`
-                    queries: list[int] | int = 4,           # which queries, or how many spread evenly over all (none is picked by its result)
-                    k: int = 10                             # images each
-                   ) -> list[list[Ranked]]:                 # a list a query, in it one `Ranked` a score
-    "The first `k` images of some queries under each score."
-    if isinstance(queries, int) and queries < 1: raise UserError(f'{queries} queries: a picture needs one at least')
-    if isinstance(queries, int): queries = np.linspace(0, len(e['q_rows']) - 1, min(queries, len(e['q_rows']))).round().astype(int).tolist()
-    pids, texts = run.dataset.records['pid'].to_numpy(), query_texts(run, e)
-    def one(q, score):
-        order = e['top'][q].cpu()
-        if score == 'fused': order = order[e['fused'][q].argsort(descending=True, stable=True)]
-        rows = np.asarray(e['g_rows'])[order.numpy()][:k]
-        return Ranked(score, texts[q], rows, pids[rows] == pids[e['q_rows'][q]], float(e['results'][score].rank[q]))
-    return [[one(q, score) for score in e['results']] for q in queries]
+                    e: dict,                         # of `run_evaluate`
+                    queries: list[int] | int = 4,    # which queries, or how many spread evenly over all
+                    k: int = 10                      # images each
+                   ) -> list[list[Ranked]]:          # per query, one `Ranked` per score
+    "The first `k` images of some queries under each score. By default no query is picked by its result."
+    if isinstance(queries, int):
+        if queries < 1: raise UserError(f'{queries} queries: a picture needs one at least')
+        last, n = len(e['q_rows']) - 1, min(queries, len(e['q_rows']))
+        queries = np.linspace(0, last, n).round().astype(int).tolist()
+    texts, examples = query_texts(run, e), []
+    for query in queries:
+        examples.append([ranked_images(run, e, query, score, texts[query], k) for score in e['results']])
+    return examples
 
-# %% ../nbs/54_ranked.ipynb #520030
-HIT, MISS = dict(color='#1a9641', linewidth=4), dict(color='0.75', linewidth=.8)   # told apart by width as well as by color
+# %% ../nbs/54_ranked.ipynb #2fe1138b
+HIT, MISS = dict(color='#1a9641', linewidth=4), dict(color='0.75', linewidth=.8)
 
 def show_image(ax, image, hit: bool) -> None:
     "One image in its frame."
@@ -120,26 +135,28 @@ def show_image(ax, image, hit: bool) -> None:
     ax.set(xticks=[], yticks=[])
     for side in ax.spines.values(): side.set(**(HIT if hit else MISS))
 
-# %% ../nbs/54_ranked.ipynb #520031
+def shorten(text: str, width: int) -> str:
+    "At most `width` letters, on two lines."
+    text = text if len(text) <= width else text[:width - 1] + '…'
+    middle = text.rfind(' ', 0, width//2 + 1)
+    return text if len(text) <= width//2 or middle < 0 else f'{text[:middle]}\n{text[middle + 1:]}'
+
+# %% ../nbs/54_ranked.ipynb #918df9aa
 def plot_ranked(run: Run,
                 examples: list[list[Ranked]]  # of `ranked_examples`
                ) -> Figure:
-    "For each query its text, and under it a row of images for each score; hits have a green frame."
-    k, scores = max(len(r.rows) for rs in examples for r in rs), len(examples[0])
-    ratio = run.config.image_height/run.config.image_width
-    fig = plt.figure(figsize=(.75*k + .6, len(examples)*(scores*.8*min(ratio, 2) + .45)), dpi=70, layout='constrained')
-    for part, pair in zip(np.atleast_1d(fig.subfigures(len(examples), 1)), examples):
+    "For each query its text, and under it one row of images per score; hits have a green frame."
+    scores, k = len(examples[0]), max(len(ranked.rows) for pair in examples for ranked in pair)
+    tall = min(2, run.config.image_height/run.config.image_width)
+    size = .75*k + .6, len(examples)*(scores*.8*tall + .45)
+    fig = plt.figure(figsize=size, dpi=70, layout='constrained')
+    parts = np.atleast_1d(fig.subfigures(len(examples), 1))
+    for part, pair in zip(parts, examples):
         part.suptitle(shorten(pair[0].text, 26*k), fontsize=7, x=.01, ha='left')
         for axes, ranked in zip(part.subplots(scores, k, squeeze=False), pair):
             axes[0].set_ylabel(f'{ranked.score}\nfirst hit: {ranked.place:.0f}', fontsize=7)
             for ax in axes[len(ranked.rows):]: ax.set_axis_off()
-            for ax, row, hit in zip(axes, ranked.rows, ranked.hits): show_image(ax, run.dataset.image(int(row)), hit)
+            for ax, row, hit in zip(axes, ranked.rows, ranked.hits):
+                show_image(ax, run.dataset.image(int(row)), hit)
     plt.close(fig)
     return fig
-
-# %% ../nbs/54_ranked.ipynb #520032
-def shorten(text: str, width: int) -> str:
-    "At most `width` letters, on two lines."
-    text = text if len(text) <= width else text[:width - 1] + '…'
-    half = text.rfind(' ', 0, width//2 + 1)
-    return text if len(text) <= width//2 or half < 0 else f'{text[:half]}\n{text[half + 1:]}'

@@ -116,14 +116,14 @@ def test_the_paper_preset_trains_from_official_files_and_hub_folders(data, hub, 
     model = from_pretrained(folder/'best.safetensors')                                      # needs neither hub nor checkpoint
     assert model.vision.grid == (4, 3) and model.proj_clo is None
     assert load_tokenizer(folder/'tokenizer').get_vocab() == load_tokenizer(hub/'bert').get_vocab()
-    start = prepare(c, folder, False)[2].model.state_dict()
+    start = prepare(c, folder, False).trainer.model.state_dict()
     end = model.state_dict()
     moved = {k.split('.')[0] for k in end if not torch.equal(start[k], end[k])}
     assert moved == {'vision', 'text', 'bdam', 'proj_t', 'fusion'}
 
 
 def test_the_run_starts_from_the_weights_of_the_checkpoint(data, hub, tmp_path):
-    model = prepare(paper('cuhk', data, hub), tmp_path, False)[2].model
+    model = prepare(paper('cuhk', data, hub), tmp_path, False).trainer.model
     vit = ViTForImageClassification.from_pretrained(hub/'vit').vit.state_dict()
     bert = BertForMaskedLM.from_pretrained(hub/'bert').bert.state_dict()
     state = model.state_dict()
@@ -178,7 +178,7 @@ def test_vit_base_and_bert_base_take_two_steps(data, hub, tmp_path):
     (tmp_path/'bert'/'vocab.txt').write_bytes((hub/'bert'/'vocab.txt').read_bytes())
     c = make_config('cuhk', data_root=str(data), vision=str(tmp_path/'vit'), text=str(tmp_path/'bert'), ids_per_batch=2)
     assert (c.image_height, c.dim, c.fusion_dim, c.bdam_depth, c.lr) == (224, 768, 256, 6, 1e-4)
-    trainer = prepare(c, tmp_path/'run', False)[2]
+    trainer = prepare(c, tmp_path/'run', False).trainer
     assert trainer.model.vision.grid == (14, 14) and sum(p.numel() for p in trainer.model.parameters()) > 200e6
     watched = ('proj_t.', 'bdam.gate.', 'bdam.branches.proj_id.', 'fusion.out.')
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if n.startswith(watched)}

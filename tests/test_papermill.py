@@ -26,19 +26,22 @@ def root(tmp_path_factory): return tmp_path_factory.mktemp('root')
 
 
 def environment(root):
-    return {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'BDAM_ROOT': str(root), 'OMP_NUM_THREADS': '1'}
+    own = {'BDAM_ROOT': str(root), 'OMP_NUM_THREADS': '1'}
+    return {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | own
 
 
 def piped(root, *args, stdin=None, cwd=REPO):
-    given = dict(stdin=subprocess.DEVNULL) if stdin is None else dict(input=stdin)      # `input` makes it a pipe
-    return subprocess.run([PAPERMILL, *map(str, args)], cwd=cwd, env=environment(root), **given, capture_output=True, text=True)
+    given = dict(stdin=subprocess.DEVNULL) if stdin is None else dict(input=stdin)   # `input` makes it a pipe
+    command = [PAPERMILL, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=environment(root), **given, capture_output=True, text=True)
 
 
 def on_terminal(root, *args, columns=80, cwd=REPO):
     "Exit code and everything a terminal of this width was sent."
     master, slave = pty.openpty()
     ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 40, columns, 0, 0))
-    p = subprocess.Popen([PAPERMILL, *map(str, args)], cwd=cwd, env=environment(root), stdin=slave, stdout=slave, stderr=slave)
+    command = [PAPERMILL, *map(str, args)]
+    p = subprocess.Popen(command, cwd=cwd, env=environment(root), stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     sent = b''
     while True:
@@ -57,7 +60,8 @@ def notebook(path, *sources):
     "A notebook of these code cells."
     kernel = dict(name='python3', display_name='python3', language='python')
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell(s) for s in sources], metadata=dict(kernelspec=kernel)), path)
+    cells = [v4.new_code_cell(s) for s in sources]
+    nbformat.write(v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), path)
 
 
 @pytest.fixture(scope='module')
@@ -69,8 +73,10 @@ def test_terminal_without_output_path(root, trained):
     assert code == 0, sent
     executed = root/'runs'/'train-preset=smoke.ipynb'
     assert f'executed notebook: {executed}' in sent.replace('\r\n', '\n')
-    outputs = [o for c in json.loads(executed.read_text())['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
-    assert any('chance' in ''.join(o.get('text', '')) for o in outputs) and any('image/png' in o.get('data', {}) for o in outputs)
+    cells = json.loads(executed.read_text())['cells']
+    outputs = [o for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
+    assert any('chance' in ''.join(o.get('text', '')) for o in outputs)
+    assert any('image/png' in o.get('data', {}) for o in outputs)
     assert (root/'runs/synth/smoke/full/seed0/metrics.json').is_file()
 
 
@@ -99,7 +105,7 @@ def test_missing_data_with_a_piped_stdin(root):
     line, = errors(r.stderr)
     assert r.stderr.rstrip().endswith(line) and 'Traceback' not in r.stderr + r.stdout
     for word in ('CUHK-PEDES', str(root/'data'), 'reid_raw.json', '-p dataset synth'): assert word in line
-    assert (REPO/'nbs/train.ipynb').read_bytes() == source             # papermill alone writes its output there
+    assert (REPO/'nbs/train.ipynb').read_bytes() == source           # papermill alone writes its output there
     assert (root/'runs/train-dataset=cuhk.ipynb').is_file() and not (root/'runs/cuhk').exists()
 
 
@@ -118,8 +124,9 @@ def test_unknown_parameter_or_value(root, args, words):
 def test_help_lists_the_typed_parameters(root):
     r = piped(root, '--help-notebook', 'nbs/train.ipynb')
     assert r.returncode == 0
-    for typed in ("dataset: str (default 'synth')", "variant: str (default 'full')", 'epochs: int (default None)',
-                  'seed: int (default 0)', 'overwrite: bool (default False)'): assert typed in r.stdout
+    for typed in ("dataset: str (default 'synth')", "variant: str (default 'full')",
+                  'epochs: int (default None)', 'seed: int (default 0)', 'overwrite: bool (default False)'):
+        assert typed in r.stdout
     assert 'no type' not in r.stdout.lower() and 'Unknown' not in r.stdout
 
 
