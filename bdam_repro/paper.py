@@ -240,7 +240,7 @@ _LOSSES = (
               ('fusion_loss', 'fusion_negatives', 'fusion_grad')),
     OpenPoint(5, 'Eq. 1, 4.3', 'Eq. 1 pushes the clothing feature from its own text, while 4.3 has the '
               'clothing branch learn appearance by a matching loss '
-              'without an equation', 
+              'without an equation',
               ('literal', 'matching', 'matching and reversed gradients on f_id', 'both'), 'matching',
               'pushed off its text, f_clo need not hold clothing at all', ('clothing',)),
     OpenPoint(6, 'Eq. 1', 'P_pos is called a similarity; the logarithm needs a probability',
@@ -277,7 +277,7 @@ _LOSSES = (
               'as named', ('optimizer', 'weight_decay')),
     OpenPoint(20, '4.2', 'batch size, epochs, warm-up, text length, image augmentation, τ',
               ('those of the field',), '60 epochs, 64 images, 77 tokens, 5 warm-up epochs, τ 0.05',
-              'custom of the field', 
+              'custom of the field',
               ('ids_per_batch', 'images_per_id', 'epochs', 'warmup', 'schedule', 'max_length', 'tau',
                'tau_decay', 'flip', 'pad', 'erase')),
 )

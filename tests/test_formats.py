@@ -7,7 +7,15 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer, CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from bdam_repro.batches import load_tokenizer
 from bdam_repro.config import UserError, make_config, run_dir
