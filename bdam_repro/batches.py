@@ -243,7 +243,7 @@ def with_stand_ins(records: pd.DataFrame, column: str) -> tuple[list[str], str]:
     note = f'{missing} of {len(texts)} images have no {column}: their first caption stands in.'
     return texts, note if missing else ''
 
-# %% ../nbs/17_batches.ipynb #289792df
+# %% ../nbs/17_batches.ipynb #8b66a1a8
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
     def __init__(self, records: pd.DataFrame,                         # of one split
@@ -258,7 +258,7 @@ class _TrainData(Dataset):
         self.seed, self.augmentation = seed, augmentation
         captions = list(records['captions'])
         self.choice = CaptionChoice(captions)
-        self.two_captions = two_captions and bool((self.choice.counts > 1).any())
+        self.two_captions = two_captions and bool((self.choice.counts > 1).any())    # no image may have two
         self.captions = _Tokens(*encode([text for texts in captions for text in texts], 'captions'))
         self.described, notes = {}, []
         for name, column in described.items():

@@ -21,7 +21,7 @@ from .people import (AGES, BAGS, BUILDS, CLOTHING_FACTORS, COLORS, GENDERS, HAIR
                                UPPER, pick)
 from .rendering import far_bag
 
-# %% ../nbs/14_captions.ipynb #2730f938
+# %% ../nbs/14_captions.ipynb #7601fa61
 def visible(f: dict  # all factors of a picture
            ) -> dict:  # named factors that can be seen in it; absent things are left out
     "The attributes that an honest describer could name."
@@ -34,10 +34,10 @@ def visible(f: dict  # all factors of a picture
         if f['upper_pattern'] == 'logo': hidden |= {'upper_pattern', 'upper_color2'}
     hair_fits_under_hat = f['hair_style'] in ('bald', 'short', 'curly', 'bun')
     if f['hat_type'] != 'none' and hair_fits_under_hat: hidden |= {'hair_style', 'hair_color'}
-    if f['hair_style'] == 'bald': hidden.add('hair_color')
+    if f['hair_style'] == 'bald': hidden.add('hair_color')              # the factor is there all the same
     if f['occlusion'] in ('box', 'bike'): hidden |= {'shoes_type', 'shoes_color'}
-    if f['lower_type'] == 'none': hidden.add('lower_pattern')
-    if far_bag(f): hidden |= {'bag_type', 'bag_color'}
+    if f['lower_type'] == 'none': hidden.add('lower_pattern')           # a dress covers it
+    if far_bag(f): hidden |= {'bag_type', 'bag_color'}                  # it hangs on the side that is turned away
     named = IDENTITY_FACTORS + CLOTHING_FACTORS
     return {name: f[name] for name in named if name not in hidden and f[name] != 'none'}
 
@@ -189,7 +189,7 @@ class Annotator:
         noun = noun.removeprefix('a ')
         return an(noun) if self.habits.articles else noun
 
-# %% ../nbs/14_captions.ipynb #f47136be
+# %% ../nbs/14_captions.ipynb #1988f4d9
 def person_phrase(annotator: Annotator) -> str:
     "The noun for the person, without an article: 'tall slim young man'."
     seen, word = annotator.seen, annotator.word
@@ -198,15 +198,15 @@ def person_phrase(annotator: Annotator) -> str:
     noun = word(concept)
     has_age = 'age' in seen and not child                              # 'boy' and 'girl' say it already
     age = [word(seen['age'])] if has_age and annotator.told('age') else []
-    sizes = {}
+    sizes = {}                                                         # of height and build, if told
     for topic in ('height', 'build'):
         told = annotator.told(topic)
         if told and (annotator.topics == 'identity' or seen[topic] != 'average'): sizes[topic] = seen[topic]
     behind = {topic: size for topic, size in sizes.items() if size == 'average' or annotator.habits.post}
     before = [word(size) for topic, size in sizes.items() if topic not in behind]
     after = [f'{word(size)} {topic}' for topic, size in behind.items()]
-    phrase = ' '.join(before + age + [noun])
-    return phrase + (f' of {listed(after)}' if after else '')
+    phrase = ' '.join(before + age + [noun])                           # 'tall slim' 'young' 'man'
+    return phrase + (f' of {listed(after)}' if after else '')          # 'of average build'
 
 # %% ../nbs/14_captions.ipynb #886366fa
 def hair_phrase(annotator: Annotator) -> str:
@@ -270,7 +270,7 @@ def clothing_phrases(annotator: Annotator) -> dict[str, str]:  # topic -> phrase
         phrases['scarf'] = garment(annotator, 'scarf', seen['scarf_color'])
     return phrases
 
-# %% ../nbs/14_captions.ipynb #a1c51435
+# %% ../nbs/14_captions.ipynb #95a4f4c2
 GENDER_PRONOUNS = {'man': ('he', 'his'), 'woman': ('she', 'her'), 'person': ('the person', "the person's")}
 
 @dataclass
@@ -285,7 +285,7 @@ class Say(Annotator):
         if self.topics != 'identity': self.phrases |= clothing_phrases(self)
 
     def told_of(self, *topics: str) -> list[str]:
-        "The phrases of those of these topics that are told."
+        "Phrases of the given topics; topics without one are skipped."
         return [self.phrases[topic] for topic in topics if topic in self.phrases]
 
     def clause(self, frame: str, *topics: str, last: str = ' and ') -> str:

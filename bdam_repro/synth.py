@@ -203,9 +203,9 @@ def write_tables(folder: Path, s: Spec, workers: int):
             descriptions.write(json.dumps(row['description']) + '\n')
     (folder/'synth.json').write_text(json.dumps(asdict(s), indent=1))
 
-# %% ../nbs/15_synth.ipynb #97d47ab0
+# %% ../nbs/15_synth.ipynb #c6c7f9de
 def existing_synth(target: Path, asked: dict) -> Path:
-    "An existing dataset, if it is the one asked for. Raises `UserError` otherwise."
+    "An existing dataset, if its `Spec` is the one asked for (as a dict). Raises `UserError` otherwise."
     mend = 'choose another `folder`, or delete this one'
     file = target/'synth.json'
     if not file.exists():
