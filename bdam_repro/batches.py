@@ -297,7 +297,7 @@ class _TrainData(Dataset):
         rows, pids = torch.from_numpy(self.rows[i]), torch.from_numpy(self.pids[i])
         return Batch(rows, pids, images, **tensors)
 
-# %% ../nbs/17_batches.ipynb #1f9d258a
+# %% ../nbs/17_batches.ipynb #4ffc81e4
 class Loader:
     "Each iteration is an epoch of training batches; `wait_share` measures how long its user waited."
     def __init__(self, data: _TrainData, workers: int):
@@ -316,7 +316,7 @@ class Loader:
         return self.wait/self.total if self.total else 0.
 
     def _by_processes(self) -> Iterator[Batch | UserError]:
-        own = torch.Generator()                                       # or it would draw from dropout's generator
+        own = torch.Generator()                                       # else it draws from dropout's generator
         yield from DataLoader(self.data, batch_size=None, num_workers=self.workers,
                               prefetch_factor=4, generator=own)
 

@@ -21,7 +21,7 @@ from .people import (AGES, BAGS, BUILDS, CLOTHING_FACTORS, COLORS, GENDERS, HAIR
                                UPPER, pick)
 from .rendering import far_bag
 
-# %% ../nbs/14_captions.ipynb #7601fa61
+# %% ../nbs/14_captions.ipynb #29f4881b
 def visible(f: dict  # all factors of a picture
            ) -> dict:  # named factors that can be seen in it; absent things are left out
     "The attributes that an honest describer could name."
@@ -37,7 +37,7 @@ def visible(f: dict  # all factors of a picture
     if f['hair_style'] == 'bald': hidden.add('hair_color')              # the factor is there all the same
     if f['occlusion'] in ('box', 'bike'): hidden |= {'shoes_type', 'shoes_color'}
     if f['lower_type'] == 'none': hidden.add('lower_pattern')           # a dress covers it
-    if far_bag(f): hidden |= {'bag_type', 'bag_color'}                  # it hangs on the side that is turned away
+    if far_bag(f): hidden |= {'bag_type', 'bag_color'}                  # it hangs on the far side
     named = IDENTITY_FACTORS + CLOTHING_FACTORS
     return {name: f[name] for name in named if name not in hidden and f[name] != 'none'}
 

@@ -41,14 +41,14 @@ def decode_image(path: str | Path,  # an image file
     resized = image.resize((width, height), Image.Resampling.BICUBIC, box=window)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/16_images.ipynb #8d6cf8eb
+# %% ../nbs/16_images.ipynb #f39f37c4
 KEEP = 2000      # up to this many texts or images are not worth a file
 
 def remember(path: Path | None,  # a safetensors file; None: nothing is kept
              made_of: object,  # everything that decides the result, in types that JSON has
              make: Callable[[], dict[str, torch.Tensor]],
              ) -> dict[str, torch.Tensor]:
-    "`make()`, or its result from an earlier run with the same `made_of`. A disk that refuses costs only time."
+    "`make()`, or its result from an earlier run with the same `made_of`. A full disk costs only time."
     if path is None: return make()
     versions = [PIL.__version__, tokenizers.__version__]  # another version may decode or split differently
     key = hashlib.sha256(json.dumps([made_of, *versions]).encode()).hexdigest()
@@ -61,7 +61,7 @@ def remember(path: Path | None,  # a safetensors file; None: nothing is kept
         save_file(made, tmp, {'made_of': key})
     return made
 
-# %% ../nbs/16_images.ipynb #ab1e00ac
+# %% ../nbs/16_images.ipynb #35b12dba
 class ImageStore:
     "Images of a dataset at one size: from memory when they fit the budget, else from their files."
     def __init__(self, dataset: PedesDataset,
@@ -81,7 +81,7 @@ class ImageStore:
         n_bytes = len(rows)*3*size[0]*size[1]
         self.cached = n_bytes <= budget if cache == 'auto' else cache
         if self.cached:
-            self.slot = {row: i for i, row in enumerate(self.paths)}  # position in `dataset.records` -> in `data`
+            self.slot = {row: i for i, row in enumerate(self.paths)}  # row of the table -> position in `data`
             paths = list(self.paths.values())
             self.data = self._remembered(paths, dataset.root) if len(rows) > keep else self._decode(paths)
 
