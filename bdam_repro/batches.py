@@ -7,8 +7,9 @@ __all__ = ['SPECIAL_TOKENS', 'wordpiece_vocab', 'save_tokenizer', 'load_tokenize
            'PKSampler', 'Batch', 'combine_seeds', 'uniform_share', 'CaptionChoice', 'with_stand_ins', 'Loader',
            'split_rows', 'train_batches', 'image_batches', 'text_batches']
 
-# %% ../nbs/17_batches.ipynb #2a541925
+# %% ../nbs/17_batches.ipynb #42092341
 import json
+import math
 import os
 import random
 import shutil
@@ -32,7 +33,7 @@ from .hub import TOKENIZER_FILES, hub_folder
 from .pedes import PedesDataset
 from .images import KEEP, ImageStore, augment, remember
 
-# %% ../nbs/17_batches.ipynb #5594f4a4
+# %% ../nbs/17_batches.ipynb #66ba1708
 SPECIAL_TOKENS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
 
 def wordpiece_vocab(texts: Sequence[str],  # the training captions
@@ -43,8 +44,8 @@ def wordpiece_vocab(texts: Sequence[str],  # the training captions
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     letters = set(string.ascii_lowercase + string.digits + string.punctuation)
-    for raw in set().union(*texts):                                   # every letter of the captions
-        letters |= {c for c in tokenizer.normalizer.normalize_str(raw) if not c.isspace()}
+    for character in set().union(*texts):                             # each one in the captions, once
+        letters |= {c for c in tokenizer.normalizer.normalize_str(character) if not c.isspace()}
     first = sorted(letters)[:500]
     fixed = [*SPECIAL_TOKENS, *first, *(f'##{c}' for c in first)]
     trainer = trainers.WordPieceTrainer(vocab_size=max(vocab_size, len(fixed)), special_tokens=fixed,
@@ -52,7 +53,7 @@ def wordpiece_vocab(texts: Sequence[str],  # the training captions
     tokenizer.train_from_iterator(texts, trainer)
     return dict(sorted(tokenizer.get_vocab().items(), key=lambda piece_and_id: piece_and_id[1]))
 
-# %% ../nbs/17_batches.ipynb #0886cb42
+# %% ../nbs/17_batches.ipynb #8b40a4d1
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     "Save in the hub's format, whole or not at all. Raises `UserError` where the disk refuses."
     folder = Path(folder)
@@ -62,7 +63,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         shutil.rmtree(tmp, ignore_errors=True)
         tokenizer.save_pretrained(tmp)
         folder.mkdir(exist_ok=True)
-        # tokenizer.json, without which nothing loads, comes last
+        # in this order tokenizer.json, without which nothing loads, comes last
         for file in sorted(tmp.iterdir(), reverse=True): os.replace(file, folder/file.name)
     except Exception as e:  # the writer behind it is not Python and raises plain exceptions
         mend = 'free some space or choose another folder'
@@ -105,16 +106,16 @@ def train_tokenizer(texts: Sequence[str],  # the *training* captions
     save_tokenizer(BertTokenizer(vocab=vocab, do_lower_case=True), folder)
     return load_tokenizer(folder)
 
-# %% ../nbs/17_batches.ipynb #4f783775
+# %% ../nbs/17_batches.ipynb #85a5943b
 def encode_texts(tokenizer: PreTrainedTokenizerBase,
                  texts: Sequence[str],
                  max_length: int,  # longer texts are cut, their closing token kept
-                 memory: Path | None = None,  # file that keeps them for the next run
+                 memory: Path | None = None,  # file that keeps the tokens for the next run
                  ) -> tuple[torch.Tensor, torch.Tensor]:  # ids [N,L] int64, mask [N,L] True at real tokens
     "Tokenize all texts at once, padded on the right to the longest of them."
     texts, engine = [str(text) for text in texts], tokenizer.backend_tokenizer
     engine.no_padding()
-    engine.enable_truncation(max_length)                              # before `to_str`, which says it
+    engine.enable_truncation(max_length)                              # before `to_str`, which includes it
     def make():
         rows = [encoding.ids for encoding in engine.encode_batch_fast(texts)]   # without positions, for speed
         lengths = torch.tensor([len(row) for row in rows])
@@ -122,7 +123,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase,
         ids = torch.full(mask.shape, tokenizer.pad_token_id)
         ids[mask] = torch.tensor([token for row in rows for token in row])
         return dict(ids=ids, mask=mask)
-    if not memory: made_of = None
+    if not memory: made_of = None                                     # nothing is kept, so no hash is needed
     else: made_of = [texts, max_length, tokenizer.pad_token_id, engine.get_vocab_size(), engine.to_str()]
     made = remember(memory, made_of, make)
     return made['ids'], made['mask']
@@ -134,7 +135,7 @@ def trim(ids: torch.Tensor,  # [B,L]
     L = int(mask.sum(1).max())
     return ids[:, :L], mask[:, :L]
 
-# %% ../nbs/17_batches.ipynb #604eff74
+# %% ../nbs/17_batches.ipynb #fcadfc86
 class PKSampler:
     "Batches of P identities × K images, as positions into `pids`: a function of (seed, epoch)."
     def __init__(self, pids: Sequence[int],  # [N] identity of each image
@@ -152,29 +153,30 @@ class PKSampler:
 
     def set_epoch(self, epoch: int): self.epoch = epoch
 
-    def __len__(self) -> int: return -(-len(self.groups)//self.p)
+    def __len__(self) -> int: return math.ceil(len(self.groups)/self.p)
 
     def images_of(self, pid: int) -> list[int]:  # [K] positions
         "This epoch's K images of an identity."
         images = self.groups[pid]
-        turns = -(-len(images)//self.k)                               # epochs until all have been seen
-        rounds, turn = divmod(self.epoch, turns)
+        turns = math.ceil(len(images)/self.k)                         # epochs until all have been seen
+        rounds, turn = divmod(self.epoch, turns)                      # shufflings before, epochs since
         images = random.Random(f'{self.seed} {pid} {rounds}').sample(images, len(images))
         return [images[i % len(images)] for i in range(turn*self.k, (turn + 1)*self.k)]
 
     def __iter__(self) -> Iterator[list[int]]:
         pids = sorted(self.groups)
         random.Random(f'{self.seed} {self.epoch}').shuffle(pids)
-        pids += pids[:-len(pids) % self.p]                            # fills the last batch
+        missing = -len(pids) % self.p                                 # in the last batch
+        pids += pids[:missing]
         share = self.p*self.k//self.world
         for i in range(0, len(pids), self.p):
             batch = [position for pid in pids[i:i + self.p] for position in self.images_of(pid)]
             yield batch[self.rank*share:(self.rank + 1)*share]
 
-# %% ../nbs/17_batches.ipynb #8f81033b
+# %% ../nbs/17_batches.ipynb #544ff458
 @dataclass
 class Batch:
-    "One training batch. Texts are cut to the longest of the batch; a text that is not there is None."
+    "One training batch. Each kind of text is cut to its longest in the batch; a kind that is absent is None."
     rows: torch.Tensor                     # int64 [B] positions in `dataset.records`
     pids: torch.Tensor                     # int64 [B]
     images: torch.Tensor                   # uint8 [B,3,H,W]
@@ -195,8 +197,8 @@ class Batch:
     def pin_memory(self) -> 'Batch': return self._each(torch.Tensor.pin_memory)
     def __len__(self) -> int: return len(self.rows)
 
-# %% ../nbs/17_batches.ipynb #a18f456c
-def combine_seeds(*numbers: int) -> int:  # a 64-bit seed
+# %% ../nbs/17_batches.ipynb #145cf197
+def combine_seeds(*numbers: int) -> int:  # a seed of 63 bits, never negative
     "One seed from several numbers, the same on every machine."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
@@ -208,9 +210,9 @@ def uniform_share(n: int,  # images of this rank
     rank, world = part
     return torch.rand(n*world, generator=generator)[rank*n:(rank + 1)*n].numpy()
 
-# %% ../nbs/17_batches.ipynb #ed8b61c9
+# %% ../nbs/17_batches.ipynb #d9f71837
 class _Tokens:
-    "A table of tokenized texts."
+    "A table of tokenized texts; an index returns its rows, trimmed."
     def __init__(self, ids: torch.Tensor, mask: torch.Tensor): self.ids, self.mask = ids, mask
     def __getitem__(self, rows): return trim(self.ids[rows], self.mask[rows])
 
@@ -218,15 +220,16 @@ class CaptionChoice:
     "Which captions of some images are taken, as positions among all captions of the split."
     def __init__(self, captions: Sequence[Sequence[str]]):  # of each image
         self.counts = np.array([len(texts) for texts in captions])
-        self.first = np.cumsum(self.counts) - self.counts
+        self.first = np.cumsum(self.counts) - self.counts             # the captions of all images before
 
     def one(self, i: np.ndarray, u: np.ndarray) -> np.ndarray:  # [B] images, [B] uniform numbers -> [B]
+        "Any caption of each image."
         return self.first[i] + (u*self.counts[i]).astype(int)
 
     def another(self, i: np.ndarray, taken: np.ndarray, u: np.ndarray) -> np.ndarray:
         "Any caption of the same image except `taken`; where there is only one, the same again."
         n = self.counts[i]
-        step = 1 + (u*(n - 1)).astype(int)                            # 1 … n - 1
+        step = 1 + (u*(n - 1)).astype(int)                            # 1 … n - 1 captions on, around the end
         return self.first[i] + (taken - self.first[i] + step) % n
 
 # %% ../nbs/17_batches.ipynb #24c7782f
@@ -240,7 +243,7 @@ def with_stand_ins(records: pd.DataFrame, column: str) -> tuple[list[str], str]:
     note = f'{missing} of {len(texts)} images have no {column}: their first caption stands in.'
     return texts, note if missing else ''
 
-# %% ../nbs/17_batches.ipynb #8cbdbe4b
+# %% ../nbs/17_batches.ipynb #8b66a1a8
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
     def __init__(self, records: pd.DataFrame,                         # of one split
@@ -255,7 +258,7 @@ class _TrainData(Dataset):
         self.seed, self.augmentation = seed, augmentation
         captions = list(records['captions'])
         self.choice = CaptionChoice(captions)
-        self.two_captions = two_captions and bool((self.choice.counts > 1).any())
+        self.two_captions = two_captions and bool((self.choice.counts > 1).any())    # no image may have two
         self.captions = _Tokens(*encode([text for texts in captions for text in texts], 'captions'))
         self.described, notes = {}, []
         for name, column in described.items():
@@ -265,6 +268,7 @@ class _TrainData(Dataset):
         self.note = ' '.join(note for note in notes if note)
 
     def plan(self, epoch: int):
+        "Draw which images are in each batch of this epoch."
         self.sampler.set_epoch(epoch)
         self.epoch, self.batches = epoch, list(self.sampler)
 
@@ -293,9 +297,9 @@ class _TrainData(Dataset):
         rows, pids = torch.from_numpy(self.rows[i]), torch.from_numpy(self.pids[i])
         return Batch(rows, pids, images, **tensors)
 
-# %% ../nbs/17_batches.ipynb #8214e810
+# %% ../nbs/17_batches.ipynb #4ffc81e4
 class Loader:
-    "An epoch of training batches each time it is iterated; `wait_share` measures how long its user waited."
+    "Each iteration is an epoch of training batches; `wait_share` measures how long its user waited."
     def __init__(self, data: _TrainData, workers: int):
         self.data, self.workers, self.epoch = data, workers, 0
         self.wait = self.total = 0.                                   # seconds of the latest epoch
@@ -312,7 +316,7 @@ class Loader:
         return self.wait/self.total if self.total else 0.
 
     def _by_processes(self) -> Iterator[Batch | UserError]:
-        own = torch.Generator()                                       # the global one belongs to dropout
+        own = torch.Generator()                                       # else it draws from dropout's generator
         yield from DataLoader(self.data, batch_size=None, num_workers=self.workers,
                               prefetch_factor=4, generator=own)
 
@@ -382,9 +386,9 @@ def train_batches(dataset: PedesDataset,
     data = _TrainData(records, rows, images, sampler, encode, seed, described, two_captions, augmentation)
     return Loader(data, workers)
 
-# %% ../nbs/17_batches.ipynb #fc196c6f
+# %% ../nbs/17_batches.ipynb #a25d6259
 def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256, split: str = 'test',
-                  images: ImageStore | None = None,  # kept from the last time, to decode only once
+                  images: ImageStore | None = None,  # a store from an earlier call, to decode only once
                   columns: float = 1.,  # see `decode_image`
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]
     "The gallery: every image of a split once, in order, without any text."

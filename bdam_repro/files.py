@@ -20,10 +20,10 @@ def write_json(path: Path, value: dict) -> None:
     "Indented JSON, written whole or not at all. Raises `UserError` where the disk refuses."
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(value, indent=1) + '\n')
 
-# %% ../nbs/03_files.ipynb #f4350101
+# %% ../nbs/03_files.ipynb #590e1468
 def write_tensors(path: str | Path,
                   tensors: dict[str, Tensor],
-                  meta: dict  # for the header, as JSON can say it
+                  meta: dict  # notes for the header, in types that JSON has
                  ) -> Path:  # the same path
     "A safetensors file, written whole or not at all. Raises `UserError` where the disk refuses."
     path, header = Path(path), {'bdam_repro': json.dumps(meta)}
@@ -35,7 +35,7 @@ def write_tensors(path: str | Path,
         raise UserError(f'cannot write {path.name} in {path.parent}: {e}; {mend}') from None
     return path
 
-# %% ../nbs/03_files.ipynb #3c2acaae
+# %% ../nbs/03_files.ipynb #36d4e069
 def read_tensors(path: str | Path
                 ) -> tuple[dict[str, Tensor], dict]:  # tensors, and `meta` of the header
     "The inverse of `write_tensors`. Raises `UserError` for a file that is missing, cut, or not ours."
@@ -48,7 +48,7 @@ def read_tensors(path: str | Path
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except SafetensorError as e:
         raise UserError(f'{path} is not a whole safetensors file ({e}): copy or train it again') from None
-    try: header = json.loads(meta.get('bdam_repro', 'null'))
+    try: header = json.loads(meta.get('bdam_repro', 'null'))          # no such key: None, refused below
     except ValueError: header = None
     if not isinstance(header, dict):
         raise UserError(f'{path} holds tensors, but its header is not of this package')
