@@ -58,9 +58,11 @@ def main():
     p.add_argument('--rounds', type=int, default=3)
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        c = make_config('synth', 'tiny', a.variant, data_root=folder, synth_train_ids=200, synth_val_ids=4, synth_test_ids=4)
+        c = make_config('synth', 'tiny', a.variant, data_root=folder, synth_train_ids=200, synth_val_ids=4,
+                        synth_test_ids=4)
         trainer = prepare(c, Path(folder)/'run', False).trainer
-        batches = [batch for _ in range(-(-a.steps//len(trainer.loader))) for batch in trainer.loader][:a.steps]
+        batches = [batch for _ in range(-(-a.steps//len(trainer.loader)))
+                   for batch in trainer.loader][:a.steps]
         times = {name: [] for name in WAYS}
         for _ in tqdm(range(a.rounds), 'rounds'):
             for name, way in WAYS.items(): times[name].append(seconds(trainer, batches, *way))

@@ -1,4 +1,5 @@
-"""Datasets as their authors ship them, checkpoints as the hub has them, and runs of the `paper` preset's shape on both."""
+"""Datasets as their authors ship them, checkpoints as the hub has them, and runs of the `paper` preset's
+shape on both."""
 import json
 import os
 import re
@@ -43,18 +44,23 @@ def data(tmp_path_factory):
     "Each dataset in its official folder, with what is odd about it in real life."
     root = tmp_path_factory.mktemp('data')
     for layout, (folder, file) in OFFICIAL.items():
-        base = make_synth(root, layout, n_ids=18, images_per_id=3, val_ids=4, test_ids=4, folder=folder, progress=False)
-        for extra in ('synth.json', 'factors.jsonl', 'descriptions.jsonl'): (base/extra).unlink()  # the real ones have none
+        base = make_synth(root, layout, n_ids=18, images_per_id=3, val_ids=4, test_ids=4, folder=folder,
+                          progress=False)
+        for extra in ('synth.json', 'factors.jsonl', 'descriptions.jsonl'):
+            (base/extra).unlink()  # the real ones have none
         rows = json.loads((base/file).read_text())
         key = 'img_path' if layout == 'rstp' else 'file_path'
         path = lambda i, rows=rows, base=base, key=key: base/'imgs'/rows[i][key]
-        if layout == 'cuhk':                         # 1, 4 and 10 captions, a bare string, gray, CMYK and palette pictures
+        # 1, 4 and 10 captions, a bare string, gray, CMYK and palette pictures
+        if layout == 'cuhk':
             text = rows[0]['captions']
             for row, captions in zip(rows, (text[:1], text*2, text*5, text[0])): row['captions'] = captions
             for i, mode in ((4, 'L'), (5, 'CMYK')): Image.open(path(i)).convert(mode).save(path(i))
             Image.open(path(6)).convert('P').save(path(6), 'PNG')
-        if layout == 'icfg': os.replace(base/file, base/(file := 'ICFG_PEDES.json'))                   # the misspelled release
-        if layout == 'rstp': rows[0]['captions'][0] = 'A man\\u3002 wearing 白色 top\\xa0'              # CJK and stray escapes
+        if layout == 'icfg':
+            os.replace(base/file, base/(file := 'ICFG_PEDES.json'))                   # the misspelled release
+        if layout == 'rstp':
+            rows[0]['captions'][0] = 'A man\\u3002 wearing 白色 top\\xa0'              # CJK and stray escapes
         (base/file).write_text(json.dumps(rows))
     return root
 
@@ -66,20 +72,23 @@ def checkpoint(net, folder):
 
 @pytest.fixture(scope='module')
 def hub(data, tmp_path_factory):
-    "A ViT with its classifier, a BERT with its language head and vocab.txt, a CLIP: small, but in the hub's files."
+    """A ViT with its classifier, a BERT with its language head and vocab.txt, a CLIP: small, but in the
+    hub's files."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp('hub')
     checkpoint(ViTForImageClassification(ViTConfig(**WIDTHS, image_size=32, patch_size=16)), root/'vit')
     stats = {'image_mean': [.5]*3, 'image_std': [.5]*3, 'size': {'height': 32, 'width': 32}}
     (root/'vit'/'preprocessor_config.json').write_text(json.dumps(stats))
     letters = [chr(c) for c in range(97, 123)] + list('0123456789.,;:-!?\'"()/')
-    words = re.findall(r'\w+', 'the man woman person wearing is with and in of shirt pants shoes bag black white red blue gray')
+    words = re.findall(r'\w+', 'the man woman person wearing is with and in of shirt pants shoes bag black '
+                       'white red blue gray')
     vocab = ['[PAD]', *(f'[unused{i}]' for i in range(5)), '[UNK]', '[CLS]', '[SEP]', '[MASK]', *letters,
              *(f'##{c}' for c in letters)] + words
     checkpoint(BertForMaskedLM(BertConfig(**WIDTHS, vocab_size=len(vocab))), root/'bert')
     (root/'bert'/'vocab.txt').write_text('\n'.join(vocab) + '\n')
     (root/'bert'/'tokenizer_config.json').write_text('{"do_lower_case": true, "model_max_length": 512}')
-    text, vision = dict(WIDTHS, vocab_size=len(vocab), bos_token_id=7, eos_token_id=8), dict(WIDTHS, image_size=32, patch_size=16)
+    text, vision = dict(WIDTHS, vocab_size=len(vocab), bos_token_id=7, eos_token_id=8), dict(
+        WIDTHS, image_size=32, patch_size=16)
     checkpoint(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)), root/'clip')
     BertTokenizer(vocab={w: i for i, w in enumerate(vocab)}).save_pretrained(root/'clip')
     return root
@@ -87,12 +96,13 @@ def hub(data, tmp_path_factory):
 
 def paper(dataset, data, hub, **kw):
     "The preset for real data, its checkpoints by folder, narrow where a checkpoint does not decide."
-    small = dict(image_height=64, image_width=48, dim=32, bdam_heads=4, fusion_dim=32, ids_per_batch=6, epochs=1, warmup=.5,
+    small = dict(image_height=64, image_width=48, dim=32, bdam_heads=4, fusion_dim=32, ids_per_batch=6,
+                 epochs=1, warmup=.5,
                  workers=0, amp='off')
     return make_config(dataset, **dict(data_root=str(data), vision=str(hub/'vit'), text=str(hub/'bert')) | small | kw)
 
 
-# --- the official layouts --------------------------------------------------------------------------------------------
+# --- the official layouts -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('layout', OFFICIAL)
 def test_official_layouts_are_read_with_their_quirks(data, layout):
@@ -106,10 +116,11 @@ def test_official_layouts_are_read_with_their_quirks(data, layout):
     counts = r['captions'].str.len().tolist()
     if layout == 'cuhk': assert counts[:5] == [1, 4, 10, 1, 2]
     if layout == 'icfg': assert set(counts) == {1} and any('held out' in n for n in ds.notes)
-    if layout == 'rstp': assert r['captions'][0][0].startswith('A man. wearing 白色 top') and '\\' not in r['captions'][0][0]
+    if layout == 'rstp':
+        assert r['captions'][0][0].startswith('A man. wearing 白色 top') and '\\' not in r['captions'][0][0]
 
 
-# --- paper-shaped runs -----------------------------------------------------------------------------------------------
+# --- paper-shaped runs --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('dataset', OFFICIAL)
 def test_the_paper_preset_trains_from_official_files_and_hub_folders(data, hub, tmp_path, capsys, dataset):
@@ -119,9 +130,11 @@ def test_the_paper_preset_trains_from_official_files_and_hub_folders(data, hub, 
     assert 'no descriptions: training on captions alone' in capsys.readouterr().out
     m, h = finished(folder), pd.read_csv(folder/'history.csv')
     assert folder == run_dir(c, tmp_path) and m['dataset'] == dataset and m['gallery'] == 12 and m['gallery_ids'] == 4
-    assert {k for k in h if k.startswith('loss_')} == {f'loss_{k}' for k in ('align', 'triplet', 'decouple', 'gate', 'fusion')}
+    assert {k for k in h if k.startswith('loss_')} == {
+        f'loss_{k}' for k in ('align', 'triplet', 'decouple', 'gate', 'fusion')}
     assert h.notna().all().all()
-    model = from_pretrained(folder/'best.safetensors')                                      # needs neither hub nor checkpoint
+    # needs neither hub nor checkpoint
+    model = from_pretrained(folder/'best.safetensors')
     assert model.vision.grid == (4, 3) and model.proj_clo is None
     assert load_tokenizer(folder/'tokenizer').get_vocab() == load_tokenizer(hub/'bert').get_vocab()
     start = prepare(c, folder, False).trainer.model.state_dict()
@@ -155,7 +168,8 @@ def test_clip_comes_through_the_same_door(data, hub, tmp_path):
 
 def test_real_data_with_descriptions_beside_the_images(data, hub, tmp_path):
     rows = load_pedes('rstp', data).records
-    rest = {'attributes': None, 'style': 0, 'model': 'm', 'prompt_hash': 'x', 'seed': 0, 'tries': 1, 'tokens': 1, 'cost': 0.,
+    rest = {'attributes': None, 'style': 0, 'model': 'm', 'prompt_hash': 'x', 'seed': 0, 'tries': 1,
+            'tokens': 1, 'cost': 0.,
             'latency': 0., 'status': 'ok', 'reason': None}
     lines = [{'image': f, 'identity': f'a person number {i}', 'clothing': f'clothes number {i}'} | rest
              for i, f in enumerate(rows['file'])]
@@ -168,28 +182,35 @@ def test_real_data_with_descriptions_beside_the_images(data, hub, tmp_path):
 
 @pytest.mark.parametrize('kw, words', [
     (lambda hub: dict(text=str(hub/'vit')), "vit"), (lambda hub: dict(vision=str(hub/'bert')), "'bert'"),
-    (lambda hub: dict(max_length=512, text=str(hub/'clip')), 'positions'), (lambda hub: dict(image_height=72), 'not tiled'),
-    (lambda hub: dict(dim=33), 'multiple of bdam_heads'), (lambda hub: dict(vision=str(hub/'gone')), 'no folder'),
+    (lambda hub: dict(max_length=512, text=str(hub/'clip')), 'positions'),
+    (lambda hub: dict(image_height=72), 'not tiled'),
+    (lambda hub: dict(dim=33), 'multiple of bdam_heads'),
+    (lambda hub: dict(vision=str(hub/'gone')), 'no folder'),
 ])
 def test_what_does_not_fit_is_one_line(data, hub, tmp_path, kw, words):
-    with pytest.raises(UserError, match=words) as e: train(paper('rstp', data, hub, **kw(hub)), tmp_path, progress=False)
+    with pytest.raises(UserError, match=words) as e:
+        train(paper('rstp', data, hub, **kw(hub)), tmp_path, progress=False)
     assert '\n' not in str(e.value)
 
 
-# --- the true shapes -------------------------------------------------------------------------------------------------
+# --- the true shapes ----------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not os.environ.get('BDAM_SLOW'), reason='BDAM_SLOW=1 runs ViT-B/16 and BERT-base themselves: 6 GB, a minute')
+@pytest.mark.skipif(not os.environ.get('BDAM_SLOW'),
+                    reason='BDAM_SLOW=1 runs ViT-B/16 and BERT-base themselves: 6 GB, a minute')
 def test_vit_base_and_bert_base_take_two_steps(data, hub, tmp_path):
     torch.manual_seed(0)
     checkpoint(ViTForImageClassification(ViTConfig()), tmp_path/'vit')
     checkpoint(BertForMaskedLM(BertConfig()), tmp_path/'bert')
     (tmp_path/'bert'/'vocab.txt').write_bytes((hub/'bert'/'vocab.txt').read_bytes())
-    c = make_config('cuhk', data_root=str(data), vision=str(tmp_path/'vit'), text=str(tmp_path/'bert'), ids_per_batch=2)
+    c = make_config('cuhk', data_root=str(data), vision=str(tmp_path/'vit'), text=str(tmp_path/'bert'),
+                    ids_per_batch=2)
     assert (c.image_height, c.dim, c.fusion_dim, c.bdam_depth, c.lr) == (224, 768, 256, 6, 1e-4)
     trainer = prepare(c, tmp_path/'run', False).trainer
-    assert trainer.model.vision.grid == (14, 14) and sum(p.numel() for p in trainer.model.parameters()) > 200e6
+    assert trainer.model.vision.grid == (14, 14) and sum(
+        p.numel() for p in trainer.model.parameters()) > 200e6
     watched = ('proj_t.', 'bdam.gate.', 'bdam.branches.proj_id.', 'fusion.out.')
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if n.startswith(watched)}
     for _, batch in zip(range(2), trainer.loader):
         assert len(batch) == 4 and all(x == x and abs(x) < 1e4 for x in trainer.train_step(batch).values())
-    assert before and all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)
+    assert before and all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters()
+                          if n in before)

@@ -64,7 +64,8 @@ def test_a_person_does_not_depend_on_the_size_of_the_dataset(small, tmp_path):
     assert tree(big)[name] == tree(small)[name]
 
 def test_known_values():
-    "Factors and captions of one picture are the same on every machine, and in every version with this number."
+    """Factors and captions of one picture are the same on every machine, and in every version with this
+    number."""
     f = image_factors(0, 9, 0)
     text = json.dumps([f, [caption(f, s, stream(0, 3, 9)) for s in range(12)]], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -131,10 +132,11 @@ def test_description_schema(small):
         assert r['status'] == 'ok' and r['model'] == 'synth'
 
 
-# --- factors --------------------------------------------------------------------------------------------------
+# --- factors ------------------------------------------------------------------------------------------------
 
 def test_clothes_change_keeps_the_person(tmp_path):
-    standard, change = (jsonl(make(tmp_path/str(c), n_ids=6, images_per_id=4, clothes_change=c)/'factors.jsonl')
+    standard, change = (jsonl(make(tmp_path/str(c), n_ids=6, images_per_id=4,
+                                   clothes_change=c)/'factors.jsonl')
                         for c in (False, True))
     def kinds(rows, pid, keys): return {tuple(str(r[k]) for k in keys) for r in rows if r['pid'] == pid}
     def outfits(rows, pid): return kinds(rows, pid, CLOTHING_FACTORS)
@@ -151,9 +153,11 @@ def test_outfit_and_person_are_independent_of_the_picture():
     assert len({r['camera'] for r in rows}) == 6 and len({r['view'] for r in rows}) == 4
 
 @pytest.mark.parametrize('factor, a, b', [
-    ('upper_color', 'red', 'green'), ('upper_pattern', 'plain', 'striped'), ('lower_type', 'trousers', 'shorts'),
+    ('upper_color', 'red', 'green'), ('upper_pattern', 'plain', 'striped'),
+    ('lower_type', 'trousers', 'shorts'),
     ('bag_type', 'none', 'backpack'), ('hat_type', 'none', 'cap'), ('hair_style', 'short', 'long'),
-    ('build', 'slim', 'heavy'), ('height', 'short', 'tall'), ('view', 'front', 'back'), ('camera', 'park', 'station')])
+    ('build', 'slim', 'heavy'), ('height', 'short', 'tall'), ('view', 'front', 'back'),
+    ('camera', 'park', 'station')])
 def test_a_factor_shows(factor, a, b):
     clothing = dict(upper_type='sweater', upper_pattern='plain', upper_color='blue', upper_color2='yellow',
                     inner_color='none', scarf_color='none', lower_type='trousers', lower_color='black',
@@ -166,7 +170,8 @@ def test_a_factor_shows(factor, a, b):
 @pytest.mark.parametrize('view', ['front', 'back', 'left', 'right'])
 def test_every_garment_can_be_drawn_from_every_side(view):
     kinds = {'upper_type': (*people.UPPER, 'dress'), 'shoes_type': people.SHOES, 'bag_type': people.BAGS,
-             'hat_type': people.HATS, 'hair_style': captions.DOMAINS['hair_style'], 'occlusion': people.OCCLUSIONS}
+             'hat_type': people.HATS, 'hair_style': captions.DOMAINS['hair_style'],
+             'occlusion': people.OCCLUSIONS}
     base = image_factors(1, 4, 0) | dict(view=view, bag_color='red', hat_color='blue', inner_color='white')
     for factor, values in kinds.items():
         for value in values: assert np.asarray(render(base, **{factor: value})).std() > 10
