@@ -46,7 +46,7 @@ class BatchSettings(DescribeSettings):
         shared = {name: getattr(self, name) for name in DescribeSettings.model_fields}
         return OnlineSettings(**shared, timeout=600.0, breaker=5)
 
-# %% ../nbs/25_batchmode.ipynb #fe0b26a5
+# %% ../nbs/25_batchmode.ipynb #5451b3ad
 class BatchPart(BaseModel):
     "One batch under way."
     name: str                       # ours, known before the provider's id
@@ -57,7 +57,7 @@ class BatchPart(BaseModel):
 class BatchState(BaseModel):
     "What a restarted process must know."
     asked: list[str] = []                   # model, seed and prompt hashes
-    manner: Manner | tuple[()] = ()         # how the server wants to be asked; empty before it was
+    manner: Manner | tuple[()] = ()         # how the server wants to be asked; empty: not known yet
     parts: list[BatchPart] = []
     history: dict[str, History] = {}        # of images whose last answer was rejected
     created: int = 0                        # batches so far, for their names
@@ -81,7 +81,7 @@ def load_state(out: Path, asked: list[str]) -> BatchState:
     raise UserError(f'{path}: batches of another model, prompt or seed are open; go on with theirs,'
                     ' choose another `out`, or remove this file to give them up.')
 
-# %% ../nbs/25_batchmode.ipynb #91c90690
+# %% ../nbs/25_batchmode.ipynb #2de3d2f4
 @dataclass
 class BatchRun:
     "A run in batches."
@@ -91,6 +91,7 @@ class BatchRun:
     state: BatchState
 
     def save(self) -> None:
+        "Write the state file; a kill leaves the old one or the new one."
         with atomic_path(state_path(self.out)) as tmp: tmp.write_text(self.state.model_dump_json())
 
     def money_left(self) -> float:

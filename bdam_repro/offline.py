@@ -138,7 +138,7 @@ def _listed_with_and(pieces: list[str]) -> str:
     joint = ', ' if ' and ' in last else ' and '
     return joint.join(part for part in (before, last) if part)
 
-# %% ../nbs/22_offline.ipynb #bdce6eb4
+# %% ../nbs/22_offline.ipynb #d5c544e7
 def _without_tail(text: str) -> str: return _TRAILING.sub('', text).strip(' ,')
 
 def _clothing_sentence(pieces: list[str]) -> str:
@@ -148,11 +148,12 @@ def _clothing_sentence(pieces: list[str]) -> str:
         names_garment = set(spoken_of(piece, 'clothing')) - {'worn'}
         if not names_garment: continue
         if verb := _CARRYING.match(piece):
-            stem = verb[verb.lastindex].lower()
+            stem = verb[verb.lastindex].lower()     # of the one group that matched
             carried.append(f'{_VERB_OF[stem]} {_without_tail(piece[verb.end():])}')
         else: worn.append(_without_tail(_LEADING.sub('', piece)))
-    if worn: carried.insert(0, f'wears {_listed_with_and(worn)}')
-    return _sentence(f'The person {_listed_with_and(carried)}') if carried else ''
+    said = [f'wears {_listed_with_and(worn)}'] if worn else []
+    said += carried
+    return _sentence(f'The person {_listed_with_and(said)}') if said else ''
 
 # %% ../nbs/22_offline.ipynb #1ad72b29
 class TwoTexts(NamedTuple):
@@ -203,6 +204,13 @@ def _why_not(texts: TwoTexts, policy: Policy) -> str | None:
         if reason: return reason
     return None
 
+# %% ../nbs/22_offline.ipynb #d084daf4
+def _split_line(image: str, texts: TwoTexts, policy: Policy, stamp: Stamp) -> JournalLine:
+    free = dict(tries=1, tokens={'prompt': 0, 'completion': 0}, cost=0.0, latency=0.0)
+    reason = _why_not(texts, policy)
+    if reason: return JournalLine(image, **stamp._asdict(), **free, status='failed', reason=reason)
+    return JournalLine(image, **texts._asdict(), **stamp._asdict(), **free, status='ok')
+
 # %% ../nbs/22_offline.ipynb #a1511066
 def describe_split(records: pd.DataFrame,  # a dataset's table with `file` and `captions`
                    out: str | Path,        # the JSONL
@@ -224,13 +232,6 @@ def describe_split(records: pd.DataFrame,  # a dataset's table with `file` and `
             journal.append(line)
             report.count(line.reason)
     return report
-
-# %% ../nbs/22_offline.ipynb #d084daf4
-def _split_line(image: str, texts: TwoTexts, policy: Policy, stamp: Stamp) -> JournalLine:
-    free = dict(tries=1, tokens={'prompt': 0, 'completion': 0}, cost=0.0, latency=0.0)
-    reason = _why_not(texts, policy)
-    if reason: return JournalLine(image, **stamp._asdict(), **free, status='failed', reason=reason)
-    return JournalLine(image, **texts._asdict(), **stamp._asdict(), **free, status='ok')
 
 # %% ../nbs/22_offline.ipynb #edcac19e
 def _check_synth(folder: Path, error_rate: float) -> None:
