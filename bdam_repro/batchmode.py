@@ -229,7 +229,7 @@ def _give_up_batch(b: BatchRun, part: BatchPart, batch) -> None:
     raise UserError(f'the provider did not take a batch ({why[:200]}); nothing of it was answered.'
                     ' Run again to send its images anew.')
 
-# %% ../nbs/25_batchmode.ipynb #b47b982c
+# %% ../nbs/25_batchmode.ipynb #cd381a40
 async def _send_and_collect(b: BatchRun, rows: Iterable[str], bar: tqdm) -> int | None:
     "One round. Returns how many batches were over, None where there is nothing left to do."
     await find_lost_batches(b)
@@ -243,7 +243,7 @@ async def _send_and_collect(b: BatchRun, rows: Iterable[str], bar: tqdm) -> int 
     while todo and not run.stop.is_set() and await submit_batch(b, todo): pass
     return await collect_finished(b) if state.parts else None
 
-AWAY = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
+AWAY = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)   # may pass
 
 async def _describe_in_rounds(b: BatchRun, rows: pd.Series) -> None:
     "Round after round until every image has its line."

@@ -58,7 +58,7 @@ def _parse_line(raw: bytes) -> dict | None:
     known = isinstance(record.get('image'), str) and record.get('status') in ('ok', 'failed')
     return record if known else None
 
-# %% ../nbs/21_journal.ipynb #0936fee6
+# %% ../nbs/21_journal.ipynb #b3b03f0c
 _OPENING = b'{"image"'   # how every line of ours begins
 
 class ScannedLine(NamedTuple):
@@ -69,7 +69,8 @@ class ScannedLine(NamedTuple):
 
 def _is_fragment(raw: bytes) -> bool:
     "Whether a broken last line may be the beginning of one of ours."
-    return raw.startswith(_OPENING) or _OPENING.startswith(raw)
+    is_short = _OPENING.startswith(raw)         # cut within the opening itself
+    return raw.startswith(_OPENING) or is_short
 
 def _scan(path: Path) -> Iterator[ScannedLine]:
     "Line by line. Ends before the fragment of a killed writer."
