@@ -46,7 +46,7 @@ class BatchSettings(DescribeSettings):
         shared = {name: getattr(self, name) for name in DescribeSettings.model_fields}
         return OnlineSettings(**shared, timeout=600.0, breaker=5)
 
-# %% ../nbs/25_batchmode.ipynb #fe0b26a5
+# %% ../nbs/25_batchmode.ipynb #5451b3ad
 class BatchPart(BaseModel):
     "One batch under way."
     name: str                       # ours, known before the provider's id
@@ -57,7 +57,7 @@ class BatchPart(BaseModel):
 class BatchState(BaseModel):
     "What a restarted process must know."
     asked: list[str] = []                   # model, seed and prompt hashes
-    manner: Manner | tuple[()] = ()         # how the server wants to be asked; empty before it was
+    manner: Manner | tuple[()] = ()         # how the server wants to be asked; empty: not known yet
     parts: list[BatchPart] = []
     history: dict[str, History] = {}        # of images whose last answer was rejected
     created: int = 0                        # batches so far, for their names
@@ -81,7 +81,7 @@ def load_state(out: Path, asked: list[str]) -> BatchState:
     raise UserError(f'{path}: batches of another model, prompt or seed are open; go on with theirs,'
                     ' choose another `out`, or remove this file to give them up.')
 
-# %% ../nbs/25_batchmode.ipynb #91c90690
+# %% ../nbs/25_batchmode.ipynb #2de3d2f4
 @dataclass
 class BatchRun:
     "A run in batches."
@@ -91,6 +91,7 @@ class BatchRun:
     state: BatchState
 
     def save(self) -> None:
+        "Write the state file; a kill leaves the old one or the new one."
         with atomic_path(state_path(self.out)) as tmp: tmp.write_text(self.state.model_dump_json())
 
     def money_left(self) -> float:
@@ -228,7 +229,7 @@ def _give_up_batch(b: BatchRun, part: BatchPart, batch) -> None:
     raise UserError(f'the provider did not take a batch ({why[:200]}); nothing of it was answered.'
                     ' Run again to send its images anew.')
 
-# %% ../nbs/25_batchmode.ipynb #b47b982c
+# %% ../nbs/25_batchmode.ipynb #cd381a40
 async def _send_and_collect(b: BatchRun, rows: Iterable[str], bar: tqdm) -> int | None:
     "One round. Returns how many batches were over, None where there is nothing left to do."
     await find_lost_batches(b)
@@ -242,7 +243,7 @@ async def _send_and_collect(b: BatchRun, rows: Iterable[str], bar: tqdm) -> int 
     while todo and not run.stop.is_set() and await submit_batch(b, todo): pass
     return await collect_finished(b) if state.parts else None
 
-AWAY = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
+AWAY = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)   # may pass
 
 async def _describe_in_rounds(b: BatchRun, rows: pd.Series) -> None:
     "Round after round until every image has its line."

@@ -161,12 +161,12 @@ async def reserve_budget(run: DescribeRun, price: float) -> AsyncIterator[None]:
         run.reserved, run.reservations = run.reserved - price, run.reservations - 1
         run.released.set()
 
-# %% ../nbs/24_describe.ipynb #f8173287
+# %% ../nbs/24_describe.ipynb #e585b56f
 def count_failure(run: DescribeRun, problem: Transient) -> None:
     "The circuit breaker: end the run after too many failures in a row."
     run.failures += 1
     allowed = run.settings.breaker or max(5, 4 * run.settings.concurrency)
-    if not run.server.proven: allowed = 5 if problem.blame else 10
+    if not run.server.proven: allowed = 5 if problem.blame else 10    # blameless: a rate limit, another form
     if run.failures >= allowed:
         run.halt(f'{run.failures} failures in a row without an answer, the last: {problem}')
 
@@ -223,7 +223,7 @@ async def ask_patiently(run: DescribeRun, messages: list[dict]) -> Answer:
         if run.stop.is_set(): raise StopRun from None
         raise
 
-# %% ../nbs/24_describe.ipynb #690525c4
+# %% ../nbs/24_describe.ipynb #60055bfa
 def record_image(run: DescribeRun, image: str, description: Description | None,   # None: it failed
                  reason: str | None,       # why it failed
                  history: History, cost: float | None, latency: float | None) -> None:
@@ -263,9 +263,9 @@ async def describe_image(run: DescribeRun, image: str) -> None:
     except (Refused, Transient) as e:
         reason = f'server: {e}'
         if isinstance(e, Refused) and not run.server.proven:
-            run.refused[image] = str(e)         # perhaps the server refuses them all: see below
+            run.refused[image] = str(e)         # perhaps it refuses all: `_probe_server` decides
             return
-    except UserError: raise
+    except UserError: raise                     # a `ValueError` too, but not of the picture
     except UNREADABLE as e: reason = unreadable(image, e)
     cost, seconds = s.cost(history.prompt_tokens, history.completion_tokens), time.monotonic() - start
     record_image(run, image, description, reason, history, cost, round(seconds, 3))
@@ -301,7 +301,7 @@ async def _probe_server(run: DescribeRun, images: Iterator[str], bar: tqdm) -> N
         run.halt(f'the server refuses every request ({words}):'
                  f' does the model "{run.settings.model}" read images?')
 
-# %% ../nbs/24_describe.ipynb #34a3eace
+# %% ../nbs/24_describe.ipynb #d6631a7b
 async def _wind_down(run: DescribeRun, tasks: list[asyncio.Task], grace: float) -> None:
     "Cancel the workers that have no request under way; give the others `grace` seconds."
     for task in tasks:
@@ -338,7 +338,7 @@ async def _describe_rows(run: DescribeRun, rows: pd.Series) -> None:
               disable=not s.progress) as bar:
         try:
             await probe_alone(run, pending, bar)
-            todo = chain(list(run.refused), pending)
+            todo = chain(list(run.refused), pending)    # refused before the first answer: asked again
             if run.stop.is_set(): return
             workers = [asyncio.create_task(_describe_each(run, todo, bar)) for _ in range(s.concurrency)]
             await _wait_for_workers(run, workers, s.grace)
@@ -346,7 +346,7 @@ async def _describe_rows(run: DescribeRun, rows: pd.Series) -> None:
             run.report.seconds = time.monotonic() - start
             if s.prices is not None: run.report.cost = run.journal.cost - spent_before
 
-# %% ../nbs/24_describe.ipynb #5957924f
+# %% ../nbs/24_describe.ipynb #237ed476
 @dataclass(frozen=True)
 class Estimate:
     "What a run would do."
@@ -373,7 +373,7 @@ def estimate_cost(rows: Sequence[str], out: str | Path,   # the images; the JSON
         if measured['latency'].notna().any(): seconds = measured['latency'].mean()
     per_image = max(seconds / s.concurrency, 60 / (s.rpm or float('inf')),
                     60 * (prompt + completion) / (s.tpm or float('inf')))
-    hours = 24 * (n > 0) if batch else n * per_image / 3600
+    hours = 24 * (n > 0) if batch else n * per_image / 3600     # `per_image` is in seconds
     guesses = f'guesses: four characters a token, 300 for the image, {seconds:g} s an answer'
     basis = f'the mean of {len(measured)} described images' if len(measured) else guesses
     cost = s.cost(n * prompt, n * completion)

@@ -85,7 +85,7 @@ def purity_table(table: pd.DataFrame) -> pd.DataFrame:
         rows.append((side, impure / max(len(good), 1), most))
     return pd.DataFrame(rows, columns=['text', 'impure', 'words'])
 
-# %% ../nbs/28_describers.ipynb #7d0dff5a
+# %% ../nbs/28_describers.ipynb #eec6ec6e
 def lengths_by_style(table: pd.DataFrame) -> pd.DataFrame:
     "Words per text, by style: images, mean, and the tenth, half and nine tenths of the distribution."
     good = table[table['status'] == 'ok']
@@ -98,6 +98,7 @@ def lengths_by_style(table: pd.DataFrame) -> pd.DataFrame:
 
 def money_table(table: pd.DataFrame) -> pd.DataFrame:
     "Tokens, dollars and answers in all, and the mean seconds per image."
+    # a line may hold one number in place of the two
     counted = [t if isinstance(t, dict) else {'prompt': t or 0, 'completion': 0} for t in table['tokens']]
     tokens = pd.DataFrame(counted, columns=['prompt', 'completion'])
     priced = table['cost'].notna().all() and len(table)

@@ -6,10 +6,11 @@
 __all__ = ['FIELDS', 'JournalLine', 'ScannedLine', 'read_journal', 'Stamp', 'stamp_of', 'Recovered', 'recover', 'Journal',
            'Report']
 
-# %% ../nbs/21_journal.ipynb #bb948974
+# %% ../nbs/21_journal.ipynb #fb756cc5
 import errno
 import fcntl
 import json
+import math
 import os
 import threading
 import time
@@ -57,7 +58,7 @@ def _parse_line(raw: bytes) -> dict | None:
     known = isinstance(record.get('image'), str) and record.get('status') in ('ok', 'failed')
     return record if known else None
 
-# %% ../nbs/21_journal.ipynb #0936fee6
+# %% ../nbs/21_journal.ipynb #b3b03f0c
 _OPENING = b'{"image"'   # how every line of ours begins
 
 class ScannedLine(NamedTuple):
@@ -68,7 +69,8 @@ class ScannedLine(NamedTuple):
 
 def _is_fragment(raw: bytes) -> bool:
     "Whether a broken last line may be the beginning of one of ours."
-    return raw.startswith(_OPENING) or _OPENING.startswith(raw)
+    is_short = _OPENING.startswith(raw)         # cut within the opening itself
+    return raw.startswith(_OPENING) or is_short
 
 def _scan(path: Path) -> Iterator[ScannedLine]:
     "Line by line. Ends before the fragment of a killed writer."
@@ -125,7 +127,7 @@ def _check_belongs(path: Path, record: dict, images: set[str], stamps: set[Stamp
         raise UserError(f'{path}: holds lines of {stamp_of(record)}, not of {min(stamps, key=str)}; '
                         'choose another `out`, or move the file away.')
 
-# %% ../nbs/21_journal.ipynb #48afbb7f
+# %% ../nbs/21_journal.ipynb #e6c0211f
 @dataclass
 class Recovered:
     "What earlier runs left in the file."
@@ -141,7 +143,7 @@ def _prompt_tokens(record: dict) -> int:
     tokens = record.get('tokens')
     if not isinstance(tokens, dict): return 0
     total, tries = tokens.get('prompt') or 0, record.get('tries') or 1
-    return -(-total // tries)
+    return math.ceil(total / tries)
 
 # %% ../nbs/21_journal.ipynb #8fdac5a9
 def _survey(path: Path, images: set[str], stamps: set[Stamp] | None, retry_failed: bool) -> Recovered:

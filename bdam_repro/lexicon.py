@@ -140,7 +140,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
-# %% ../nbs/20_lexicon.ipynb #46b2b57b
+# %% ../nbs/20_lexicon.ipynb #ce1785ec
 def _schema_reason(error: ValidationError) -> str:
     "The first thing that does not fit, with its place."
     first = error.errors()[0]
@@ -152,7 +152,7 @@ def parse_answer(text: str  # what the model wrote: bare, fenced or surrounded J
     "The description in an answer. Raises `Rejected` with `json`, `duplicate key` or `schema` as the cause."
     reason = None            # of the first object: the later ones are parts of it, or chatter
     braces = [match.start() for match in re.finditer(r'\{', text)]
-    for brace in braces[:20]:
+    for brace in braces[:20]:               # an answer of braces alone must not take forever
         try:
             found, _ = _DECODER.raw_decode(text, brace)
             return Description.model_validate(found)

@@ -74,20 +74,21 @@ def prompt_hash(policy: Policy, exemplars: Sequence[str] = (), temperature: floa
     asked = [*prompt_texts(policy, exemplars), SCHEMA, asdict(policy), temperature]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/23_mllm.ipynb #4cf103ec
+# %% ../nbs/23_mllm.ipynb #ba43ccbe
 def image_url(path: Path,          # an image file
               max_side: int = 512  # longest side sent, pixels
              ) -> str:             # a data URL
     "The image as the API wants it. Raises `OSError` or `ValueError` where the file cannot be decoded."
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as im:
-        im.load()
-        plain = im.mode == 'RGB' and max(im.size) <= max_side and not im.getexif()
-        kind = {'JPEG': 'jpeg', 'PNG': 'png'}.get(im.format) if plain else None
+        im.load()                           # a damaged file fails here
+        as_it_is = im.mode == 'RGB' and max(im.size) <= max_side and not im.getexif()
+        kind = {'JPEG': 'jpeg', 'PNG': 'png'}.get(im.format) if as_it_is else None
         if kind is None:
-            kind, im, buffer = 'jpeg', im.convert('RGB'), io.BytesIO()
-            im.thumbnail((max_side, max_side))
-            im.save(buffer, 'JPEG', quality=90)
+            kind, buffer = 'jpeg', io.BytesIO()
+            smaller = im.convert('RGB')
+            smaller.thumbnail((max_side, max_side))
+            smaller.save(buffer, 'JPEG', quality=90)
             data = buffer.getvalue()
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
@@ -278,21 +279,22 @@ class Server:
     def __post_init__(self):
         self.manner = self.manner or Manner('json_schema', 'max_tokens', self.settings.temperature)
 
-# %% ../nbs/23_mllm.ipynb #157a8da5
+# %% ../nbs/23_mllm.ipynb #74367b33
 def other_manner(server: Server,
                  sent: Manner,   # how it was asked; `server.manner` may have changed since
                  said: str       # why it refused
                 ) -> Manner | None:   # None: there is no other way
     "How to ask next, after a refusal."
-    now, form = server.manner, r'response_format|json|schema|guided'
+    form = r'response_format|json|schema|guided'        # words that speak of structured output
+    now = server.manner
     if 'max_completion_tokens' in said and now.length_key == 'max_tokens':
         return now._replace(length_key='max_completion_tokens')
     if 'temperature' in said and now.temperature is not None: return now._replace(temperature=None)
-    if sent.mode != now.mode: return now
+    if sent.mode != now.mode: return now            # another request has found another way meanwhile
     if sent.mode == 'text' or (server.proven and not re.search(form, said, re.I)): return None
     return now._replace(mode='json_object' if sent.mode == 'json_schema' else 'text')
 
-# %% ../nbs/23_mllm.ipynb #c7b9d9b7
+# %% ../nbs/23_mllm.ipynb #b4f9ca00
 def server_words(e: openai.APIStatusError, key: str) -> str:
     "What the server said, without the key; cut last, so that no half of a key is left."
     said = re.sub(r'^Error code: \d+ - ', '', ' '.join(str(e.message).split()))
@@ -327,10 +329,11 @@ def silence_problem(e: BaseException) -> Transient:
     "Why nothing came. openai's aiohttp transport calls every lost connection a timeout: its cause tells."
     late, cause = isinstance(e, openai.APITimeoutError | TimeoutError), e
     while cause := cause.__cause__:
-        late &= isinstance(cause, TimeoutError) or not isinstance(cause, aiohttp.ClientError)
+        lost = isinstance(cause, aiohttp.ClientError) and not isinstance(cause, TimeoutError)
+        if lost: late = False
     return Transient('no answer in time' if late else 'no connection to the server')
 
-# %% ../nbs/23_mllm.ipynb #f73f497f
+# %% ../nbs/23_mllm.ipynb #88479c66
 @dataclass(frozen=True)
 class Answer:
     "What came back for one request."
@@ -339,7 +342,7 @@ class Answer:
     completion_tokens: int
 
 def guess_tokens(messages: list[dict]) -> int:
-    "Prompt tokens by guess: four characters per token, 300 for a small image, and a tenth more."
+    "Prompt tokens by guess: four characters per token, 300 for a small image, a tenth for safety."
     contents = [m['content'] for m in messages]
     parts = chain.from_iterable(c if isinstance(c, list) else [{'text': c}] for c in contents)
     return int(1.1 * (sum(len(part.get('text', '')) for part in parts) / 4 + 300))
@@ -347,7 +350,7 @@ def guess_tokens(messages: list[dict]) -> int:
 def most_prompt_tokens(server: Server, messages: list[dict]) -> int:
     "Prompt tokens that a request may take at most: the largest so far, and what asking again adds to it."
     added = sum(len(m['content']) for m in messages[2:])
-    return (server.largest_prompt or guess_tokens(messages[:2])) + added // 3
+    return (server.largest_prompt or guess_tokens(messages[:2])) + added // 3    # three letters per token
 
 def read_answer(server: Server, completion: dict, guess: int) -> Answer:
     "Note that the server answers. Tokens are estimated where it does not count them: `guess` for the prompt."
@@ -380,10 +383,10 @@ async def ask_server(server: Server, messages: list[dict]) -> Answer:
     if problem: raise problem
     return read_answer(server, completion, guess)
 
-# %% ../nbs/23_mllm.ipynb #e78b5ec1
+# %% ../nbs/23_mllm.ipynb #c85e7edc
 def judge_answer(completion: dict,  # a chat completion
                  policy: Policy,    # what a description must be
-                 key: str = ''      # to be blackened in what the model wrote
+                 key: str = ''      # to be replaced in what the model wrote
                 ) -> Description:
     "The description of an answer that may be kept. Raises `Rejected`."
     choice = completion['choices'][0]

@@ -222,7 +222,7 @@ def _diagnose(rows: WeightedRows, inverse: np.ndarray, raw: np.ndarray, final: n
                        noise_before=float((raw[inverse] < 0).mean()), noise_after=float((labels < 0).mean()),
                        silhouette=_silhouette(few.x, final[part]), dbcv=dbcv(few.x, raw[part]), **known)
 
-# %% ../nbs/27_style.ipynb #7afff76e
+# %% ../nbs/27_style.ipynb #5da97964
 @dataclass(frozen=True)
 class ClusterOptions:
     "What `cluster_styles` was asked for, checked and complete."
@@ -247,7 +247,7 @@ def fit_labels(rows: WeightedRows, o: ClusterOptions
     if o.method == 'random': return np.random.default_rng(o.seed).integers(k, size=len(rows)), None
     _, few = thin(rows, FITTED_ON.get(o.method, len(rows)), o.seed)
     if o.method == 'hdbscan':
-        size = max(2, round(o.size / rows.weights.sum() * len(few)))    # in rows: HDBSCAN knows no weights
+        size = max(2, round(o.size / rows.weights.sum() * len(few)))    # rows, as HDBSCAN knows no weights
         model = HDBSCAN(size, min_samples=min(o.min_samples, len(few)), algorithm='kd_tree', copy=True)
         labels = model.fit_predict(few.x)
     else:
@@ -362,7 +362,7 @@ def eps_sweep(embeddings: np.ndarray,              # [N, d]
         table.append({'factor': factor} | asdict(found))
     return pd.DataFrame(table)
 
-# %% ../nbs/27_style.ipynb #5c367bb1
+# %% ../nbs/27_style.ipynb #f991e72d
 def _exemplar_rows(labels: np.ndarray, texts: Sequence[str], n: int, seed: int) -> dict[int, np.ndarray]:
     "Up to `n` members of each cluster, of different texts. Raises `UserError`."
     labels = np.asarray(labels)
@@ -373,7 +373,7 @@ def _exemplar_rows(labels: np.ndarray, texts: Sequence[str], n: int, seed: int) 
     for cluster in np.unique(labels[labels >= 0]).tolist():
         members = np.flatnonzero(labels == cluster)
         first_with = {texts[i]: i for i in reversed(members)}    # text -> its first caption in the cluster
-        distinct = np.array([*first_with.values()][::-1])
+        distinct = np.array([*first_with.values()][::-1])         # undo `reversed`
         order = np.random.default_rng([seed, cluster]).permutation(len(distinct))
         chosen[cluster] = distinct[order[:n]]
     return chosen
