@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .config import Config
 
-# %% ../nbs/42_optimizers.ipynb #095e5055
+# %% ../nbs/42_optimizers.ipynb #995877e6
 def orthogonalize(x: Tensor,      # [N, a, b], a <= b
                   steps: int = 5  # of the Newton-Schulz iteration
                  ) -> Tensor:     # [N, a, b], singular values near 1
-    "The nearest orthogonal matrix of each, roughly, without a decomposition."
+    "For each matrix, roughly the nearest orthogonal one, without a decomposition."
     x = x/x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)                 # singular values in [0, 1]
     for _ in range(steps):
         gram = x @ x.mT                                                    # [N, a, a], x xᵀ
@@ -25,17 +25,17 @@ def orthogonalize(x: Tensor,      # [N, a, b], a <= b
         x = torch.baddbmm(x, quintic, x, beta=3.4445)                      # a x + quintic x
     return x
 
-# %% ../nbs/42_optimizers.ipynb #5e650cfa
-def lie_flat(x: Tensor) -> Tensor:   # [a, b] -> the same or its transpose, at least as wide as tall
+# %% ../nbs/42_optimizers.ipynb #69597c6a
+def lie_flat(x: Tensor) -> Tensor:   # [h, w] -> the same or its transpose, at least as wide as tall
     return x.mT if x.shape[0] > x.shape[1] else x
 
-# %% ../nbs/42_optimizers.ipynb #4380e8ba
+# %% ../nbs/42_optimizers.ipynb #1e685ce6
 class Muon(torch.optim.Optimizer):
     "Orthogonalized momentum, for matrices and kernels of patch embeddings. `torch.optim.Muon` in float32."
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
-    def nesterov(self, p: Tensor, momentum: float) -> Tensor:   # [a, b]
+    def nesterov(self, p: Tensor, momentum: float) -> Tensor:   # [h, w]; kernels are flattened to that
         "The gradient, pulled towards the running mean of the gradients."
         mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
         mean.lerp_(p.grad, 1 - momentum)
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
             for pairs in by_shape.values():
                 stacked = torch.stack([lie_flat(update) for _, update in pairs]).float()
                 for (p, update), flat in zip(pairs, orthogonalize(stacked)):
-                    tall = update.shape[0]/update.shape[1]
+                    tall = update.shape[0]/update.shape[1]                 # h/w
                     upright = flat.mT if tall > 1 else flat
                     p.mul_(1 - group['lr']*group['weight_decay'])
                     p.add_(upright.reshape(p.shape), alpha=-group['lr']*max(1, tall)**.5)

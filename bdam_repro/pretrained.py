@@ -21,9 +21,9 @@ def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors`
     meta = {'config': config, 'vision': model.vision.config, 'text': model.text.config}
     return write_tensors(path, model.state_dict(), meta)
 
-# %% ../nbs/36_pretrained.ipynb #eded35f3
+# %% ../nbs/36_pretrained.ipynb #427dfef7
 def from_pretrained(path: str | Path) -> Model:  # in evaluation mode, on the CPU
-    "The model of `save_pretrained`. Raises `UserError` for a file that holds none that fits."
+    "The model of `save_pretrained`. Raises `UserError` for a file without a model that fits."
     state, meta = read_tensors(path)
     if not {'config', 'vision', 'text'} <= meta.keys():
         raise UserError(f'{path} holds no model: give the path of a best.safetensors')
@@ -31,7 +31,7 @@ def from_pretrained(path: str | Path) -> Model:  # in evaluation mode, on the CP
         vision, text = VisionEncoder.from_config(meta['vision']), TextEncoder.from_config(meta['text'])
         model = Model(Config(**meta['config']), vision, text)
         trained_on_clothing = any(name.startswith('proj_clo.') for name in state)
-        if not trained_on_clothing: model.proj_clo = None      # there were no descriptions
+        if not trained_on_clothing: model.proj_clo = None      # as it was without descriptions
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         reason = str(e).strip().splitlines()[-1].strip()

@@ -27,10 +27,10 @@ from .evaluate import evaluate
 from .trainer import pick_device, pick_dtype, run_autocast
 from .runs import intervals, score_table, summary
 
-# %% ../nbs/54_ranked.ipynb #520006
+# %% ../nbs/54_ranked.ipynb #25c1a7b2
 @dataclass
 class Run:
-    "A finished run, ready to be asked."
+    "A finished run, ready to be evaluated."
     folder: Path
     config: Config
     metrics: dict          # metrics.json
@@ -38,7 +38,7 @@ class Run:
     tokenizer: object
     dataset: PedesDataset
 
-# %% ../nbs/54_ranked.ipynb #e3df817a
+# %% ../nbs/54_ranked.ipynb #d8c8a065
 def load_run(folder: str | Path,           # a run folder; relative to here or to the repository
              data_root: str | None = None, # None: as it was in training
              device: str | None = None,    # None: as it was in training
@@ -49,7 +49,7 @@ def load_run(folder: str | Path,           # a run folder; relative to here or t
     if not (folder/'metrics.json').is_file():
         raise UserError(f'no finished run at {folder}: train it first, see train.ipynb')
     metrics, options = (json.loads((folder/f'{name}.json').read_text()) for name in ('metrics', 'config'))
-    model = from_pretrained(folder/'best.safetensors')                     # knows its options, and no machine
+    model = from_pretrained(folder/'best.safetensors')                     # has options, no path or device
     machine = dict(data_root=data_root or options['data_root'], device=device or options['device'])
     config = model.config.model_copy(update=machine)
     model.to(pick_device(config))
@@ -82,7 +82,7 @@ def difference(run: Run, e: dict, split: str = 'test') -> float:  # percentage p
         gaps += [abs(now[metric] - value) for metric, value in kept.items()]
     return max(gaps)
 
-# %% ../nbs/54_ranked.ipynb #520021
+# %% ../nbs/54_ranked.ipynb #02178b61
 @dataclass
 class Ranked:
     "The first images that one query gets under one score."
@@ -90,15 +90,15 @@ class Ranked:
     text: str          # the query
     rows: np.ndarray   # [k] rows in the dataset, best first
     hits: np.ndarray   # [k] bool, the person asked for
-    place: float       # expected place of the first hit in the whole gallery, from 1
+    place: float       # rank of the first hit in the whole gallery, from 1; with ties the expected one
 
-# %% ../nbs/54_ranked.ipynb #6755eec3
+# %% ../nbs/54_ranked.ipynb #59d758e4
 def query_texts(run: Run, e: dict) -> list[str]:  # [Q]
     "The caption of each query."
-    captions, left, texts = run.dataset.records['captions'], {}, []
+    captions, unread, texts = run.dataset.records['captions'], {}, []
     for row in e['q_rows']:
-        if row not in left: left[row] = [text for text in captions.iloc[row] if text]
-        texts.append(left[row].pop(0))
+        if row not in unread: unread[row] = [text for text in captions.iloc[row] if text]   # empty: no query
+        texts.append(unread[row].pop(0))
     return texts
 
 # %% ../nbs/54_ranked.ipynb #bab92322
@@ -141,14 +141,15 @@ def shorten(text: str, width: int) -> str:
     middle = text.rfind(' ', 0, width//2 + 1)
     return text if len(text) <= width//2 or middle < 0 else f'{text[:middle]}\n{text[middle + 1:]}'
 
-# %% ../nbs/54_ranked.ipynb #918df9aa
+# %% ../nbs/54_ranked.ipynb #8b700890
 def plot_ranked(run: Run,
                 examples: list[list[Ranked]]  # of `ranked_examples`
                ) -> Figure:
     "For each query its text, and under it one row of images per score; hits have a green frame."
     scores, k = len(examples[0]), max(len(ranked.rows) for pair in examples for ranked in pair)
     tall = min(2, run.config.image_height/run.config.image_width)
-    size = .75*k + .6, len(examples)*(scores*.8*tall + .45)
+    row_height, title_height = .8*tall, .45                                # in inches
+    size = .75*k + .6, len(examples)*(scores*row_height + title_height)
     fig = plt.figure(figsize=size, dpi=70, layout='constrained')
     parts = np.atleast_1d(fig.subfigures(len(examples), 1))
     for part, pair in zip(parts, examples):

@@ -30,21 +30,21 @@ def synth_folder(config: Config) -> str:
         if value != getattr(tiny, name): parts.append(f"{name.removeprefix('synth_')}={value}")
     return '-'.join(parts)
 
-# %% ../nbs/29_run_data.ipynb #a099bc28
+# %% ../nbs/29_run_data.ipynb #394d275c
 def write_styled(c: Config) -> None:
     "SynthPEDES's descriptions, in the styles that DBSCAN finds among the captions (3.3)."
     path = data_root(c)/synth_folder(c)/'descriptions.jsonl'
     if not path.exists(): return
     with open(path, encoding='utf-8') as f: drawn = re.search(r'"prompt_hash": "(synth-[^"]*)"', f.readline())
     if drawn is None or drawn[1].endswith('-dbscan'): return
-    # imported here: it brings the clusterings and the client of the MLLM, which no other run needs
+    # imported here: only this run needs the clusterings and the client of the multimodal model (MLLM)
     from bdam_repro.style import style_descriptions
     plain = load_pedes('synth', data_root(c), folder=synth_folder(c), descriptions=None)
     style_descriptions(plain, 'dbscan', error_rate=c.synth_error)
 
-# %% ../nbs/29_run_data.ipynb #17206371
+# %% ../nbs/29_run_data.ipynb #a83e5e4e
 def draw_synth(c: Config, progress: bool = True) -> None:
-    "The configuration's SynthPEDES, drawn where it is not yet. Raises `UserError` where another one is."
+    "The configuration's SynthPEDES, drawn where it is missing. Raises `UserError` for a folder with another."
     n = c.synth_train_ids + c.synth_val_ids + c.synth_test_ids
     make_synth(data_root(c), c.synth_layout, n, c.synth_images, c.synth_seed, c.clothes_change,
                folder=synth_folder(c), val_ids=c.synth_val_ids, test_ids=c.synth_test_ids,
@@ -72,14 +72,15 @@ def training_texts(dataset: PedesDataset) -> list[str]:
         if column in rows: texts += [text for text in rows[column] if isinstance(text, str)]
     return texts
 
-# %% ../nbs/29_run_data.ipynb #bf5e7d8e
+# %% ../nbs/29_run_data.ipynb #6d4024a3
 def run_tokenizer(config: Config, dataset: PedesDataset, folder: Path):
     "The run's tokenizer: the one saved with it, the text encoder's own, or one trained on training texts."
     if (folder/'tokenizer.json').exists(): return load_tokenizer(folder)      # the file that is written last
-    if not isinstance(config.text, dict):
+    if not isinstance(config.text, dict):                                     # the name of a checkpoint
         tokenizer = load_tokenizer(config.text)
         save_tokenizer(tokenizer, folder)
         return tokenizer
     texts = training_texts(dataset)
-    memory = dataset.root/'.prepared'/'vocabulary.safetensors' if len(texts) > KEEP else None
+    worth_keeping = len(texts) > KEEP
+    memory = dataset.root/'.prepared'/'vocabulary.safetensors' if worth_keeping else None   # for other runs
     return train_tokenizer(texts, folder, config.vocab_size, memory)

@@ -23,17 +23,18 @@ from .model import Model
 from .optimizers import lr_at, make_optimizers
 from .objective import batch_losses, forward, make_weights
 
-# %% ../nbs/52_trainer.ipynb #3a83d648
+# %% ../nbs/52_trainer.ipynb #c2a953b8
 def run_batches(c: Config, dataset: PedesDataset, tokenizer) -> Loader:
     "The training batches that a configuration asks for."
-    texts = c.id_text
+    texts = c.id_text                                                      # 'caption', 'generated' or 'both'
     if c.fusion and c.fusion_text == 'identity': texts = 'both'            # the fusion reads the description
     if texts == 'both' and 'clo_text' not in dataset.records: texts = 'caption'
     varied = dict(flip=c.flip, pad=c.pad, erase=c.erase)
+    cache_bytes = int(c.cache_gb*2**30)
     return train_batches(
         dataset, tokenizer, size=(c.image_height, c.image_width), columns=c.columns, max_length=c.max_length,
         p=c.ids_per_batch, k=c.images_per_id, seed=c.seed, id_text=texts, two_captions=c.two_captions,
-        augmentation=varied, workers=c.workers, budget=int(c.cache_gb*2**30))
+        augmentation=varied, workers=c.workers, budget=cache_bytes)
 
 # %% ../nbs/52_trainer.ipynb #b771301c
 def pick_device(c: Config) -> torch.device:
@@ -50,9 +51,9 @@ def pick_device(c: Config) -> torch.device:
         raise UserError(f'device={name}: there are {n} CUDA devices, from cuda:0')
     return torch.device(name)
 
-# %% ../nbs/52_trainer.ipynb #6cfb570e
+# %% ../nbs/52_trainer.ipynb #9db42461
 def pick_dtype(c: Config, device: torch.device) -> torch.dtype | None:
-    "The dtype of autocast, None for none."
+    "The half-precision dtype of autocast; None: everything in float32."
     if c.amp != 'auto': return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[c.amp]
     if device.type == 'cuda': native = torch.cuda.is_bf16_supported()
     else: native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -62,13 +63,13 @@ def run_autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autoc
     "The context in which a run computes."
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
-# %% ../nbs/52_trainer.ipynb #948aae69
+# %% ../nbs/52_trainer.ipynb #3f6bedcd
 def attention_kernel(c: Config) -> AbstractContextManager:
-    "PyTorch's choice of a kernel; the plain one where the loss holds gradients (Eq. 5-6 as printed)."
+    "PyTorch's choice of a kernel; the plain one where the loss contains gradients (Eq. 5-6 as printed)."
     if c.balance != 'literal': return nullcontext()
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
 
-# %% ../nbs/52_trainer.ipynb #4a95a8f8
+# %% ../nbs/52_trainer.ipynb #2ac94c45
 def two_cores(c: Config, device: torch.device) -> bool:
     "Whether the text tower gets a thread of its own."
     to_spare = device.type == 'cpu' and torch.get_num_threads() > 1
@@ -76,7 +77,7 @@ def two_cores(c: Config, device: torch.device) -> bool:
 
 @contextmanager
 def single_threaded(on: bool) -> Iterator[None]:
-    "One thread for each tensor operation, as long as two work at once."
+    "Where `on`: one thread per tensor operation inside the `with`, because two towers work at once."
     n = torch.get_num_threads()
     if on: torch.set_num_threads(1)
     try: yield
@@ -93,13 +94,13 @@ def shuffled(batch: Batch, seed: int) -> Batch:
         if dealt[name] is not None: dealt[name] = dealt[name][order]
     return Batch(**dealt)
 
-# %% ../nbs/52_trainer.ipynb #82ff44db
+# %% ../nbs/52_trainer.ipynb #2b247073
 def options_at(c: Config, done: float) -> Config:   # `done`: share of the training, 0 to 1
     "The options with the τ of this moment."
     tau = c.tau*c.tau_decay**done
-    return c.model_copy(update={'tau': tau, 'tau_decay': c.tau_end/tau})
+    return c.model_copy(update={'tau': tau, 'tau_decay': c.tau_end/tau})   # so tau_end = tau·tau_decay stays
 
-# %% ../nbs/52_trainer.ipynb #f6338c5b
+# %% ../nbs/52_trainer.ipynb #b74fb23a
 class Trainer:
     "A model in training: its batches, optimizers, task weights and precision."
     def __init__(self, c: Config, model: Model, loader: Loader, device: torch.device):
@@ -128,12 +129,13 @@ class Trainer:
         with self.amp(), attention_kernel(c): return batch_losses(forward(self.model, batch, c), batch, c)
 
     def set_lr(self) -> None:
+        "Give every parameter group its rate of this step."
         warmup = round(self.c.warmup*len(self.loader))
         factor = lr_at(self.step, self.steps, warmup, self.c.schedule)
         for group, lr in zip(self.param_groups(), self.base_lr): group['lr'] = lr*factor
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        "One step; the terms as numbers. Raises `UserError` when the loss is no number any more."
+        "One step; the terms as numbers. Raises `UserError` when the loss is not finite."
         self.set_lr()
         terms = self.losses(batch.to(self.device))
         self.weights.step(terms, self.model.shared_parameters(), scale=self.scaler.get_scale())
@@ -144,24 +146,24 @@ class Trainer:
             raise UserError(f'{where}: {values}; try a lower lr or amp=off')
         for opt in self.opts: opt.zero_grad()
         self.scaler.scale(total).backward()
-        if self.model.second: self.model.second.join()                     # the text tower's part of it
+        if self.model.second: self.model.second.join()                     # its part of the backward pass
         self.update()
         self.step += 1
         return {name: term.item() for name, term in terms.items()}
 
     def update(self) -> None:
-        "Clip, then let every optimizer step; the first in the second thread, where there is one."
+        "Clip, then let every optimizer step. Where there is a second thread, the first steps there."
         for opt in self.opts: self.scaler.unscale_(opt)
         if self.c.grad_clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
         first, *others = [partial(self.scaler.step, opt) for opt in self.opts]
-        there = self.model.second.start(first) if self.model.second else first()
+        pending = self.model.second.start(first) if self.model.second else first()
         for step in others: step()
-        if self.model.second: there.result()
+        if self.model.second: pending.result()
         self.scaler.update()
 
-# %% ../nbs/52_trainer.ipynb #b13ad6d5
+# %% ../nbs/52_trainer.ipynb #91871068
 def train_epoch(trainer: Trainer, epoch: int, bar: tqdm) -> dict[str, float]:
-    "One pass; means of the losses, the task weights at its end, speed."
+    "One pass over the batches; its row of the history."
     c, loader = trainer.c, trainer.loader
     loader.set_epoch(epoch)
     first = trainer.step = epoch*len(loader)
