@@ -89,9 +89,9 @@ class Pen(Grid):
         for start, end, w0, w1 in zip(points, points[1:], widths, widths[1:]):
             self.poly(bar_corners(start, end, w0, w1), fill)
 
-# %% ../nbs/12_drawing.ipynb #b2477e3c
+# %% ../nbs/12_drawing.ipynb #0a7324a3
 def estimated_length(dx: float, dy: float) -> float:
-    "The length of (dx, dy) without a root, 0 to 8.1 % too long; 1 for no length."
+    "The length of (dx, dy) without a root, from 0.4 % too short to 8.1 % too long; 1 for no length."
     long, short = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
     return long + .41 * short or 1.
 
@@ -154,7 +154,7 @@ def round_mask(width: int, height: int,  # of the canvas, in pixels
     dark = (far_side + near_side).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(dark, (height, width)).copy())
 
-# %% ../nbs/12_drawing.ipynb #c098d343
+# %% ../nbs/12_drawing.ipynb #8ce1abe8
 class Cloth:
     "A garment: draw its shape with `.pen`, then `.sew` it onto the picture."
     def __init__(self, pen: Pen):  # the picture's pen
@@ -170,8 +170,8 @@ class Cloth:
             below: float = 0.):            # y below which a two-tone garment has its second color
         "Fill the shape: dye, pattern, shading."
         img, unit = self.picture.img, self.picture.unit
-        frame = self.pen.img.getbbox()                             # only here is anything to do
-        if not frame: return                                       # outside the picture
+        frame = self.pen.img.getbbox()                             # the box around the shape
+        if not frame: return                                       # the shape is outside the picture
         shape = self.pen.img.crop(frame)
         img.paste(color, frame, shape)
         if pattern == 'two-tone':
@@ -197,15 +197,15 @@ def draw_shoe(pen: Pen, b: Body, leg: list):
     if kind == 'sandals':                                   # a strap
         foot.box(heel + 1.2, -.4, toe - 1.2, .8, color)
 
-# %% ../nbs/12_drawing.ipynb #57b14648
+# %% ../nbs/12_drawing.ipynb #0923f764
 LEG_WIDTHS = {'trousers': (9.6, 7.4, 6.4), 'jeans': (9.3, 6.9, 5.8), 'leggings': (8.4, 6., 4.4),
               'shorts': (10., 8.8, 8.4)}  # of the cloth at hip, knee and end
 
 def sew_lower(cloth: Cloth, b: Body, color: tuple):
     "Dye and pattern of the lower garment."
     pattern = b.f['lower_pattern']
-    if pattern == 'striped': pattern = 'vertically striped'
-    other_color = WHITE if sum(color) < 420 else (20, 20, 30)
+    if pattern == 'striped': pattern = 'vertically striped'      # along the leg
+    other_color = WHITE if sum(color) < 420 else (20, 20, 30)    # light on dark, dark on light
     cloth.sew(color, mix_colors(color, other_color, .62), pattern, 4)
 
 def _draw_trouser_leg(pen, b, leg, color):
@@ -247,9 +247,9 @@ def draw_legs(pen: Pen, b: Body):
     elif kind != 'none' and not b.side:                             # the seam between the legs
         pen.upright(0, b.y_hip + 3, b.y_hip + b.leg * .4, shade(color, .5), .7)
 
-# %% ../nbs/12_drawing.ipynb #3b069829
+# %% ../nbs/12_drawing.ipynb #cae77635
 def trunk(b: Body) -> list:
-    "The outline of shoulders, waist and hem. In profile the chest shows, on the side where the face is."
+    "The outline from the neck to the hem. In profile the chest shows, on the side where the face is."
     kind, y, hem = b.f['upper_type'], b.y_neck, b.hem
     neck = min(3.4, b.shoulder * .5)
     waist = b.waist + (1.6 if kind in BULKY else .4)
@@ -265,7 +265,7 @@ def trunk(b: Body) -> list:
     left = half(b.shoulder - min(chest, 0), waist - lean)
     return right + [(-x, y) for x, y in reversed(left)]
 
-# %% ../nbs/12_drawing.ipynb #b1994597
+# %% ../nbs/12_drawing.ipynb #00c60b36
 def sew_upper(cloth: Cloth, b: Body, dark: float = 1., lit: float = -5.):
     "Dye and pattern of the upper garment."
     f = b.f
@@ -275,7 +275,7 @@ def sew_upper(cloth: Cloth, b: Body, dark: float = 1., lit: float = -5.):
 
 def draw_trunk(pen: Pen, b: Body):
     "Neck, trunk and folds."
-    kind, bare = b.f['upper_type'], b.f['upper_type'] == 'tank top' and not b.side
+    bare = b.f['upper_type'] == 'tank top' and not b.side
     x, y = b.head
     pen.limb([(x - b.side, y + b.head_ry * .5), (0, b.y_neck + 1.5)], (4.6, 5.2), shade(b.skin, .86), b.limb)
     cloth = Cloth(pen)
@@ -287,10 +287,11 @@ def draw_trunk(pen: Pen, b: Body):
         for sign in SIGNS: pen.oval((sign * (b.shoulder - 1.6), b.y_neck + 4.2), 2.6, 2.8, b.skin)
     for k in (-.5, .35):
         pen.line([(b.waist * k, b.y_waist - 4), (b.waist * (k + .22), b.y_waist + 1)], b.trim, .35)
-    if kind == 'dress': pen.dash((0, b.y_waist), b.waist, b.trim)
+    if b.f['upper_type'] == 'dress': pen.dash((0, b.y_waist), b.waist, b.trim)
 
-# %% ../nbs/12_drawing.ipynb #3e1123e1
+# %% ../nbs/12_drawing.ipynb #bc79b37e
 SLEEVES = {'t-shirt': .48, 'tank top': 0, 'dress': .4}  # share of the arm that is covered; .95 for the others
+
 def draw_arm(pen: Pen, b: Body, i: int, dark: float = 1.):
     "Arm `i`, with `dark` as a factor for its colors."
     kind, arm, skin = b.f['upper_type'], b.arms[i], shade(b.skin, dark)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from .bdam import Attention
 from .mamba import Mamba
 
-# %% ../nbs/33_fusion.ipynb #69f902f4
+# %% ../nbs/33_fusion.ipynb #70ea9fc6
 def align(in_dim: int,   # width of the features that come in
           dim: int,      # width of the fusion
-          mlp: bool,     # off: a linear map, for Table 2's "w/o alignment" still has to change the width
+          mlp: bool,     # off (Table 2's "w/o alignment"): a linear map, which only changes the width
           dropout: float
          ) -> nn.Module:
     "The alignment of one modality (Sec. 3.4)."

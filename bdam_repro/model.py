@@ -69,7 +69,7 @@ class ImageFeatures(Rows):
     g: Tensor        # [B, D] gate
     patches: Tensor  # [B, L, D] gated identity tokens
 
-# %% ../nbs/34_model.ipynb #475b1674
+# %% ../nbs/34_model.ipynb #15fde592
 class Pool(nn.Module):
     "The image side of the baseline, in BDAM's place: the projected patches and their mean."
     def __init__(self, in_dim: int, dim: int):
@@ -80,7 +80,8 @@ class Pool(nn.Module):
         tokens = self.proj(self.norm(f[:, 1:]))              # [B, L, D], without [CLS]
         f_id = tokens.mean(1)
         empty = f_id.new_zeros(len(f_id), 0)
-        return Decoupled(f_id, empty, f_id, empty, torch.ones_like(f_id), tokens)
+        g = torch.ones_like(f_id)
+        return Decoupled(f_id=f_id, f_clo=empty, hat_id=f_id, hat_clo=empty, g=g, tokens=tokens)
 
 # %% ../nbs/34_model.ipynb #d09e27cf
 class Retriever(nn.Module):
@@ -232,12 +233,12 @@ def encode_by_length(model: Retriever,
     batches = in_order.split([len(ids) for ids, _ in texts])
     return [f.cut(ids.shape[1]) for f, (ids, _) in zip(batches, texts)]
 
-# %% ../nbs/34_model.ipynb #3e382925
+# %% ../nbs/34_model.ipynb #d66f2d40
 @dataclass
 class FusedCandidates:
     "The fusion of each text with its candidates, the right image first. All None without a fusion."
     match: Tensor | None = None   # [B, 1+N] match scores; -inf where there is no candidate
-    cos: Tensor | None = None     # [B, 1+N] cosines of the same pairs, without gradient
+    cos: Tensor | None = None     # [B, 1+N] `dual` of the same pairs, without gradient
     fused: Tensor | None = None   # [B, 1+N, D] f_final of the same pairs
     valid: Tensor | None = None   # [B, 1+N] bool, which of them are candidates
     anchor: Tensor | None = None  # [B, D] the text feature of the pairs

@@ -64,7 +64,7 @@ IDENTITY_FACTORS = ('gender', 'age', 'build', 'height', 'skin', 'hair_style', 'h
 PROPORTIONS = {'head_size': (.92, 1.1), 'shoulder_width': (.92, 1.08), 'leg_ratio': (.46, .51),
                'girth': (.94, 1.06), 'stature': (.985, 1.015), 'arm_ratio': (.94, 1.06)}  # no text names them
 
-# %% ../nbs/11_people.ipynb #36027899
+# %% ../nbs/11_people.ipynb #409e4fa9
 def identity_factors(rng: np.random.Generator  # source of chance
                     ) -> dict:  # what stays with the person
     "Draw a person: the factors that a text can name, then proportions that it cannot."
@@ -73,7 +73,7 @@ def identity_factors(rng: np.random.Generator  # source of chance
     if age == 'child' and style in ('bald', 'bun'): style = 'short'
     f = dict(gender=gender, age=age, build=pick(rng, BUILDS), height=pick(rng, HEIGHTS))
     f |= dict(skin=pick(rng, tuple(SKINS)), hair_style=style)
-    grays = {'child': 0, 'young': 0, 'middle-aged': 12, 'elderly': 400}[age]
+    grays = {'child': 0, 'young': 0, 'middle-aged': 12, 'elderly': 400}[age]    # beside 98 for the others
     f['hair_color'] = pick(rng, {'black': 38, 'brown': 32, 'blond': 18, 'red': 10, 'gray': grays})
     f['beard'] = gender == 'man' and age != 'child' and rng.random() < .3
     f['glasses'] = rng.random() < .25
@@ -108,7 +108,7 @@ CLOTHING_FACTORS = ('upper_type', 'upper_color', 'upper_pattern', 'upper_color2'
                     'lower_color', 'lower_pattern', 'shoes_type', 'shoes_color', 'bag_type', 'bag_color',
                     'hat_type', 'hat_color', 'scarf_color')
 
-# %% ../nbs/11_people.ipynb #3d9964a0
+# %% ../nbs/11_people.ipynb #65a96447
 def _upper_garment(rng, gender):
     dress = gender == 'woman' and rng.random() < .14
     kind = 'dress' if dress else pick(rng, UPPER)
@@ -122,17 +122,18 @@ def _upper_garment(rng, gender):
 
 def _lower_garment(rng, gender, upper_type):
     kind = 'none' if upper_type == 'dress' else pick(rng, LOWER[gender])
-    colors = {'none': {'none': 1}, 'jeans': JEANS_COLORS}.get(kind, LOWER_COLORS)
-    color = pick(rng, colors)
+    colors = JEANS_COLORS if kind == 'jeans' else LOWER_COLORS
+    color = pick(rng, ('none',) if kind == 'none' else colors)
     pattern = pick(rng, LOWER_PATTERNS) if kind in ('trousers', 'skirt', 'shorts') else 'plain'
     return dict(lower_type=kind, lower_color=color, lower_pattern=pattern)
 
-# %% ../nbs/11_people.ipynb #6ff8a960
+# %% ../nbs/11_people.ipynb #93cc2009
 def _accessories(rng, upper):
     "Shoes, bag, hat and scarf, to go with an upper garment."
     shoes, shoes_color = pick(rng, SHOES), pick(rng, SHOE_COLORS)
     bag, hat = pick(rng, BAGS), pick(rng, HATS)
-    bag_color = {'none': 'none', 'plastic bag': 'white'}.get(bag) or pick(rng, BAG_COLORS)
+    only_color = {'none': 'none', 'plastic bag': 'white'}       # of these there is no other
+    bag_color = only_color.get(bag) or pick(rng, BAG_COLORS)
     hat_color = 'none' if hat == 'none' else pick(rng, UPPER_COLORS)
     scarf = rng.random() < .09 and upper['upper_type'] not in ('t-shirt', 'tank top')
     scarf_color = other(rng, UPPER_COLORS, upper['upper_color']) if scarf else 'none'
@@ -143,7 +144,7 @@ def tint(rng: np.random.Generator, span: int = 22) -> list[int]:
     "A small shift of a dye in R, G, B: two red coats are rarely the same red."
     return [int(rng.random() * span) - span // 2 for _ in range(3)]
 
-# %% ../nbs/11_people.ipynb #58fa305f
+# %% ../nbs/11_people.ipynb #ea7dd86b
 def outfit_factors(rng: np.random.Generator,  # source of chance
                    gender: str  # 'man' | 'woman'
                   ) -> dict:  # what the person wears
@@ -152,8 +153,9 @@ def outfit_factors(rng: np.random.Generator,  # source of chance
     f |= _lower_garment(rng, gender, f['upper_type'])
     f |= _accessories(rng, f)
     f |= dict(bag_side=pick(rng, ('left', 'right')), bag_size=between(rng, .88, 1.15))
-    f['hem'] = between(rng, -2, 3)
-    f |= dict(upper_tint=tint(rng), lower_tint=tint(rng), upper_scale=pick(rng, (4, 5, 6)))
+    f['hem'] = between(rng, -2, 3)                 # how much longer than usual
+    f |= dict(upper_tint=tint(rng), lower_tint=tint(rng))
+    f['upper_scale'] = pick(rng, (4, 5, 6))        # period of the pattern
     return f
 
 # %% ../nbs/11_people.ipynb #6bf82152
@@ -181,13 +183,13 @@ def nuisance_factors(rng: np.random.Generator) -> dict:
     f['scene_seed'] = int(rng.integers(1 << 31))
     return f
 
-# %% ../nbs/11_people.ipynb #1fabfbfe
+# %% ../nbs/11_people.ipynb #566221af
 def image_factors(seed: int, pid: int,  # the dataset's seed; the person
                   k: int,               # which of the person's pictures, from 0
                   clothes_change: bool = False  # another outfit in each picture
                  ) -> dict:  # identity | clothing | nuisance factors and the outfit's number, flat
     "All that there is to know about picture `k` of person `pid`."
-    outfit = k if clothes_change else 0
+    outfit = k if clothes_change else 0      # the outfit's number
     identity = identity_factors(stream(seed, IDENTITY, pid))
     clothing = outfit_factors(stream(seed, OUTFIT, pid, outfit), identity['gender'])
     nuisance = nuisance_factors(stream(seed, IMAGE, pid, k))
@@ -218,12 +220,12 @@ def dye(name: str, tint: list[int]) -> tuple:
     "A named color with an outfit's own tint."
     return tuple(min(250, max(8, c + d)) for c, d in zip(COLORS[name], tint))
 
-# %% ../nbs/11_people.ipynb #3dd81178
+# %% ../nbs/11_people.ipynb #ca88da04
 PERSON_HEIGHTS = {'short': 98, 'average': 105, 'tall': 112}   # in units
 PERSON_GIRTHS = {'slim': .84, 'average': 1., 'heavy': 1.27}   # 1: average
 PROFILES = {'left': -1, 'right': 1}                           # where a person seen from the side walks
 SIGNS = (-1, 1)                                               # left and right in the picture
-BULKY = ('coat', 'hoodie', 'jacket')                          # these are wide
+BULKY = ('coat', 'hoodie', 'jacket')                          # these make arms and trunk wider
 
 # %% ../nbs/11_people.ipynb #863438fb
 @dataclass
@@ -245,9 +247,9 @@ class Measures:
     hip: float
     limb: float       # thickness of arms and legs, 1: average
 
-# %% ../nbs/11_people.ipynb #a7cdc3ae
+# %% ../nbs/11_people.ipynb #6428a06f
 class Body(Measures):
-    "What the pen asks of a person."
+    "The measures of a person and all that follows from them; the pages on drawing read it."
     @property
     def back(self) -> bool: return self.f['view'] == 'back'
     @property
@@ -286,7 +288,8 @@ class Body(Measures):
     def carrier(self) -> int:
         "The arm that carries a bag, 0 or 1: the picture's left or right, in a profile the far or near one."
         left = self.f['bag_side'] == 'left'
-        return int(left == (self.side < 0)) if self.side else int(left != self.back)
+        if self.side: return int(left == (self.side < 0))    # who walks left shows the left side
+        return int(left != self.back)                        # face to face, their left is on our right
     @functools.cached_property
     def hem(self) -> float:
         "y where the upper garment ends."
@@ -298,10 +301,10 @@ class Body(Measures):
         x, y = self.head
         return x + self.head_rx * u, y + self.head_ry * v
 
-# %% ../nbs/11_people.ipynb #0775224d
+# %% ../nbs/11_people.ipynb #83a910be
 def skeleton(f: dict  # as from `image_factors`
             ) -> Body:
-    "The measures of the person of `f`, seen as `f` says."
+    "The body of a person, seen as `f` says. The numbers in it are set by eye."
     zoom, child, woman = f['zoom'], f['age'] == 'child', f['gender'] == 'woman'
     side = PROFILES.get(f['view'], 0)
     height = PERSON_HEIGHTS[f['height']] * f['stature'] * zoom * (.84 if child else 1)

@@ -34,9 +34,9 @@ def draw_hair_behind(pen: Pen, b: Body):
     if style == 'bob': hair.box(left, top, right, chin, color, 2.5)
     if style == 'ponytail' and not b.side: pen.oval(b.on_head(1.1, .5), 1.8, b.head_ry * .9, color)
 
-# %% ../nbs/13_rendering.ipynb #a441d9f0
+# %% ../nbs/13_rendering.ipynb #f8dbdaf5
 def _bald(pen, b):
-    "A rest of hair: from behind, and for the elderly."
+    "The hair that is left: seen from behind, and on the elderly."
     if b.back or b.f['age'] == 'elderly':
         start, end = (20, 160) if b.back else (150, 200)
         head_pen(pen, b).chord((-.3 * b.side, .1), 1.04, .6, start, end, b.hair)
@@ -54,7 +54,7 @@ def hair_end(b: Body) -> float:
     _, end = b.on_head(0, 1.25 if b.f['hair_style'] == 'bob' else .72)
     return end
 
-# %% ../nbs/13_rendering.ipynb #c6c8bcdf
+# %% ../nbs/13_rendering.ipynb #5378622d
 def _hair_from_behind(pen, b, light):
     style, end = b.f['hair_style'], hair_end(b)
     head, hair = head_pen(pen, b), strand_pen(pen, b)
@@ -65,9 +65,10 @@ def _hair_from_behind(pen, b, light):
     if style in ('long', 'ponytail'):                    # a parting
         pen.line([b.on_head(0, -.2), (b.head[0], end - 2)], light, .5)
     if style == 'ponytail':
-        (x, y), knot = b.on_head(0, 1), eye_pen(pen, b, 0)
+        x, y = b.on_head(0, 1)
         pen.limb([b.on_head(0, -.1), (x + .6, y), (x, b.y_neck + 9)], (3.4, 4.6, 2.2), shade(b.hair, .75))
-        knot.box(-1.8, -.25, 1.8, .02, (170, 40, 60))
+        hair_tie = eye_pen(pen, b, 0)
+        hair_tie.box(-1.8, -.25, 1.8, .02, (170, 40, 60))
 
 def _hair_in_profile(pen, b):
     style, d = b.f['hair_style'], b.side
@@ -144,9 +145,9 @@ def draw_bag_behind(pen: Pen, b: Body):
     hump.box(-8 * size, 2, 2, 24 * size, color, 3)
     hump.box(1 - 8 * size, 13, 1, 21 * size, shade(color, .72), 2)
 
-# %% ../nbs/13_rendering.ipynb #03597102
+# %% ../nbs/13_rendering.ipynb #89e4e588
 def _straps(pen, b, color):
-    "What is seen of a backpack from the front or the side."
+    "The straps of a backpack, seen from the front or the side."
     if b.side:
         profile = pen.at(0, b.y_neck, b.side)
         return profile.line([(-1.5, .8), (1.6, 5), (1.2, 12), (-b.shoulder, 18)], color, 1.8)
@@ -202,12 +203,12 @@ def _suitcase(pen, b, color, dark):
     for k in (-.4, .1, .6):
         case.upright(k, 2, height - 1, dark, .5)
 
-# %% ../nbs/13_rendering.ipynb #e925898c
+# %% ../nbs/13_rendering.ipynb #e4d1f8ea
 DRAW_BAGS = {'backpack': _backpack, 'shoulder bag': _shoulder_bag, 'handbag': _handbag,
              'plastic bag': _plastic_bag, 'suitcase': _suitcase}
 
 def draw_bag(pen: Pen, b: Body):
-    "Bags before the trunk or beside it."
+    "The bag, or of a backpack the part in front of the trunk."
     kind = b.f['bag_type']
     if kind == 'none': return
     color = COLORS[b.f['bag_color']]
@@ -368,10 +369,10 @@ def scene_plaza(pen, p, rng):
     for y in range(p.floor, 128, 9):
         pen.dash((35, y), 35, shade(p.ground, .86), .6)
 
-# %% ../nbs/13_rendering.ipynb #d38c29b2
+# %% ../nbs/13_rendering.ipynb #343f92ad
 def draw_passer(pen: Pen, x: float, foot: float, color: tuple, s: float):
     "A silhouette with a coat; its height is about 100 units times `s`."
-    far = Pen(pen.img, pen.unit * s, x / s, foot / s)
+    far = Pen(pen.img, pen.unit * s, x / s, foot / s)     # smaller units, and (x, foot) in these
     far.box(-9, -84, 9, -42, shade(color, .8), 5)
     far.limb([(-4, -44), (-5, 0)], (9, 6), (44, 46, 56))
     far.limb([(4, -44), (6, 0)], (9, 6), (52, 54, 62))
@@ -393,7 +394,7 @@ def draw_scene(pen: Pen, f: dict, rng: np.random.Generator):
         foot = p.floor + 12 + 14 * rng.random()
         draw_passer(pen, x, foot, any_color(rng), .55)
 
-# %% ../nbs/13_rendering.ipynb #fea55392
+# %% ../nbs/13_rendering.ipynb #d78dcecf
 def draw_pole(pen: Pen, rng: np.random.Generator):
     pole = pen.at(14 + rng.random() * 36, 0)
     pole.box(0, -1, 5, 129, (92, 96, 98))
@@ -413,7 +414,8 @@ def draw_bike(pen: Pen, rng: np.random.Generator):
 
 def draw_occlusion(pen: Pen, f: dict, rng: np.random.Generator):
     "Something between the camera and the person, if `f` says so."
-    kind, right = f['occlusion'], rng.random() < .5
+    kind = f['occlusion']
+    right = rng.random() < .5
     if kind == 'pole': draw_pole(pen, rng)
     if kind == 'box': draw_planter(pen, rng)
     if kind == 'bike': draw_bike(pen, rng)

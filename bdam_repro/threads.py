@@ -29,7 +29,7 @@ class _Cut(torch.autograd.Function):
         ctx.thread.walk_back(*zip(*arrived))
         return None, None, None
 
-# %% ../nbs/35_threads.ipynb #12bb3c8c
+# %% ../nbs/35_threads.ipynb #91d6e030
 class SecondThread:
     "A second core for a part of the model that shares no parameter with the rest."
     def __init__(self):
@@ -49,7 +49,7 @@ class SecondThread:
         features = job.result()
         inner = [x for f in features for x in vars(f).values() if x.requires_grad]
         if not inner: return features
-        outer = iter(_Cut.apply(torch.zeros((), requires_grad=True), self, inner))
+        outer = iter(_Cut.apply(torch.zeros((), requires_grad=True), self, inner))   # in the order of `inner`
         return [f.map(lambda x: next(outer) if x.requires_grad else x) for f in features]
 
     def walk_back(self, inner: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
