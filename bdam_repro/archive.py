@@ -55,7 +55,7 @@ def archive_of(variant: str, tag: str, seed: int) -> str:
     else: group = '-readings'
     return f'kept-seed{seed}{group}.zip'
 
-# %% ../nbs/68_archive.ipynb #af37dc76
+# %% ../nbs/68_archive.ipynb #3ddcf90e
 Kept = dict[str, dict[str, bytes]]      # folder of a run -> name of a file -> its content
 
 def read_kept(file: Path) -> Kept:
@@ -77,7 +77,7 @@ def write_kept(file: Path, runs: Kept) -> None:
     with atomic_path(file) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED, compresslevel=9) as z:
         for folder, content in sorted(runs.items()):
             for name, data in content.items():
-                undated = zipfile.ZipInfo(f'{folder}/{name}')       # its date is fixed
+                undated = zipfile.ZipInfo(f'{folder}/{name}')     # a fixed date, else the bytes would differ
                 z.writestr(undated, data, zipfile.ZIP_DEFLATED)
 
 # %% ../nbs/68_archive.ipynb #b3201b9e

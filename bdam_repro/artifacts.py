@@ -10,7 +10,7 @@ __all__ = ['TABLE', 'STYLE_COLUMNS', 'LABEL', 'seed_values', 'cell', 'check_budg
            'markdown_block', 'table_markdown', 'tex', 'Span', 'group_spans', 'tex_tabular', 'tex_block', 'table_latex',
            'describe_styles', 'write_styles', 'collect_styles', 'collect', 'write_table', 'demo_tables']
 
-# %% ../nbs/70_artifacts.ipynb #8c119dcb
+# %% ../nbs/70_artifacts.ipynb #24ab46c7
 import json
 import math
 import os
@@ -26,8 +26,8 @@ import pandas as pd
 
 from .config import ROOT, Config, UserError, atomic_path, make_config
 from .paper import TITLES, table as printed_table
-from .generalize import generalize
-from .style import METHODS, cluster_styles, embed_styles, style_descriptions, style_prompts
+from .generalize import embed_styles, generalize
+from .style import METHODS, cluster_styles, style_descriptions, style_prompts
 from .run_data import load_data
 from .grid import DATASET_NAMES, LAYOUT_TAGS, REFERENCE, TableRow, table_rows
 from .results import (DIFFERENCES, KEY, ArtifactParameters, collect_runs, differences, own_options,
@@ -86,9 +86,9 @@ def interval_of(diffs: pd.DataFrame,     # of `differences`
     if d.empty: return dict(diff=math.nan, lo=math.nan, hi=math.nan)
     return d.iloc[0][['diff', 'lo', 'hi']].to_dict()
 
-# %% ../nbs/70_artifacts.ipynb #d0912839
+# %% ../nbs/70_artifacts.ipynb #64cf2e46
 def printed_rows(n: int) -> list[dict[str, Any]]:
-    "Table 5's quoted rows; those of the other tables stand beside ours."
+    "Table 5's quoted rows. The other tables show the paper's numbers beside ours, so they have none."
     if n != 5: return []
     rows = []
     for (method, _), printed in printed_table(5).iterrows():
@@ -259,7 +259,7 @@ def place_columns(table: pd.DataFrame, score: str) -> list[Column]:
         if not quoted: columns.append(number_column(place, 'Δ R-1, 95 % CI', of_metric['R1'], delta_cell))
     return columns
 
-# %% ../nbs/70_artifacts.ipynb #e80fa8af
+# %% ../nbs/70_artifacts.ipynb #49856d21
 def blocks(n: int, table: pd.DataFrame) -> list[Block]:
     "What is shown of a table: Table 5's quoted rows, the own scores, and `dual` where it differs."
     columns = place_columns if n == 5 else ablation_columns
@@ -277,7 +277,8 @@ def notes(table: pd.DataFrame) -> list[str]:
     "Which rows have no run, and which have fewer seeds than the others."
     t = rows_where(table, score='own', metric='R1')
     several_places = len(t[['dataset', 'tag']].drop_duplicates()) > 1
-    def name(r): return r.method + f' ({place_heading(r.dataset, r.tag)})'*several_places
+    def name(r):
+        return f'{r.method} ({place_heading(r.dataset, r.tag)})' if several_places else r.method
     missing = [name(r) for r in t.itertuples() if r.n == 0]
     fewer = [f'{name(r)}: {r.n} ({r.seeds})' for r in t.itertuples() if 0 < r.n < t['n'].max()]
     said = [f'–: no finished run yet: {"; ".join(missing)}'] if missing else []

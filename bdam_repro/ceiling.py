@@ -28,27 +28,28 @@ FACE_AND_BODY = tuple(k for k in IDENTITY_FACTORS if not k.startswith('hair'))
 KNOWN = {'identity without hair': FACE_AND_BODY, 'identity': IDENTITY_FACTORS, 'clothing': CLOTHING_FACTORS,
          'identity and clothing': IDENTITY_FACTORS + CLOTHING_FACTORS}
 
-# %% ../nbs/85_ceiling.ipynb #8549e9dc
+# %% ../nbs/85_ceiling.ipynb #b53c5cfa
 def agreement(queries: list[dict], gallery: list[dict]) -> torch.Tensor:  # [Q, G]; factor -> value each
     "On how many of the factors that a query names it agrees with a picture."
     S = np.zeros((len(queries), len(gallery)))
     for k in sorted({k for q in queries for k in q}):
         values = [x[k] for x in (*queries, *gallery) if k in x]
-        code = {v: n for n, v in enumerate(dict.fromkeys(values))}
-        a = np.array([code[q[k]] if k in q else -1 for q in queries])       # [Q]
+        code = {v: n for n, v in enumerate(dict.fromkeys(values))}          # numbers compare faster
+        a = np.array([code[q[k]] if k in q else -1 for q in queries])       # [Q]; −1 agrees with nothing
         b = np.array([code[g[k]] if k in g else -2 for g in gallery])       # [G]
         S += a[:, None] == b
     return torch.from_numpy(S)
 
-# %% ../nbs/85_ceiling.ipynb #778fdd39
+# %% ../nbs/85_ceiling.ipynb #8b1bad88
 @dataclass
 class Heard(Say):
-    "The phrases of a text, and which topics were told."
+    "The phrases of a text; it notes which topics were told."
     heard: list = field(default_factory=list)       # (topic, whether it was told)
 
     def told(self, topic: str) -> bool:
-        self.heard.append((topic, super().told(topic)))
-        return self.heard[-1][1]
+        answer = super().told(topic)
+        self.heard.append((topic, answer))
+        return answer
 
 _TOLD = {                                # topic -> the factors that it tells; other topics are factors
     'hair': ('hair_style', 'hair_color'),
@@ -77,12 +78,12 @@ def captions_heard(s: Spec) -> list[dict]:   # one per caption of the test split
     for i in range(s.n_ids - s.test_ids, s.n_ids):
         for k, row in enumerate(picture_rows(s, i)):
             rng = stream(s.seed, CAPTION, i, k)
-            rng.permutation(s.n_styles)                          # as `rows_of` chose the annotators
+            rng.permutation(s.n_styles)                          # as `picture_rows` drew them
             for style in row['styles']:
-                again = copy.deepcopy(rng)
+                again = copy.deepcopy(rng)                       # the same chance twice: to listen, to go on
                 seen = mistaken(visible(row['factors']), again, s.mistakes, plausible=True)
                 out.append(mentioned(Heard(seen, style, again)))
-                caption(row['factors'], style, rng, s.mistakes)
+                caption(row['factors'], style, rng, s.mistakes)  # moves rng to the next caption
     return out
 
 # %% ../nbs/85_ceiling.ipynb #cbb8b27f
@@ -109,8 +110,8 @@ def perfect(c: Config, clothes_change: bool
                      'R1 other': 100*other['R1'], 'AP other': 100*other['AP']}
     return out
 
-# %% ../nbs/85_ceiling.ipynb #4ba89db5
-OF_IDENTITY = ('identity without hair', 'identity', 'identity in the caption')      # point 27; others: 26
+# %% ../nbs/85_ceiling.ipynb #f2283c2a
+OF_IDENTITY = ('identity without hair', 'identity', 'identity in the caption')      # of point 27; rest: 26
 
 def ceilings(e: Evidence, clothes_change: bool) -> dict[str, dict[str, np.ndarray]]:
     "`perfect` for the audit's dataset, computed once."

@@ -64,7 +64,7 @@ LOSSES = ('infonce', 'triplet', 'adversarial', 'decoupling', 'gate_reg')
 REMOVALS = [*without('bdam', 'cross', 'gate'), ('bdam', 'bdam_shallow'),
             *without('fusion', 'mamba', 'gate', 'align'), *without('full', *LOSSES)]
 
-# %% ../nbs/82_claims.ipynb #d9b6f93d
+# %% ../nbs/82_claims.ipynb #851352d5
 BETTER: dict[str, list[tuple[str, str]]] = {      # claim -> (better, worse)
     'whole': [('full', 'baseline')],
     'bdam': [('bdam', 'baseline')],
@@ -83,14 +83,15 @@ BETTER: dict[str, list[tuple[str, str]]] = {      # claim -> (better, worse)
 
 def compare_sides(e: Evidence, item: str, a: Side, b: Side, bound: float = 0., decides: bool = True,
                   by: str = HEAD) -> list[Finding]:     # by: the metric that decides
-    "Three findings on `a` − `b`: one decides, the other two of `SHOWN` stand beside."
+    "Three findings on `a` − `b`, one per metric of `SHOWN`: `by` decides, the other two stand beside."
     name, out = f'{side_name(a)} − {side_name(b)}', []
     for score, metric, shown in SHOWN:
         d = compare_runs(e, a, b, metric, score)
-        out.append(claim_finding(item, name, shown, d, bound, decides and shown == by))
+        this_decides = decides and shown == by
+        out.append(claim_finding(item, name, shown, d, bound, this_decides))
     return out
 
-# %% ../nbs/82_claims.ipynb #5fe97347
+# %% ../nbs/82_claims.ipynb #4ce252d7
 @dataclass(frozen=True)
 class Comparison:
     "A claim says that one side is better than another."
@@ -105,8 +106,8 @@ def noise_side(e: Evidence, error: float) -> Side:
 
 def tagged_comparisons(e: Evidence) -> list[Comparison]:
     "The comparisons of runs that differ in more than the variant."
-    no_texts, no_identity_texts, no_clothing_texts = (
-        ('full', 'id_text=caption-c_clothing=0.0'), ('full', 'id_text=caption'), ('no_adversarial', ''))
+    no_texts = ('full', 'id_text=caption-c_clothing=0.0')
+    no_identity_texts, no_clothing_texts = ('full', 'id_text=caption'), ('no_adversarial', '')
     return [
         Comparison('gradnorm', FULL, ('full', 'balance=fixed')),
         Comparison('gradnorm', FULL, ('full', 'balance=literal'), decides=False),
@@ -122,13 +123,13 @@ def tagged_comparisons(e: Evidence) -> list[Comparison]:
         Comparison('descriptions', ('full', 'icfg'), ('no_adversarial', 'icfg'), decides=False),
     ]
 
-# %% ../nbs/82_claims.ipynb #8f05ecc5
+# %% ../nbs/82_claims.ipynb #ad41a85b
 def accuracy_claims(e: Evidence) -> list[Finding]:
     "The claims on Tables 1 to 3, and those about runs with a tag."
     out = []
     for item, pairs in BETTER.items():
         for better, worse in pairs: out += compare_sides(e, item, (better, ''), (worse, ''))
-    half = compare_runs(e, FULL, ('no_infonce', ''), share=.5)
+    half = compare_runs(e, FULL, ('no_infonce', ''), share=.5)      # above 0: more than half of R-1 is lost
     out.append(claim_finding('infonce', '½ full − no_infonce', HEAD, half))
     for c in tagged_comparisons(e): out += compare_sides(e, c.item, c.better, c.worse, decides=c.decides)
     return out
@@ -168,8 +169,8 @@ def sota_claim(e: Evidence) -> list[Finding]:
         out += compare_sides(e, 'sota', FULL, (rival, ''), decides=False)
     return out
 
-# %% ../nbs/82_claims.ipynb #b7757277
-RIVAL_LAYERS = 'Transformer, fused attention'      # of as many layers; the quicker of two kernels
+# %% ../nbs/82_claims.ipynb #601c8da3
+RIVAL_LAYERS = 'Transformer, fused attention'      # the quicker of two kernels
 
 def cost_lengths(c: Config) -> tuple[int, ...]:
     "Lengths at which layers are measured: one vector; patches and words; two that show how the cost grows."
@@ -225,7 +226,7 @@ def efficiency_claims(e: Evidence) -> list[Finding]:
     "The claims `linear` and `tradeoff`."
     return linear_claim(e) + tradeoff_claim(e)
 
-# %% ../nbs/82_claims.ipynb #396ef2f8
+# %% ../nbs/82_claims.ipynb #1bdfa626
 NEAR, LEAST_SPREAD = 10., 1.      # percent
 GATE_METRIC = f'mean of g − {50 + NEAR:g} %'
 
@@ -256,23 +257,25 @@ def gate_claims(e: Evidence) -> list[Finding]:
     return out + balance_claim(e)
 
 def balance_claim(e: Evidence) -> list[Finding]:
-    "The weight of the image in the fusion, on right pairs: its mean near one half, and a spread."
+    "The weight of the image in the fusion of matching pairs: is its mean near one half, does it vary?"
     runs, source = [e.tensors(f) for f in e.folders(FULL)], run_source(e, FULL)
     if 'w' not in runs[0]: return [claim_finding('balance', 'image weight', 'mean', {})]
     w = 100*np.stack([t['w'][:, 0] for t in runs])                                    # [seeds, Q]
     mean, lo, hi = bootstrap_ci(w, n=e.draws, groups=runs[0]['q_pids'])
-    near, spread = abs(lo - 50) < NEAR and abs(hi - 50) < NEAR, w.std()
+    near = abs(lo - 50) < NEAR and abs(hi - 50) < NEAR
+    spread = w.std()
     def judged(yes, rule): return dict(verdict='for' if yes else 'against', rule=rule, decides=True, **source)
     return [Finding('b', 'balance', 'image weight on right pairs', 'mean, %', value=mean, lo=lo, hi=hi,
                     **judged(near, f'for where all of the interval is within {NEAR:g} of 50, else against')),
             Finding('b', 'balance', 'image weight over right pairs', 'sd, %', value=spread,
                     **judged(spread > LEAST_SPREAD, f'for where it is above {LEAST_SPREAD:g}, else against'))]
 
-# %% ../nbs/82_claims.ipynb #734da910
+# %% ../nbs/82_claims.ipynb #8bcfb6c8
 def branch_silhouettes(f_id: np.ndarray, f_clo: np.ndarray) -> np.ndarray:   # [N], of −100 to 100
     "How far a picture's two features lie in the regions of their branches, mean of both."
     x, branch = np.concatenate([f_id, f_clo]), np.repeat([0, 1], len(f_id))
-    return silhouette_samples(unit_rows(x), branch).reshape(2, -1).mean(0)*100
+    of_branches = silhouette_samples(unit_rows(x), branch).reshape(2, -1)          # [2, N]
+    return 100*of_branches.mean(0)
 
 def region_claim(e: Evidence) -> list[Finding]:
     "The claim `tsne`: trained against untrained."

@@ -7,9 +7,9 @@ __all__ = ['NOT_RUN', 'NOT_HERE', 'NO_OPTION', 'NOT_SHOWN', 'FINDING_COLUMNS', '
            'Side', 'FULL', 'BASELINE', 'DEMO', 'MODEL', 'Finding', 'finding_row', 'findings_frame', 'read_audit',
            'judge_interval', 'plot_intervals', 'claim_verdict', 'side_name', 'Evidence', 'read_run_tensors', 'gather',
            'demo_audit', 'seed_query_values', 'query_people', 'interval_columns', 'folder_source', 'run_source',
-           'compare_runs', 'paired_interval', 'dual_ranking', 'ModelQuestion', 'runs_with_findings', 'model_findings']
+           'compare_runs', 'paired_interval', 'ModelQuestion', 'runs_with_findings', 'model_findings']
 
-# %% ../nbs/80_findings.ipynb #b2702c39
+# %% ../nbs/80_findings.ipynb #d23efa31
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -27,13 +27,13 @@ from .config import Config, UserError, make_config
 from .files import read_tensors, write_tensors
 from .pedes import PedesDataset
 from .run_data import load_data
-from .metrics import RetrievalResult, bootstrap_ci, paired_bootstrap, rank_metrics
+from .metrics import bootstrap_ci, paired_bootstrap
 from .runs import train
 from .grid import layout_options
 from .results import (KEPT_FEATURES, METRICS, ArtifactParameters, collect_runs, half, own_options,
                                 read_json, run_folder)
 
-# %% ../nbs/80_findings.ipynb #0d4e2cc9
+# %% ../nbs/80_findings.ipynb #58789530
 NOT_RUN, NOT_HERE, NO_OPTION, NOT_SHOWN = 'not run', 'not testable here', 'not an option', 'not shown'
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Finding:
     verdict: str = ''
     rule: str = ''                 # how the verdict came about
     evidence: str = ''             # the runs, or the file, that it was read from
-    decides: bool | None = None    # whether the verdict on a claim hangs on it; None: it is about no claim
+    decides: bool | None = None    # whether the verdict on a claim depends on it; None: it is about no claim
     bound: float = 0.              # what the interval is compared with
 
 # %% ../nbs/80_findings.ipynb #0ae57c05
@@ -136,7 +136,7 @@ def side_name(side: Side) -> str:
     "The name of the runs' folder."
     return '-'.join(filter(None, side))
 
-# %% ../nbs/80_findings.ipynb #e7d5e23e
+# %% ../nbs/80_findings.ipynb #8febeff8
 @dataclass
 class Evidence:
     "What the audit knows: runs, and what was read of their features."
@@ -145,7 +145,7 @@ class Evidence:
     runs: pd.DataFrame           # rows of `collect_runs` that belong together
     left_out: list[str]          # finished runs with other options
     draws: int = 2000            # bootstrap replicates
-    cache: dict = field(default_factory=dict)
+    cache: dict = field(default_factory=dict)      # of `cached`
 
     @functools.cached_property
     def sides(self) -> dict[Side, pd.DataFrame]:
@@ -187,7 +187,7 @@ def read_run_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f'{path} cannot be read ({err}): train the run again') from None
     return {k: half(x) if k in KEPT_FEATURES else x for k, x in out.items()}
 
-# %% ../nbs/80_findings.ipynb #e92b86e9
+# %% ../nbs/80_findings.ipynb #58f74d3c
 def gather(p: ArtifactParameters, draws: int = 2000) -> Evidence:
     "The finished runs below `p.runs`. Raises `UserError` where there is none of the tables' runs."
     c = p.config
@@ -196,18 +196,18 @@ def gather(p: ArtifactParameters, draws: int = 2000) -> Evidence:
     if main.empty:
         missing = f'no finished run of {c.dataset}, preset {c.preset}, in {p.runs_path}'
         raise UserError(f'{missing}: train first, or give `runs`')
-    folders = [run_folder(p.runs_path, r) for r in runs.itertuples()]
-    options = {f: own_options(f) for f in folders}
     full = main[main['variant'] == 'full']
     first = next((main if full.empty else full).itertuples())
-    budget = options[run_folder(p.runs_path, first)]            # all others must have it too
-    fits = np.ones(len(runs), bool)
-    for i, (tag, folder) in enumerate(zip(runs['tag'], folders)):
-        of_tag = layout_options(c.preset, tag)                  # a tag may change an option of the budget
-        fits[i] = options[folder] == {k: v for k, v in budget.items() if k not in of_tag}
-    left_out = {f.relative_to(p.runs_path).as_posix() for f, fit in zip(folders, fits) if not fit}
+    budget = own_options(run_folder(p.runs_path, first))        # all others must have it too
+    def has_budget(run):
+        of_tag = layout_options(c.preset, run.tag)              # a tag may change an option of the budget
+        expected = {k: v for k, v in budget.items() if k not in of_tag}
+        return own_options(run_folder(p.runs_path, run)) == expected
+    fits = np.array([has_budget(r) for r in runs.itertuples()])
+    others = {run_folder(p.runs_path, r) for r in runs[~fits].itertuples()}
+    left_out = sorted(f.relative_to(p.runs_path).as_posix() for f in others)
     base = make_config(c.dataset, c.preset, data_root=p.data_root, **budget)
-    return Evidence(p, base, runs[fits].reset_index(drop=True), sorted(left_out), draws)
+    return Evidence(p, base, runs[fits].reset_index(drop=True), left_out, draws)
 
 # %% ../nbs/80_findings.ipynb #f900756b
 DEMO: tuple[Side, ...] = (FULL, BASELINE, ('full', 'hsic_kernel=cka'), ('full', 'synth_error=0.5'))
@@ -263,10 +263,10 @@ def run_source(e: Evidence, *sides: Side) -> dict[str, str]:   # columns seeds, 
     if missing: return dict(seeds='', evidence=f'no finished run of {", ".join(missing)}')
     return folder_source(e, *(e.folders(s) for s in sides))
 
-# %% ../nbs/80_findings.ipynb #92dce832
+# %% ../nbs/80_findings.ipynb #f0e524e3
 def compare_runs(e: Evidence, a: Side, b: Side, metric: str = 'R1', score: str = 'own',
-                 share: float = 1.       # of a: ½ asks whether b keeps half of what a has
-                ) -> dict[str, Any]:     # columns of a finding
+                 share: float = 1.    # with ½, a difference above 0: b has less than half of a
+                ) -> dict[str, Any]:  # columns of a finding; without diff where a side has no run
     "The mean of `a`, and share·a − b with its interval over people and each side's seeds."
     source = run_source(e, a, b)
     if not e.folders(a): return source
@@ -285,14 +285,6 @@ def paired_interval(e: Evidence, x: np.ndarray, y: np.ndarray, groups: np.ndarra
     "The mean of x, and x − y with its interval; x and y [seeds, Q] are of the same models."
     difference = np.asarray(x) - np.asarray(y)
     return dict(value=np.mean(x), **interval_columns(bootstrap_ci(difference, n=e.draws, groups=groups)))
-
-# %% ../nbs/80_findings.ipynb #4b92073c
-def dual_ranking(e: Evidence, folder: Path) -> RetrievalResult:
-    "The test captions of a run against its gallery, by cosine of t and f_id."
-    t = e.tensors(folder)
-    q_pids, g_pids = e.pids[t['q_rows']], e.pids[t['g_rows']]
-    def ranking(): return rank_metrics(torch.from_numpy(t['t']), torch.from_numpy(t['f_id']), q_pids, g_pids)
-    return e.cached(('ranking', folder), ranking)
 
 # %% ../nbs/80_findings.ipynb #f31a19af
 MODEL = 'best.safetensors'

@@ -50,7 +50,7 @@ def table_rows(n: int,                   # table, 1 to 5
     if dataset != 'synth': places = [(name, '') for name in LAYOUT_TAGS.values()]
     return [TableRow(method, v, d, tag) for v, method in RIVALS.items() for d, tag in places]
 
-# %% ../nbs/65_grid.ipynb #8e82d628
+# %% ../nbs/65_grid.ipynb #a70d3353
 FIGURE5_VARIANTS = ('fusion_simple', 'fusion_transformer1', 'fusion_transformer2', 'fusion_transformer4')
 
 def grid(dataset: str = 'synth',              # 'synth', 'cuhk', 'icfg', 'rstp'
@@ -68,14 +68,16 @@ def grid(dataset: str = 'synth',              # 'synth', 'cuhk', 'icfg', 'rstp'
     if unknown := [v for v in variants if v not in dict(needed)]:
         raise UserError(f'no table or figure needs the variant {unknown[0]!r}')
 
-    def wanted(v): return (styles or not v.startswith('style_')) and (v in variants or not variants)
+    def wanted(v):
+        is_chosen = v in variants or not variants
+        return is_chosen and (styles or not v.startswith('style_'))
     def config(v, tag, seed):
         own = layout_options(preset, tag)
         return make_config(dataset, preset, v, seed=seed, tag=tag or None, **own, **options)
     runs = [(v, tag) for v, tag in dict.fromkeys(needed) if wanted(v)]
     return [config(v, tag, seed) for seed in seeds for v, tag in runs]
 
-# %% ../nbs/65_grid.ipynb #d79805cc
+# %% ../nbs/65_grid.ipynb #77fb55ad
 NOISE = (0.0, 0.2, 0.5)          # share of wrong attributes in the descriptions, beside that of the preset
 CLOTHES = 'clothes_change=True'
 DATA: dict[str, dict[str, Any]] = {                # tag -> options of the data
@@ -87,7 +89,7 @@ DATA: dict[str, dict[str, Any]] = {                # tag -> options of the data
 def layout_options(preset: str | None, tag: str) -> dict[str, Any]:
     "The options that one of our tags stands for; none for any other tag."
     if tag not in DATA: return dict(TAGS.get(tag, {}))
-    if preset not in (None, *PRESETS): return DATA[tag]
+    if preset not in (None, *PRESETS): return DATA[tag]      # `make_config` will name the unknown preset
     folder = PRESETS[preset or 'tiny'].get('folder')
     return DATA[tag] | (dict(folder=f'{folder}-{tag}') if folder else {})
 
@@ -203,7 +205,7 @@ def finished_seconds(folder: Path,           # a run's folder
     except (OSError, ValueError): return None
     return m.get('train_seconds') if h is None or m.get('config_hash') == h else None
 
-# %% ../nbs/65_grid.ipynb #bcbcfbd7
+# %% ../nbs/65_grid.ipynb #d83a19cd
 def past_seconds(folder: Path) -> dict[str, list[float]]:   # `folder`: of a dataset and preset
     "Run folder's name → seconds of its finished seeds."
     past: dict[str, list[float]] = {}
@@ -216,7 +218,7 @@ def estimate_hours(configs: list[Config],      # the grid
                    root: str | Path,           # folder of the runs
                    jobs: int                   # runs at once
                   ) -> str:                    # one line
-    "What is left to train, and for how long."
+    "How many runs are left to train, and how long they will take."
     left = [c for c in configs if finished_seconds(run_dir(c, root), config_hash(c)) is None]
     head = f'{len(left)} of {len(configs)} runs to train'
     if not left: return head

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAU_MIN', 'full_precision', 'l2_normalize', 'similarity', 'same_label', 'masked_logsumexp', 'cross_entropy_rows',
            'info_nce', 'triplet', 'mine_triplets', 'batch_triplet', 'clothing_adversarial', 'text_ids',
-           'clothing_matching', 'grad_reverse', 'hsic', 'gate_regularization', 'match_loss', 'sdm', 'tal']
+           'clothing_matching', 'grad_reverse', 'rbf_kernel', 'hsic', 'gate_regularization', 'match_loss', 'sdm', 'tal']
 
 # %% ../nbs/40_losses.ipynb #400003
 import math
@@ -215,7 +215,7 @@ def _linear(x: Tensor) -> Tensor:  # [N, D] -> [N, N] centered
     x = x - x.mean(0)
     return x @ x.T
 
-# %% ../nbs/40_losses.ipynb #400052
+# %% ../nbs/40_losses.ipynb #ff4e4708
 def _whole_unit(x: Tensor) -> Tensor:  # [N, D] of Frobenius norm 1
     return l2_normalize(x.flatten()).view_as(x)
 
@@ -223,15 +223,16 @@ def _cka(x: Tensor) -> Tensor:  # [N, N] centered, of norm 1 (0 for a constant f
     K = _linear(_whole_unit(x))
     return K / K.flatten().norm().clamp_min(1e-10)
 
-def _rbf(x: Tensor) -> Tensor:  # [N, N] centered
+def rbf_kernel(x: Tensor) -> Tensor:  # [N, N] centered
+    "The RBF kernel of the rows of x, brought to unit norm as a whole; its width is their median distance."
     G = _linear(_whole_unit(x))
     d2 = (G.diagonal()[:, None] + G.diagonal()[None, :] - 2*G).clamp_min(0)
     i, j = torch.triu_indices(len(x), len(x), 1)
     return _center(torch.exp(-d2 / (2 * d2[i, j].median().clamp_min(1e-12))))
 
-# %% ../nbs/40_losses.ipynb #ddbe15b7
+# %% ../nbs/40_losses.ipynb #bdd2773d
 _KERNELS = {'linear': _linear, 'linear_normalized': lambda x: _linear(l2_normalize(x)),
-            'rbf': _rbf, 'cka': _cka}
+            'rbf': rbf_kernel, 'cka': _cka}
 
 @full_precision
 def hsic(x: Tensor,  # [N, D] gated identity features

@@ -9,10 +9,9 @@ __all__ = ['PROBES', 'DEPENDENCE', 'PLAIN_MODELS', 'ASKED', 'TRAINED', 'CLOTHES_
            'true_dependence', 'other_pictures', 'draw_test', 'other_r1', 'clothes_kept', 'clothes_changed',
            'place_runs', 'PlaceResults', 'place_results', 'place_finding', 'clothes_cost', 'robust_claim']
 
-# %% ../nbs/83_probes.ipynb #f02abfc8
+# %% ../nbs/83_probes.ipynb #44ecc705
 import json
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -29,7 +28,7 @@ from .rendering import render
 from .synth import CAPTIONS, LAYOUT_FILES, Spec, annotation, picture_rows
 from .batches import load_tokenizer
 from .pretrained import from_pretrained
-from .losses import _rbf
+from .losses import rbf_kernel
 from .metrics import bootstrap_ci, metrics_from_scores, paired_bootstrap
 from .evaluate import evaluate
 from .trainer import pick_device, pick_dtype
@@ -41,28 +40,27 @@ from .findings import (BASELINE, FULL, MODEL, NOT_HERE, NOT_RUN, Evidence, Findi
 from .readings import HEAD
 from .claims import claim_finding, gallery_people
 
-# %% ../nbs/83_probes.ipynb #5efa6645
+# %% ../nbs/83_probes.ipynb #2621153e
 def spec_of(c: Config, clothes_change: bool) -> Spec:
     "What a SynthPEDES of this configuration is drawn from."
     n = c.synth_train_ids + c.synth_val_ids + c.synth_test_ids
-    captions = CAPTIONS[c.synth_layout]
-    return Spec(c.synth_layout, n, c.synth_images, c.synth_seed, clothes_change, c.synth_val_ids,
-                c.synth_test_ids, captions_per_image=captions)
+    return Spec(layout=c.synth_layout, n_ids=n, images_per_id=c.synth_images, seed=c.synth_seed,
+                clothes_change=clothes_change, val_ids=c.synth_val_ids, test_ids=c.synth_test_ids,
+                captions_per_image=CAPTIONS[c.synth_layout])
 
 def gallery_rows(s: Spec) -> list[dict]:
     "Factors, captions and styles of the test pictures, in the order of the dataset."
-    test_ids = range(s.n_ids - s.test_ids, s.n_ids)
-    return [row for i in test_ids for row in picture_rows(s, i)]
+    return [row for i in range(s.n_ids - s.test_ids, s.n_ids) for row in picture_rows(s, i)]  # the last ones
 
-# %% ../nbs/83_probes.ipynb #7dd24b7e
+# %% ../nbs/83_probes.ipynb #df8f84f3
 PROBES = {'clothing': ('upper_color', 'lower_color'), 'identity': ('gender', 'build')}
 
 def run_probe_hits(e: Evidence, folder: Path, feature: str, kind: str) -> np.ndarray:   # [factors·G] percent
-    "The hits of the probes of a kind on a run's feature; their mean is the balanced accuracy."
+    "The hits of all probes of one kind on a run's feature; their mean is the balanced accuracy."
     t = e.tensors(folder)
     records = e.dataset.records.iloc[t['g_rows']]
     hits = [probe_hits(t[feature], records[f'f_{k}'], records['pid'])[0] for k in PROBES[kind]]
-    return np.concatenate([100*h for h in hits])
+    return 100*np.concatenate(hits)
 
 def side_probe_hits(e: Evidence, side: Side, feature: str, kind: str) -> np.ndarray:   # [seeds, factors·G]
     "The same for all runs of a side."
@@ -105,7 +103,7 @@ def feature_claims(e: Evidence) -> list[Finding]:
         out.append(Finding('b', 'purity', 'chance', metric, **d, decides=False))
     return out
 
-# %% ../nbs/83_probes.ipynb #4012408b
+# %% ../nbs/83_probes.ipynb #978c0ee5
 class Dependence(NamedTuple):
     "HSIC of two features, in units of its mean under shuffling."
     excess: float      # 1: as much as shuffled pairs
@@ -115,16 +113,16 @@ class Dependence(NamedTuple):
 def hsic_excess(x: np.ndarray, y: np.ndarray, shuffles: int = 200) -> Dependence:   # x [N, D], y [N, E]
     "How much more two features depend on each other than shuffled ones."
     n, rng = len(y), np.random.default_rng(0)
-    K = _rbf(torch.from_numpy(x).double())                                           # [N, N]
-    L = _rbf(torch.from_numpy(y).double())
-    def paired(order): return float((K*L[order][:, order]).sum())/(n - 1)**2         # Eq. 2, RBF kernel
+    K = rbf_kernel(torch.from_numpy(x).double())                                     # [N, N]
+    L = rbf_kernel(torch.from_numpy(y).double())
+    def paired(order): return float((K*L[order][:, order]).sum())/(n - 1)**2         # Eq. 2, y in this order
     real = paired(torch.arange(n))
     null = np.array([paired(torch.from_numpy(rng.permutation(n))) for _ in range(shuffles)])
     limit = float(np.quantile(null, .95))
-    p = float((1 + (null >= real).sum())/(1 + shuffles))
+    p = float((1 + (null >= real).sum())/(1 + shuffles))       # the real pairing counts as one of them
     return Dependence(real/null.mean(), limit/null.mean(), p)
 
-def one_hot(records: pd.DataFrame, factors: Iterable[str]) -> np.ndarray:   # [N, values]
+def one_hot(records: pd.DataFrame, factors: tuple[str, ...]) -> np.ndarray:   # [N, values]
     "Known factors as a feature."
     return pd.get_dummies(records[[f'f_{k}' for k in factors]].astype(str)).to_numpy(float)
 
@@ -227,9 +225,8 @@ TRAINED = tuple((v, CLOTHES) for v in ('full', *PLAIN_MODELS))       # on people
 CLOTHES_KEPT = ModelQuestion('other', 't', clothes_kept, sides=(*ASKED, *TRAINED), synth_only=True)
 CLOTHES_CHANGED = ModelQuestion('clothes', MODEL, clothes_changed, sides=ASKED, synth_only=True)
 
-# %% ../nbs/83_probes.ipynb #e0224ba9
-PLACES = {'kept': 'same clothes', 'changed': 'clothes change',
-          'trained': 'trained and tested on clothes change'}
+# %% ../nbs/83_probes.ipynb #e82f1e14
+PLACES = dict(kept='same clothes', changed='clothes change', trained='trained and tested on clothes change')
 GALLERIES = {'all': HEAD, 'other': 'dual R-1, other pictures'}
 
 def place_runs(e: Evidence, variant: str, place: str) -> list[Path]:   # place: a key of `PLACES`
@@ -260,14 +257,13 @@ def place_results(e: Evidence, rival: str, place: str, gallery: str
     people = pids[answers[0][0]['image']]
     return PlaceResults(full, other, people, folders)
 
-# %% ../nbs/83_probes.ipynb #27de4565
+# %% ../nbs/83_probes.ipynb #b2f83cd1
 def place_finding(e: Evidence, r: PlaceResults | None, rival: str, place: str, gallery: str) -> Finding:
     "The whole model minus a rival in one place."
     decides = (rival, place, gallery) == ('baseline', 'changed', 'other')
-    if r is None:
-        tag = CLOTHES if place == 'trained' else ''
-        d = run_source(e, ('full', tag), (rival, tag))
-    else:
+    tag = CLOTHES if place == 'trained' else ''
+    d = run_source(e, ('full', tag), (rival, tag))
+    if r is not None:
         gap = paired_bootstrap(r.full, r.rival, n=e.draws, groups=r.people)
         d = dict(value=r.full.mean()) | interval_columns(gap) | folder_source(e, *r.folders)
     return claim_finding('robust', f'{PLACES[place]}: full − {rival}', GALLERIES[gallery], d, decides=decides)
@@ -282,7 +278,7 @@ def clothes_cost(e: Evidence, kept: PlaceResults | None, changed: PlaceResults |
     losses = {'full': changed.full - kept.full, rival: changed.rival - kept.rival}         # [seeds, Q]
     means = {'full': changed.full.mean(), rival: changed.rival.mean()}
     for model, folders in zip(losses, changed.folders):
-        if model == 'full' and rival != PLAIN_MODELS[0]: continue                    # it was said before
+        if model == 'full' and rival != PLAIN_MODELS[0]: continue        # the first rival has this row
         loss = bootstrap_ci(losses[model], n=e.draws, groups=kept.people)
         d = dict(value=means[model]) | interval_columns(loss) | folder_source(e, folders)
         out.append(claim_finding('robust', f'what the change costs: {model}', metric, d, decides=False))

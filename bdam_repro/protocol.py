@@ -7,7 +7,7 @@ __all__ = ['PAIR', 'PROTOCOL_RULE', 'RERANK', 'NOISE_RULE', 'stored_features', '
            'rerank_results', 'score_results', 'score_findings', 'gain_on_test', 'selection_on_test',
            'selection_finding', 'part_c', 'noise_finding', 'part_d', 'plot_noise']
 
-# %% ../nbs/84_protocol.ipynb #044167b0
+# %% ../nbs/84_protocol.ipynb #6d3044e8
 import math
 from pathlib import Path
 from typing import Any
@@ -23,51 +23,57 @@ from .pretrained import from_pretrained
 from .metrics import RetrievalResult, metrics_from_scores, rerank_metrics, topk
 from .grid import LOG_TEST, NOISE, TAGS
 from .findings import (FULL, MODEL, NOT_HERE, NOT_RUN, Evidence, Finding, ModelQuestion,
-                                 compare_runs, dual_ranking, folder_source, judge_interval, model_findings,
+                                 compare_runs, folder_source, judge_interval, model_findings,
                                  query_people, run_source, runs_with_findings)
-from .readings import HEAD, READING_VERDICTS, beside_default, histories
+from .readings import HEAD, READING_VERDICTS, beside_default, dual_ranking, histories
 from .claims import noise_side
 
-# %% ../nbs/84_protocol.ipynb #88d0e633
+# %% ../nbs/84_protocol.ipynb #d2563f9a
 def stored_features(t: dict[str, np.ndarray]) -> tuple[TextFeatures, ImageFeatures]:
     "Queries and gallery of a run's test as the pooled fusion reads them: without words and patches."
     t_q, f_id, f_clo, g = (torch.from_numpy(t[k]) for k in ('t', 'f_id', 'f_clo', 'g'))
     no_words = t_q.new_zeros(len(t_q), 0, 1)
     no_patches = f_id.new_zeros(len(f_id), 0, 1)
-    queries = TextFeatures(t_q, no_words, no_words[..., 0].bool())
-    return queries, ImageFeatures(f_id, f_clo, f_clo, g, no_patches)
+    mask = no_words[..., 0].bool()
+    queries = TextFeatures(t_q, no_words, mask)
+    gallery = ImageFeatures(f_id, f_clo, f_clo, g, no_patches)
+    return queries, gallery
 
 def pair_ranking(model: Model, t: dict[str, np.ndarray], pids: np.ndarray) -> RetrievalResult:
     "The invalid ranking: caption with its own image, against image with its first caption."
     queries, gallery = stored_features(t)
     image = np.searchsorted(t['g_rows'], t['q_rows'])                 # [Q] each caption's image
     first = np.unique(image, return_index=True)[1]                    # [G] each image's first caption
-    own_images, own_captions = gallery[torch.from_numpy(image)], queries[torch.from_numpy(first)]
+    own_images = gallery[torch.from_numpy(image)]
+    own_captions = queries[torch.from_numpy(first)]
     scores = invalid_pair_scores(model, queries, own_images, gallery, own_captions)
     q_pids, g_pids = pids[t['q_rows']], pids[t['g_rows']]
     return metrics_from_scores(scores, q_pids, g_pids)
 
-# %% ../nbs/84_protocol.ipynb #c23f1d12
+# %% ../nbs/84_protocol.ipynb #460cc042
 def match_scores(model: Model, t: dict[str, np.ndarray], k: int
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # [Q, K] candidates, cosines, m
-    "What the fusion alone says of each query's K best."
+    "The fusion's score alone, m, of each query's K best."
     queries, gallery = stored_features(t)
     top, cosine = topk(queries.t, gallery.f_id, min(k, len(gallery)))
-    zero, usual = torch.zeros_like(cosine, dtype=torch.float32), model.config
-    model.config = usual.model_copy(update=dict(rerank_weight=1.))      # 0 + 1·m
-    try: return top, cosine.float(), rescore(model, queries, gallery, top, zero)
+    no_dual = torch.zeros_like(cosine, dtype=torch.float32)
+    usual = model.config
+    model.config = usual.model_copy(update=dict(rerank_weight=1.))
+    try: m = rescore(model, queries, gallery, top, no_dual)             # dual/τ + λ·m = 0/τ + 1·m
     finally: model.config = usual
+    return top, cosine.float(), m
 
 def rerank_ways(c: Config) -> dict[str, tuple[int, float]]:   # reading -> K, λ
-    "The default, its halves and its doubles."
+    "The default (`fused`), a quarter and four times K, half and twice λ."
     K, λ = c.rerank, c.rerank_weight
     ways = {'fused': (K, λ)}
-    ways |= {f'fused, K={k}': (k, λ) for k in (K//4, 4*K) if k}
+    ways |= {f'fused, K={k}': (k, λ) for k in (K//4, 4*K) if k > 0}
     return ways | {f'fused, λ={w:g}': (K, w) for w in (λ/2, 2*λ)}
 
 def rerank_results(e: Evidence, folder: Path, model: Model) -> dict[str, np.ndarray]:   # reading -> [Q]
     "R-1 in percent of a finished run's fused ranking under each way."
-    ways, dual = rerank_ways(e.base), dual_ranking(e, folder)
+    ways = rerank_ways(e.base)
+    dual = dual_ranking(e, folder)
     deepest = max(k for k, _ in ways.values())
     top, cosine, m = match_scores(model, e.tensors(folder), deepest)
     out = {}
@@ -76,7 +82,7 @@ def rerank_results(e: Evidence, folder: Path, model: Model) -> dict[str, np.ndar
         out[name] = 100*rerank_metrics(dual, top[:, :k], scores[:, :k]).R1
     return out
 
-# %% ../nbs/84_protocol.ipynb #8f794408
+# %% ../nbs/84_protocol.ipynb #a52e9c7b
 PAIR = 'pair (invalid)'
 PROTOCOL_RULE = ('better / worse: the interval of the difference to dual, of the same models, lies above / '
                  'below 0; pair is invalid: each query sees its own image')
@@ -97,7 +103,8 @@ def score_findings(e: Evidence) -> list[Finding]:
     if not folders:
         if e.folders(FULL): source = dict(evidence='no run of full has its model')
         return [Finding('c', 1, 'dual', HEAD, verdict=NOT_RUN, **source)]
-    answers, people = [model_findings(e, f, RERANK) for f in folders], query_people(e, FULL)
+    answers = [model_findings(e, f, RERANK) for f in folders]
+    people = query_people(e, FULL)
     def r1(name): return np.stack([a[name] for a in answers]).astype(float)             # [seeds, Q]
     dual, out = r1('dual'), []
     for name in answers[0]:
@@ -139,14 +146,14 @@ def part_c(e: Evidence) -> list[Finding]:
     "The scores, and the selection."
     return score_findings(e) + selection_on_test(e)
 
-# %% ../nbs/84_protocol.ipynb #953fc772
+# %% ../nbs/84_protocol.ipynb #2d94d51e
 NOISE_RULE = 'better / worse: the interval of the difference to error 0 % lies above / below 0'
 
 def noise_finding(e: Evidence, error: float, metric: str, shown: str) -> Finding:
     "The whole model at an error rate, against error 0."
     clean = noise_side(e, 0.)
     d = compare_runs(e, noise_side(e, error), clean, metric)
-    if error == 0 and e.folders(clean): d |= dict.fromkeys(('diff', 'lo', 'hi'), math.nan)
+    if error == 0 and e.folders(clean): d |= dict.fromkeys(('diff', 'lo', 'hi'), math.nan)  # from itself
     d['verdict'] = READING_VERDICTS[judge_interval(d.get('lo', math.nan), d.get('hi', math.nan))]
     if error == 0 and 'value' in d: d['verdict'] = ''            # the others are compared with it
     default = 'yes' if error == e.base.synth_error else 'no'

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['HEAD', 'SHOWN', 'READING_RULE', 'READING_VERDICTS', 'GATE_VALUES', 'RADII', 'STYLE_READINGS', 'OTHER_PARTS',
            'plot_readings', 'validation_r1', 'reading_findings', 'default_findings', 'all_readings', 'beside_default',
-           'break_ties', 'tie_readings', 'gate_readings', 'halved_features', 'histories', 'chosen_epoch',
-           'selection_readings', 'small_differences', 'nested_gains', 'style_scores', 'style_readings', 'part_a']
+           'dual_ranking', 'break_ties', 'tie_readings', 'gate_readings', 'halved_features', 'histories',
+           'chosen_epoch', 'selection_readings', 'small_differences', 'nested_gains', 'style_scores', 'style_readings',
+           'part_a']
 
-# %% ../nbs/81_readings.ipynb #5ceef62a
+# %% ../nbs/81_readings.ipynb #c451187e
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +20,14 @@ import torch
 
 from .config import Config
 from .paper import OPEN_POINTS
-from .generalize import generalize
-from .style import cluster_styles, embed_styles, eps_sweep
-from .metrics import Positives, per_query, rank_metrics
+from .generalize import embed_styles, generalize
+from .style import cluster_styles, eps_sweep
+from .metrics import Positives, RetrievalResult, per_query, rank_metrics
 from .grid import LOG_TEST, OPTIONS, READINGS, Reading, reading_reference, reading_run
-from .results import read_csv
-from .artifacts import DIFFERENCES
+from .results import DIFFERENCES, read_csv
 from .findings import (BASELINE, FULL, NOT_HERE, NOT_RUN, NO_OPTION, Evidence, Finding, Side,
-                                 compare_runs, dual_ranking, judge_interval, paired_interval, plot_intervals,
-                                 query_people, run_source, seed_query_values, side_name)
+                                 compare_runs, judge_interval, paired_interval, plot_intervals, query_people,
+                                 run_source, seed_query_values, side_name)
 
 # %% ../nbs/81_readings.ipynb #0f3d6bb9
 HEAD = 'R-1'        # under the headline score: fused where there is a fusion, else dual
@@ -36,8 +37,8 @@ def plot_readings(t: pd.DataFrame):   # t: the audit
     of_part = t[(t['part'] == 'a') & (t['metric'] == HEAD)]
     return plot_intervals(of_part.dropna(subset=['diff', 'lo']), 'R-1 minus the default, points')
 
-# %% ../nbs/81_readings.ipynb #afaebccf
-SHOWN = (('own', 'R1', HEAD), ('own', 'mAP', 'mAP'), ('dual', 'R1', 'dual R-1'))     # score, metric, its name
+# %% ../nbs/81_readings.ipynb #93ecd004
+SHOWN = (('own', 'R1', HEAD), ('own', 'mAP', 'mAP'), ('dual', 'R1', 'dual R-1'))     # score, metric, name
 READING_RULE = ('better / worse: the interval of the difference to the default (or to what stands beside it) '
                 'lies above / below 0; open: it holds 0')
 READING_VERDICTS = {'for': 'better', 'against': 'worse', 'open': 'open', NOT_RUN: NOT_RUN}
@@ -73,14 +74,15 @@ def default_findings(e: Evidence, r: Reading, run: Side) -> list[Finding]:
         out.append(Finding('a', r.n, r.name, shown, 'yes', **d, rule=READING_RULE, **source))
     return out
 
-# %% ../nbs/81_readings.ipynb #98e49189
+# %% ../nbs/81_readings.ipynb #bbfd3eb5
 def all_readings(base: Config) -> list[Reading]:
     "`READINGS` and, for an option whose default is another value, the default."
     defaults = []
     for n, options in OPTIONS.items():
         other = {k: getattr(base, k) for k, values in options.items() if getattr(base, k) not in values}
         defaults += [Reading(n, {k: v}) for k, v in other.items()]
-    return sorted([*defaults, *READINGS], key=lambda r: (r.n, list(r.options)[:1]))
+    def place(r): return r.n, list(r.options)[:1]                # by point, then by the first option
+    return sorted([*defaults, *READINGS], key=place)
 
 # %% ../nbs/81_readings.ipynb #34bf8409
 def beside_default(e: Evidence, x: np.ndarray, default: np.ndarray, people: np.ndarray,
@@ -90,11 +92,19 @@ def beside_default(e: Evidence, x: np.ndarray, default: np.ndarray, people: np.n
     d = paired_interval(e, x, default, people)
     return d | dict(verdict=READING_VERDICTS[judge_interval(d['lo'], d['hi'])])
 
-# %% ../nbs/81_readings.ipynb #3625f27b
+# %% ../nbs/81_readings.ipynb #76dc6e75
+def dual_ranking(e: Evidence, folder: Path) -> RetrievalResult:
+    "The test captions of a run against its gallery, by cosine of t and f_id."
+    t = e.tensors(folder)
+    q_pids, g_pids = e.pids[t['q_rows']], e.pids[t['g_rows']]
+    def ranking(): return rank_metrics(torch.from_numpy(t['t']), torch.from_numpy(t['f_id']), q_pids, g_pids)
+    return e.cached(('ranking', folder), ranking)
+
+# %% ../nbs/81_readings.ipynb #a6ca9535
 def break_ties(P: Positives, how: str) -> Positives:   # 'average', 'pessimistic', 'optimistic'
-    "The places of the matches when ties are broken so."
-    above = P.above + P.tied if how == 'pessimistic' else P.above
-    tied = P.tied if how == 'average' else 0*P.tied
+    "The places of the matches: a tie is averaged, lost, or won."
+    above = P.above + P.tied if how == 'pessimistic' else P.above      # wrong pictures that rank higher
+    tied = P.tied if how == 'average' else 0*P.tied                    # wrong pictures of equal rank
     return Positives(P.query, P.item, above, tied, P.q_pids, P.g_pids)
 
 def tie_readings(e: Evidence) -> list[Finding]:
@@ -137,14 +147,15 @@ def halved_features(e: Evidence) -> Finding:
     d = dict(value=halved, diff=halved - usual, rule='the first seed; difference after every f_id was halved')
     return Finding('a', 33, 'no meaning', 'dual R-1', 'yes', **d, **run_source(e, FULL))
 
-# %% ../nbs/81_readings.ipynb #a30049d5
+# %% ../nbs/81_readings.ipynb #35f1c568
 def histories(e: Evidence) -> list[pd.DataFrame]:   # columns val_R1, …, and test_R1, … if the test was noted
-    "The epochs of the whole model's runs under the headline score; of runs that noted the test, if any did."
+    "The epochs of the whole model under the headline score. Runs that noted the test come first."
     out = []
     for folder in e.folders(('full', LOG_TEST)) or e.folders(FULL):
         h = pd.read_csv(folder/'history.csv')
         score = 'fused' if 'val_fused_R1' in h else 'dual'
-        out.append(h.rename(columns=lambda c, score=score: c.replace(f'_{score}_', '_')))
+        columns = {c: c.replace(f'_{score}_', '_') for c in h}          # val_fused_R1 -> val_R1
+        out.append(h.rename(columns=columns))
     return out
 
 def chosen_epoch(h: pd.DataFrame,
@@ -154,7 +165,7 @@ def chosen_epoch(h: pd.DataFrame,
     parts = ('R1', 'R5', 'R10') if by == 'sum' else (by,)
     return int(sum(h[f'val_{m}'] for m in parts).idxmax())
 
-# %% ../nbs/81_readings.ipynb #12db2979
+# %% ../nbs/81_readings.ipynb #c9db846a
 def selection_readings(e: Evidence) -> list[Finding]:
     "Point 23: R-1, mAP or the sum of R-1, R-5 and R-10 on validation."
     out, hs = [], histories(e)
@@ -163,7 +174,8 @@ def selection_readings(e: Evidence) -> list[Finding]:
     common = dict(rule='test R-1 at the epoch that each number chooses, in history.csv') | run_source(e, FULL)
     for by in ('R1', 'mAP', 'sum'):
         epochs = [chosen_epoch(h, by) for h in hs]
-        if not hs or not (logged or epochs == usual): d = dict(verdict=NOT_RUN)
+        is_known = logged or epochs == usual
+        if not hs or not is_known: d = dict(verdict=NOT_RUN)
         elif by == 'R1': d = dict(verdict='default')
         elif epochs == usual: d = dict(diff=0., verdict='same epoch')
         else:
@@ -216,7 +228,7 @@ def style_scores(e: Evidence, samples: int = 5, size: int = 1500
         out['as written'].append(cluster_styles(embed_styles(texts), truth=truth)[1].ari)
     return {name: 100*np.array(ari) for name, ari in out.items()}
 
-# %% ../nbs/81_readings.ipynb #2b48c7a6
+# %% ../nbs/81_readings.ipynb #2a5c7f08
 STYLE_READINGS = (                  # open point, reading, key of `style_scores`, default
     (15, 'knee × 1', 'knee × 1', 'yes'),
     (15, 'knee × 0.5', 'knee × 0.5', 'no'),
@@ -230,7 +242,7 @@ def style_readings(e: Evidence) -> list[Finding]:
         unknown = dict(verdict=NOT_HERE, rule='the annotators are not known')
         return [Finding('a', 15, 'k-distance knee', **unknown), Finding('a', 39, 'strip', **unknown)]
     scores = e.cached('styles', lambda: style_scores(e))
-    usual, out = scores['knee × 1'][None], []                          # [1, samples]
+    usual, out = scores['knee × 1'][None], []         # [1, samples]: the bootstrap draws samples, not people
     common = dict(rule=READING_RULE, evidence='style_scores()')
     for n, reading, key, default in STYLE_READINGS:
         d = beside_default(e, scores[key][None], usual, np.arange(usual.size), default == 'yes')

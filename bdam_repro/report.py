@@ -32,18 +32,19 @@ from .probes import (CLOTHES_CHANGED, CLOTHES_KEPT, DEPENDENCE, feature_claims, 
 from .protocol import NOISE_RULE, PROTOCOL_RULE, RERANK, part_c, part_d
 from .ceiling import part_e
 
-# %% ../nbs/86_report.ipynb #7482892d
+# %% ../nbs/86_report.ipynb #a5a74967
 NEEDS_FACTORS = ('purity', 'clothing_branch', 'descriptions', 'robust')
 
 def part_b(e: Evidence) -> list[Finding]:
     "One row per claim with its verdict, followed by its findings."
-    here, out = e.base.dataset == 'synth', []
+    on_synth, out = e.base.dataset == 'synth', []
+    cannot_be_asked = ('sota',) if on_synth else NEEDS_FACTORS
     found = accuracy_claims(e) + style_claims(e) + sota_claim(e) + efficiency_claims(e)
     found += gate_claims(e) + independence_claim(e) + region_claim(e)
-    if here: found += feature_claims(e) + robust_claim(e)
+    if on_synth: found += feature_claims(e) + robust_claim(e)
     for c in ALL_CLAIMS:
         own = [f for f in found if f.item == c.id]
-        if c.id == 'sota' if here else c.id in NEEDS_FACTORS:
+        if c.id in cannot_be_asked:
             verdict, rule = NOT_HERE, c.test
         else:
             readings = dict.fromkeys(f.reading for f in own if f.decides)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'RUN_COLUMNS', 'KEY', 'DIFFERENCES', 'TEXT', 'KEPT_FEATURES', 'read_json', 'run_rows', 'rows_where',
-           'collect_runs', 'run_folder', 'own_options', 'Comparison', 'comparisons', 'run_query_values',
-           'VariantResults', 'variant_results', 'comparison_rows', 'differences', 'write_csv', 'read_csv', 'read_runs',
-           'ArtifactParameters', 'artifact_parameters', 'half', 'Features', 'load_features', 'find_features',
-           'load_dataset']
+           'collect_runs', 'run_folder', 'own_options', 'Comparison', 'comparisons', 'VariantResults',
+           'run_query_values', 'variant_results', 'comparison_rows', 'differences', 'write_csv', 'read_csv',
+           'read_runs', 'ArtifactParameters', 'artifact_parameters', 'half', 'Features', 'load_features',
+           'find_features', 'load_dataset']
 
 # %% ../nbs/66_results.ipynb #be9c7557
 import json
@@ -115,21 +115,7 @@ def comparisons(datasets: Iterable[str]) -> list[Comparison]:
                 found.add(Comparison(row.dataset, row.tag, reference, row.variant))
     return sorted(c for c in found if c.variant != c.reference)
 
-# %% ../nbs/66_results.ipynb #54c3f698
-def run_query_values(folder: Path,    # of a finished run
-                     score: str       # 'own': `fused` where there is a fusion, else `dual`; or 'dual'
-                    ) -> tuple[dict[str, np.ndarray], np.ndarray]:  # as in `VariantResults`, of one seed
-    "The result of each query. Raises `UserError`."
-    path = folder/'features.safetensors'
-    try:
-        with safe_open(path, 'np') as f:
-            own = 'fused' if score == 'own' and 'fused.R1' in f.keys() else 'dual'  # noqa: SIM118
-            values = {m: 100*f.get_tensor(f'{own}.{k}').astype(float) for m, k in METRICS.items()}
-            return values, np.stack([f.get_tensor('q_rows'), f.get_tensor('q_pids')])
-    except (OSError, SafetensorError) as e:
-        why = f'{path} cannot be read ({e})'
-        raise UserError(f'{why}: differences need the results of each query; train the run again') from None
-
+# %% ../nbs/66_results.ipynb #589e3e24
 @dataclass(frozen=True)
 class VariantResults:
     "What the seeds of a variant answered to the same queries."
@@ -140,6 +126,20 @@ class VariantResults:
     seeds: str                        # such as '0 1 2'
     values: dict[str, np.ndarray]     # metric -> [seeds, Q] in percent
     asked: np.ndarray                 # [2, Q] image and person of each query
+
+def run_query_values(folder: Path,    # of a finished run
+                     score: str       # 'own': `fused` where there is a fusion, else `dual`; or 'dual'
+                    ) -> tuple[dict[str, np.ndarray], np.ndarray]:  # metric -> [Q]; asked [2, Q]
+    "The result of each query. Raises `UserError`."
+    path = folder/'features.safetensors'
+    try:
+        with safe_open(path, 'np') as f:
+            own = 'fused' if score == 'own' and 'fused.R1' in f.keys() else 'dual'  # noqa: SIM118
+            values = {m: 100*f.get_tensor(f'{own}.{k}').astype(float) for m, k in METRICS.items()}
+            return values, np.stack([f.get_tensor('q_rows'), f.get_tensor('q_pids')])
+    except (OSError, SafetensorError) as e:
+        why = f'{path} cannot be read ({e})'
+        raise UserError(f'{why}: differences need the results of each query; train the run again') from None
 
 # %% ../nbs/66_results.ipynb #0ae0cff8
 def variant_results(root: Path,               # folder of the runs
@@ -196,13 +196,13 @@ def differences(root: str | Path,        # folder of the runs
             if variant and reference: rows += comparison_rows(variant, reference, score, draws)
     return pd.DataFrame(rows, columns=DIFFERENCES)
 
-# %% ../nbs/66_results.ipynb #eea109c4
+# %% ../nbs/66_results.ipynb #e1ec8178
 _TEXT = ('dataset', 'preset', 'variant', 'tag', 'score', 'device', 'config_hash', 'code_version', 'reference',
          'metric', 'seeds', 'reference_seeds', 'method')
 TEXT = dict.fromkeys(_TEXT, str)       # columns of all our files that are text, whatever they look like
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
-    "Whole or not at all, the same bytes for the same table."
+    "Write a table, whole or not at all; the same bytes for the same table."
     with atomic_path(path) as tmp: table.to_csv(tmp, index=False, lineterminator='\n')
     return Path(path)
 
@@ -311,10 +311,10 @@ def load_features(folder: str | Path  # a finished run's
     rounded = {k: v.half().float() if k in KEPT_FEATURES else v for k, v in tensors.items()}
     return Features(folder, make_config(**options), made.get('code', 'unknown'), rounded)
 
-# %% ../nbs/66_results.ipynb #1a1677ee
+# %% ../nbs/66_results.ipynb #1377ffb4
 def find_features(p: ArtifactParameters,
                   variant: str = 'full',
-                  needed: bool = True   # else none is fine too
+                  needed: bool = True   # False: the list may be empty
                  ) -> list[Features]:   # by seed
     "All finished runs of a variant. Raises `UserError` where one is needed and there is none."
     folder = run_dir(make_config(p.dataset, p.preset, variant), p.runs_path).parent
