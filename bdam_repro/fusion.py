@@ -82,7 +82,7 @@ class Fused:
     w: Tensor             # [B, 2] weights of image and text
     logit: Tensor | None  # [B] match score m: text and image are of one person; None without a match head
 
-# %% ../nbs/33_fusion.ipynb #d4669057
+# %% ../nbs/33_fusion.ipynb #7319a1e6
 class MambaFusion(nn.Module):
     "Align, weigh, mix, project (Sec. 3.4). There is no way in for the clothing feature."
     def __init__(self,
@@ -98,7 +98,7 @@ class MambaFusion(nn.Module):
                  d_state: int = 16, d_conv: int = 4,  # Mamba's (4.2)
                  heads: int = 4,          # the Transformer's
                  dropout: float = 0.1,
-                 match: bool = True):     # a match head on f_final (open point 4)
+                 match: bool = True):     # a match head on f_final; no bias: the softmax would cancel it
         super().__init__()
         out_dim = out_dim or dim
         self.align_img = align(img_dim, dim, mlp, dropout)
@@ -106,13 +106,11 @@ class MambaFusion(nn.Module):
         self.gate = ModalityGate(dim) if gate else None
         self.layers = mixer_layers(kind, layers, dim, dropout, d_state, d_conv, heads)
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, out_dim)
-        # no bias: the softmax over candidates would not see it
         self.match = nn.Linear(out_dim, 1, bias=False) if match else None
 
     def weigh(self, f_img: Tensor, f_txt: Tensor) -> Tensor:   # [B, D] each -> w [B, 2]
         "The modality weights; one half each where the gate is off."
-        if self.gate is None: return f_img.new_full((len(f_img), 2), .5)
-        return self.gate(f_img, f_txt)
+        return f_img.new_full((len(f_img), 2), .5) if self.gate is None else self.gate(f_img, f_txt)
 
     def finish(self, f_fusion: Tensor, w: Tensor) -> Fused:    # f_fusion [B, D], behind the last layer
         "Projection to f_final, and the match score read from it."

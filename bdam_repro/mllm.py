@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'QUESTION', 'IN_STYLE', 'prompt_texts', 'draw_style', 'prompt_hash', 'image_url', 'first_messages',
-           'whole_number', 'check_styles', 'DescribeSettings', 'Manner', 'request_body', 'redact', 'make_client',
-           'Transient', 'Refused', 'Hopeless', 'retry_after', 'Server', 'other_manner', 'server_words',
+           'whole_number', 'check_styles', 'DescribeOptions', 'DescribeSettings', 'Manner', 'request_body', 'redact',
+           'make_client', 'Transient', 'Refused', 'Hopeless', 'retry_after', 'Server', 'other_manner', 'server_words',
            'status_problem', 'silence_problem', 'Answer', 'guess_tokens', 'most_prompt_tokens', 'read_answer',
            'ask_server', 'judge_answer', 'again_messages', 'History']
 
@@ -131,8 +131,8 @@ def _options_error(e: ValidationError) -> Exception:
     if first['type'] == 'extra_forbidden': return TypeError(f'unexpected option {name!r}')
     return UserError(f'{name} is {first["input"]!r}: {first["msg"].lower()}.')
 
-# %% ../nbs/23_mllm.ipynb #b36db055
-class DescribeSettings(BaseModel):
+# %% ../nbs/23_mllm.ipynb #6cb7b33f
+class DescribeOptions(BaseModel):
     "The options that all ways to ask an MLLM share. Raises `UserError` for a value that cannot be meant."
     model_config = ConfigDict(extra='forbid', frozen=True)
     model: str                              # the model's name at the server
@@ -183,6 +183,9 @@ class DescribeSettings(BaseModel):
                             ' give dollars above 0, or None for no budget.')
         return self
 
+# %% ../nbs/23_mllm.ipynb #91918ac1
+class DescribeSettings(DescribeOptions):
+    "The options, and what follows from them for an image, a prompt, an answer."
     def style_of(self, image: str) -> tuple[int | None, Sequence[str]]:
         "The style of an image and its example captions; `(None, ())` without styles."
         if not self.styles: return None, ()

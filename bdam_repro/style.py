@@ -64,7 +64,7 @@ def knee(distances: np.ndarray,  # [M], any order
     if span <= 0: return float(d[0])
     return float(d[np.argmax(share - (d - d[0]) / span)])
 
-# %% ../nbs/27_style.ipynb #703b580a
+# %% ../nbs/27_style.ipynb #db07fb24
 PAIRS = 50_000_000      # neighbor pairs that DBSCAN may hold at once (8 bytes each)
 
 def affordable(rows: WeightedRows, eps: float, pairs: int = PAIRS) -> int:  # rows
@@ -79,7 +79,7 @@ def dbscan_rows(rows: WeightedRows, eps: float | None, min_samples: int, seed: i
     "DBSCAN on the rows, or on as many of them as fit. `eps` None: the knee."
     if eps is None: eps = knee(k_distance(rows, min_samples), rows.weights)
     eps = max(eps, 1e-6)
-    part, few = thin(rows, affordable(rows, eps), seed)
+    _, few = thin(rows, affordable(rows, eps), seed)
     model = DBSCAN(eps=eps, min_samples=min_samples, algorithm='kd_tree')
     labels = model.fit_predict(few.x, sample_weight=few.weights)
     if len(few) < len(rows): labels = labels[nearest(few.x, rows.x)]
