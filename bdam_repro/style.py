@@ -328,8 +328,8 @@ def cluster_styles(embeddings: np.ndarray,  # [N, d], of `embed_styles`
     return final[inverse], found
 
 # %% ../nbs/27_style.ipynb #0e58c835
-_TOLD = ('silhouette', 'dbscan')
-K_FROM = {'kmeans': _TOLD, 'gmm': _TOLD, 'agglomerative': _TOLD, 'random': ('dbscan',)}   # where k comes from
+_K_RULES = ('silhouette', 'dbscan')
+K_FROM = {'kmeans': _K_RULES, 'gmm': _K_RULES, 'agglomerative': _K_RULES, 'random': ('dbscan',)}   # where k comes from
 
 def compare_methods(embeddings: np.ndarray,              # [N, d]
                     truth: Sequence[int] | None = None,  # [N] the true annotators, where known
