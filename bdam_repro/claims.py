@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OWN_CLAIMS', 'ALL_CLAIMS', 'LOSSES', 'REMOVALS', 'BETTER', 'RIVAL_STYLES', 'SLACK', 'RIVAL_LAYERS', 'NEAR',
-           'LEAST_SPREAD', 'GATE_METRIC', 'GATE', 'claim_finding', 'without', 'compare_sides', 'Comparison',
-           'noise_side', 'tagged_comparisons', 'accuracy_claims', 'style_claims', 'style_agreement', 'sota_claim',
-           'cost_lengths', 'costs', 'number_finding', 'linear_claim', 'tradeoff_claim', 'efficiency_claims',
-           'gallery_people', 'gate_means', 'gate_claims', 'balance_claim', 'branch_silhouettes', 'region_claim']
+           'LEAST_SPREAD', 'GATE_METRIC', 'GATE', 'claim_finding', 'without', 'compare_sides', 'SidePair', 'noise_side',
+           'tagged_comparisons', 'accuracy_claims', 'style_claims', 'style_agreement', 'sota_claim', 'cost_lengths',
+           'costs', 'number_finding', 'linear_claim', 'tradeoff_claim', 'efficiency_claims', 'gallery_people',
+           'gate_means', 'gate_claims', 'balance_claim', 'branch_silhouettes', 'region_claim']
 
 # %% ../nbs/82_claims.ipynb #d0393539
 import math
@@ -93,7 +93,7 @@ def compare_sides(e: Evidence, item: str, a: Side, b: Side, bound: float = 0., d
 
 # %% ../nbs/82_claims.ipynb #4ce252d7
 @dataclass(frozen=True)
-class Comparison:
+class SidePair:
     "A claim says that one side is better than another."
     item: str
     better: Side
@@ -104,23 +104,23 @@ def noise_side(e: Evidence, error: float) -> Side:
     "The whole model, trained with a share of wrong attributes in its descriptions."
     return FULL if error == e.base.synth_error else ('full', f'synth_error={error}')
 
-def tagged_comparisons(e: Evidence) -> list[Comparison]:
+def tagged_comparisons(e: Evidence) -> list[SidePair]:
     "The comparisons of runs that differ in more than the variant."
     no_texts = ('full', 'id_text=caption-c_clothing=0.0')
     no_identity_texts, no_clothing_texts = ('full', 'id_text=caption'), ('no_adversarial', '')
     return [
-        Comparison('gradnorm', FULL, ('full', 'balance=fixed')),
-        Comparison('gradnorm', FULL, ('full', 'balance=literal'), decides=False),
-        Comparison('descriptions', FULL, no_texts),
-        Comparison('descriptions', FULL, no_identity_texts, decides=False),
-        Comparison('descriptions', FULL, no_clothing_texts, decides=False),
-        Comparison('descriptions', noise_side(e, 0.), noise_side(e, max(NOISE))),
-        Comparison('whole', ('full', LONGER), ('baseline', LONGER), decides=False),    # as many epochs
-        Comparison('whole', FULL, ('baseline', LONGER), decides=False),                # about as many seconds
-        Comparison('source', ('full', 'icfg'), ('baseline_described', 'icfg'), decides=False),
-        Comparison('source', ('full', 'rstp'), ('baseline_described', 'rstp'), decides=False),
-        Comparison('source', ('full', LONGER), ('baseline_described', LONGER), decides=False),
-        Comparison('descriptions', ('full', 'icfg'), ('no_adversarial', 'icfg'), decides=False),
+        SidePair('gradnorm', FULL, ('full', 'balance=fixed')),
+        SidePair('gradnorm', FULL, ('full', 'balance=literal'), decides=False),
+        SidePair('descriptions', FULL, no_texts),
+        SidePair('descriptions', FULL, no_identity_texts, decides=False),
+        SidePair('descriptions', FULL, no_clothing_texts, decides=False),
+        SidePair('descriptions', noise_side(e, 0.), noise_side(e, max(NOISE))),
+        SidePair('whole', ('full', LONGER), ('baseline', LONGER), decides=False),    # as many epochs
+        SidePair('whole', FULL, ('baseline', LONGER), decides=False),                # about as many seconds
+        SidePair('source', ('full', 'icfg'), ('baseline_described', 'icfg'), decides=False),
+        SidePair('source', ('full', 'rstp'), ('baseline_described', 'rstp'), decides=False),
+        SidePair('source', ('full', LONGER), ('baseline_described', LONGER), decides=False),
+        SidePair('descriptions', ('full', 'icfg'), ('no_adversarial', 'icfg'), decides=False),
     ]
 
 # %% ../nbs/82_claims.ipynb #ad41a85b

@@ -329,7 +329,8 @@ def cluster_styles(embeddings: np.ndarray,  # [N, d], of `embed_styles`
 
 # %% ../nbs/27_style.ipynb #0e58c835
 _K_RULES = ('silhouette', 'dbscan')
-K_FROM = {'kmeans': _K_RULES, 'gmm': _K_RULES, 'agglomerative': _K_RULES, 'random': ('dbscan',)}   # where k comes from
+# where k comes from
+K_FROM = {'kmeans': _K_RULES, 'gmm': _K_RULES, 'agglomerative': _K_RULES, 'random': ('dbscan',)}
 
 def compare_methods(embeddings: np.ndarray,              # [N, d]
                     truth: Sequence[int] | None = None,  # [N] the true annotators, where known
