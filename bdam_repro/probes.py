@@ -40,7 +40,7 @@ from .findings import (BASELINE, FULL, MODEL, NOT_HERE, NOT_RUN, Evidence, Findi
 from .readings import HEAD
 from .claims import claim_finding, gallery_people
 
-# %% ../nbs/83_probes.ipynb #2621153e
+# %% ../nbs/83_probes.ipynb #30e6cb82
 def spec_of(c: Config, clothes_change: bool) -> Spec:
     "What a SynthPEDES of this configuration is drawn from."
     n = c.synth_train_ids + c.synth_val_ids + c.synth_test_ids
@@ -50,7 +50,9 @@ def spec_of(c: Config, clothes_change: bool) -> Spec:
 
 def gallery_rows(s: Spec) -> list[dict]:
     "Factors, captions and styles of the test pictures, in the order of the dataset."
-    return [row for i in range(s.n_ids - s.test_ids, s.n_ids) for row in picture_rows(s, i)]  # the last ones
+    rows = []
+    for i in range(s.n_ids - s.test_ids, s.n_ids): rows += picture_rows(s, i)      # the last people
+    return rows
 
 # %% ../nbs/83_probes.ipynb #df8f84f3
 PROBES = {'clothing': ('upper_color', 'lower_color'), 'identity': ('gender', 'build')}
@@ -67,7 +69,7 @@ def side_probe_hits(e: Evidence, side: Side, feature: str, kind: str) -> np.ndar
     def probe_runs(): return np.stack([run_probe_hits(e, f, feature, kind) for f in e.folders(side)])
     return e.cached(('probe', side, feature, kind), probe_runs)
 
-# %% ../nbs/83_probes.ipynb #8deebec6
+# %% ../nbs/83_probes.ipynb #af042100
 def probe_gap(e: Evidence, a: tuple[Side, str], b: tuple[Side, str], kind: str) -> dict[str, float]:
     "By how much probes do better on feature a than on b; nothing where people are too few for a probe."
     x, y = side_probe_hits(e, *a, kind), side_probe_hits(e, *b, kind)
@@ -80,7 +82,11 @@ def probe_chance(e: Evidence, kind: str) -> float:
     "What a probe of a constant feature reaches, in percent."
     records = e.dataset.records.iloc[e.tensors(e.folders(FULL)[0])['g_rows']]
     constant = np.ones((len(records), 1))
-    return 100*np.mean([probe(constant, records[f'f_{k}'], records['pid'])[1] for k in PROBES[kind]])
+    chances = []
+    for k in PROBES[kind]:
+        _, chance = probe(constant, records[f'f_{k}'], records['pid'])
+        chances.append(chance)
+    return 100*np.mean(chances)
 
 # %% ../nbs/83_probes.ipynb #56f3b666
 def feature_claims(e: Evidence) -> list[Finding]:
@@ -177,7 +183,7 @@ def other_pictures(scores: torch.Tensor,   # [Q, G]
         for m in out: out[m][q] = getattr(r, m)
     return out
 
-# %% ../nbs/83_probes.ipynb #51f43bdd
+# %% ../nbs/83_probes.ipynb #cb7cea82
 def draw_test(c: Config, folder: Path) -> PedesDataset:
     "The test split of a configuration's dataset where everybody changes clothes."
     s = spec_of(c, True)
@@ -186,7 +192,8 @@ def draw_test(c: Config, folder: Path) -> PedesDataset:
         path = folder/'imgs'/r['image']
         path.parent.mkdir(parents=True, exist_ok=True)
         render(r['factors'], (s.height, s.width)).save(path, quality=92, subsampling=0)
-    (folder/LAYOUT_FILES[s.layout]).write_text(json.dumps([annotation(s.layout, r) for r in rows]))
+    entries = [annotation(s.layout, r) for r in rows]
+    (folder/LAYOUT_FILES[s.layout]).write_text(json.dumps(entries))
     (folder/'synth.json').write_text(json.dumps(asdict(s)))
     return load_pedes('synth', folder.parent, folder=folder.name, val_fraction=0., descriptions=None)
 
