@@ -130,19 +130,21 @@ def build_table(n: int,                                   # 1 to 5
     check_differences(table, REFERENCE[n])
     return table, table_caption(n, table, runs, dataset)
 
-# %% ../nbs/70_artifacts.ipynb #1adece4d
+# %% ../nbs/70_artifacts.ipynb #5742988a
 def check_differences(table: pd.DataFrame, reference: str) -> None:
     "Every difference must be that of the means shown. Raises `UserError`."
     t = table[table['n'] > 0]
     place = ['dataset', 'tag', 'score', 'metric']
-    of_reference = rows_where(t, variant=reference).set_index(place)['ours']
+    of_reference = rows_where(t, variant=reference).set_index(place)
     for r in t[t['diff'].notna()].itertuples():
-        expected = r.ours - of_reference.get((r.dataset, r.tag, r.score, r.metric), math.nan)
+        here = r.dataset, r.tag, r.score, r.metric
+        if here in of_reference.index and of_reference['seeds'][here] != r.seeds: continue  # fewer are paired
+        expected = r.ours - of_reference['ours'].get(here, math.nan)
         if not abs(expected - r.diff) < 2e-4:
             wrong = f'differences.csv does not belong to runs.csv ({r.variant}, {r.metric})'
             raise UserError(f'{wrong}: make both with `papermill nbs/collect.ipynb`')
 
-# %% ../nbs/70_artifacts.ipynb #17b837c2
+# %% ../nbs/70_artifacts.ipynb #962e826c
 def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.csv` behind the table
     "What a reader of Table 1 or 3 has to know before the numbers."
     if n == 3: return 'Without InfoNCE no other loss here compares captions with images. '
@@ -168,10 +170,10 @@ def table_caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str)
             'score: dual, and fused for the rows that have a fusion. '
             f'Ours: mean ± sd in percent over seeds {named("seed")}. '
             f'Δ: difference to the row “{reference}” with its 95 % interval, '
-            'by a paired bootstrap over people (with all their queries) and seeds. '
+            'within a seed, for other seeds and other people (mixed model, Student\'s t). '
             f'{to_know(n, used)}Code {named("code_version")}.')
 
-# %% ../nbs/70_artifacts.ipynb #5680b8f2
+# %% ../nbs/70_artifacts.ipynb #3966f9cf
 def number(x: float, digits: int = 2) -> str:
     "A number of fixed digits, without a minus before zero; a dash for none."
     if math.isnan(x): return '–'
@@ -185,7 +187,8 @@ def delta_cell(r) -> str:
     "`difference [lower, upper]`, with a sign."
     if math.isnan(r.diff): return '–'
     plus = '+' if round(r.diff, 2) > 0 else ''
-    return f'{plus}{number(r.diff)} [{number(r.lo)}, {number(r.hi)}]'
+    interval = '' if math.isnan(r.lo) else f' [{number(r.lo)}, {number(r.hi)}]'       # one seed: none
+    return f'{plus}{number(r.diff)}{interval}'
 
 def best(values: Iterable[float]) -> list[bool]:
     "Which are the largest as printed."
@@ -397,9 +400,8 @@ def collect_styles(p: ArtifactParameters) -> pd.DataFrame:
     path = p.runs_path/p.config.dataset/p.config.preset/'styles.csv'
     return read_csv(path, STYLE_COLUMNS) if path.exists() else pd.DataFrame(columns=STYLE_COLUMNS)
 
-# %% ../nbs/70_artifacts.ipynb #65c34f1d
-def collect(p: ArtifactParameters,      # of the notebook
-            draws: int = 2000           # bootstrap replicates
+# %% ../nbs/70_artifacts.ipynb #3dbd6c19
+def collect(p: ArtifactParameters       # of the notebook
            ) -> list[Path]:             # runs.csv, differences.csv, styles.csv, the archives of `keep_runs`
     "Write what all tables are made of. Real datasets share their files, for Table 5. Raises `UserError`."
     c = p.config
@@ -411,7 +413,7 @@ def collect(p: ArtifactParameters,      # of the notebook
     check_budget(p.runs_path, runs)
     folder = p.tables_path
     files = [write_csv(runs, folder/'runs.csv')]
-    files.append(write_csv(differences(p.runs_path, runs, draws), folder/'differences.csv'))
+    files.append(write_csv(differences(p.runs_path, runs), folder/'differences.csv'))
     files.append(write_csv(collect_styles(p), folder/'styles.csv'))
     return files + keep_runs(p.runs_path, runs, folder)
 
@@ -432,9 +434,9 @@ def write_table(n: int,                  # 1 to 5
         with atomic_path(files[-1]) as tmp: tmp.write_text(text, encoding='utf-8')
     return files
 
-# %% ../nbs/70_artifacts.ipynb #3df5e6b4
+# %% ../nbs/70_artifacts.ipynb #f9cd1bc0
 def demo_tables(folder: str | Path, tables: Iterable[int] = (1, 2, 3, 4, 5)) -> ArtifactParameters:
     "Demo runs of some tables, collected: what a table's notebook needs to be tried."
     p = demo_runs(folder, tables=tables)
-    collect(p, draws=20)
+    collect(p)
     return p

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['person_values', 'MeanSquares', 'mean_squares', 'Spread', 'seed_residuals', 'variant_spread', 'Estimate', 'estimate',
-           'simulated_coverage', 'coverage', 'declared_level', 'standard_error', 'power_of', 'seeds_needed']
+           'simulated_coverage', 'coverage', 'declared_level', 'standard_error', 'power_of', 'chance_to_settle',
+           'seeds_to_settle', 'seeds_needed']
 
 # %% ../nbs/55_inference.ipynb #1c733798
 import math
@@ -80,7 +81,7 @@ def seed_residuals(y: np.ndarray         # [V, S] mean of each run, NaN where th
     df = np.bincount(variant, free, len(y))
     return np.bincount(variant, residual**2, len(y))/np.maximum(df, 1e-12), df
 
-# %% ../nbs/55_inference.ipynb #0992b3fc
+# %% ../nbs/55_inference.ipynb #2b0eb5ab
 def variant_spread(y: np.ndarray         # [V, S] mean of each run, NaN where there is none
                   ) -> Spread | None:    # None: fewer than three variants with two seeds
     "The moderated variance's prior, from the variances of all variants (Smyth 2004, Section 6.2)."
@@ -88,7 +89,7 @@ def variant_spread(y: np.ndarray         # [V, S] mean of each run, NaN where th
     s2, df = s2[df > .1], df[df > .1]
     if len(s2) < 3: return None
     pooled = (df*s2).sum()/df.sum()
-    if pooled == 0: return None
+    if pooled < 1e-12: return None                                  # of points²: nothing is left to vary
     log = np.log(np.maximum(s2, 1e-6*pooled)) - psi(df/2) + np.log(df/2)
     excess = log.var(ddof=1) - polygamma(1, df/2).mean()            # beyond what chance gives
     if excess <= 0: return Spread(pooled, math.inf, df.sum())
@@ -189,7 +190,7 @@ def declared_level(ps: list[float],     # of all findings that decide something;
     declared = passed[-1] + 1 if len(passed) else 1         # none: as strict as for the first
     return 1 - rate*declared/len(p)
 
-# %% ../nbs/55_inference.ipynb #86cebb49
+# %% ../nbs/55_inference.ipynb #d0342cef
 def standard_error(sd: tuple[float, float, float],     # of a difference: seed, person, rest
                    n: int, m: int) -> float:
     "Of the mean over n seeds and m people."
@@ -203,6 +204,19 @@ def power_of(effect: float, sd: tuple[float, float, float], n: int, m: int,
     se, t = standard_error(sd, n, m), stats.t.ppf(.5 + level/2, df)
     if se == 0: return 1.
     return float(stats.nct.sf(t, df, effect/se) + stats.nct.cdf(-t, df, effect/se))
+
+def chance_to_settle(margin: float, sd: tuple[float, float, float], n: int, m: int,
+                     variants: int = 20, level: float = .95) -> float:
+    "The chance that an interval lies within ±margin where the true difference is 0."
+    df = (n - 1)*max(1, variants - 1)
+    se, t = standard_error(sd, n, m), stats.t.ppf(.5 + level/2, df)
+    return 1. if se == 0 else max(0., 2*float(stats.t.cdf(margin/se - t, df)) - 1)
+
+def seeds_to_settle(margin: float, sd: tuple[float, float, float], m: int, chance: float = .8,
+                    variants: int = 20, most: int = 200) -> float:     # inf: not even with `most`
+    "The fewest seeds that call a difference of 0 negligible with this chance."
+    fits = (n for n in range(2, most + 1) if chance_to_settle(margin, sd, n, m, variants) >= chance)
+    return next(fits, math.inf)
 
 def seeds_needed(effect: float, sd: tuple[float, float, float], m: int, power: float = .8,
                  variants: int = 20, most: int = 200) -> float:      # inf: not even with `most`
