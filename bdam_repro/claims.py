@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OWN_CLAIMS', 'ALL_CLAIMS', 'METRIC_NAMES', 'BESIDE', 'SLACK', 'RIVAL_LAYERS', 'NEAR', 'LEAST_SPREAD', 'GATE_METRIC',
-           'GATE', 'claim_finding', 'compare_sides', 'noise_side', 'accuracy_claims', 'style_claims', 'style_agreement',
-           'sota_claim', 'cost_lengths', 'costs', 'number_finding', 'linear_claim', 'tradeoff_claim',
-           'efficiency_claims', 'gallery_people', 'gate_means', 'gate_claims', 'balance_claim', 'branch_silhouettes',
-           'region_claim']
+           'GATE', 'claim_finding', 'compare_sides', 'noise_side', 'accuracy_claims', 'factorial_claims',
+           'style_claims', 'style_agreement', 'sota_claim', 'cost_lengths', 'costs', 'number_finding', 'linear_claim',
+           'tradeoff_claim', 'efficiency_claims', 'gallery_people', 'gate_means', 'gate_claims', 'balance_claim',
+           'branch_silhouettes', 'region_claim']
 
-# %% ../nbs/82_claims.ipynb #6fa62493
+# %% ../nbs/82_claims.ipynb #f9cef9e8
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +24,15 @@ from .config import Config
 from .paper import CLAIMS, Claim
 from .deciding import CONTRASTS, SMALLEST_EFFECT, Contrast, Side
 from .inference import estimate
+from .factorial import effect_estimates, loss_runs
 from .grid import LONGER, NOISE
 from .results import load_features, write_csv
 from .features import unit_rows, untrained
 from .efficiency import fusion_configs, fusion_flops, growth, layer_costs, one_core, sizes
 from .findings import (FULL, NOT_RUN, Evidence, Finding, ModelQuestion, compare_runs,
                                  folder_source, interval_columns, judge, model_findings,
-                                 paired_interval, run_source, runs_with_findings, side_name)
+                                 paired_interval, query_people, run_source, runs_with_findings,
+                                 seed_query_values, side_name)
 from .readings import HEAD, SHOWN, style_scores
 
 # %% ../nbs/82_claims.ipynb #232e1860
@@ -109,6 +111,21 @@ def accuracy_claims(e: Evidence) -> list[Finding]:
     for claim, a, b in BESIDE:
         if (claim, f'{side_name(a)} − {side_name(b)}') not in have: out += compare_sides(e, claim, a, b)
     return out
+
+# %% ../nbs/82_claims.ipynb #ec2df07a
+def factorial_claims(e: Evidence) -> list[Finding]:
+    "The effect of each loss and of each pair, where all sixteen kinds of runs share a seed."
+    sides = [run.side for run in loss_runs()]
+    missing = [side_name(s) for s in sides if not e.folders(s)]
+    seeds = [s for s in e.seeds(sides[0]) if all(s in e.seeds(side) for side in sides)]
+    if missing or not seeds:
+        why = f'no finished run of {", ".join(missing)}' if missing else 'no seed in common'
+        return [Finding('b', 'losses', 'factorial', HEAD, verdict=NOT_RUN, evidence=why, decides=False)]
+    values = [seed_query_values(e, side, seeds=seeds)[0] for side in sides]
+    effects = effect_estimates(values, query_people(e, sides[0]), e.spread('R1', 'own', ''))
+    source = dict(seeds=' '.join(map(str, seeds)), evidence='56_factorial: 16 kinds of runs')
+    return [claim_finding('losses', f'factorial: {" × ".join(effect)}', HEAD, interval_columns(x) | source,
+                          decides=False, margin=SMALLEST_EFFECT) for effect, x in effects.items()]
 
 # %% ../nbs/82_claims.ipynb #676a90b6
 SLACK = 5.0          # points of ARI

@@ -151,13 +151,14 @@ def claim_verdict(findings: Iterable[Finding]) -> str:   # 'holds', 'does not', 
         if v in verdicts: return v
     return 'holds' if verdicts else NOT_RUN
 
-# %% ../nbs/80_findings.ipynb #8f75a275
+# %% ../nbs/80_findings.ipynb #0ee9f905
 def with_interval(f: Finding, level: float = .95) -> Finding:
     "A finding with the interval of its estimate at this level, and its verdict."
     if f.estimate is None: return f
     lo, hi = f.estimate.interval(level)
     verdict = judge(dict(diff=f.diff, lo=lo, hi=hi), f.bound, f.margin)
-    return replace(f, lo=lo, hi=hi, level=100*level, verdict=verdict, excluded=excludes(lo, hi, f.printed))
+    level = 100*level if math.isfinite(lo) else math.nan                    # one seed has no interval
+    return replace(f, lo=lo, hi=hi, level=level, verdict=verdict, excluded=excludes(lo, hi, f.printed))
 
 def excludes(lo: float, hi: float, printed: float) -> str:   # 'yes', 'no', '' where there is nothing to say
     "Whether an interval excludes the paper's number."
@@ -304,7 +305,7 @@ def seed_query_values(e: Evidence, side: Side, metric: str = 'R1',
         raise UserError(f'{other}: was the data drawn anew between them?')
     return np.stack(values), images[0]
 
-# %% ../nbs/80_findings.ipynb #dff51ffa
+# %% ../nbs/80_findings.ipynb #cfccc175
 def query_people(e: Evidence, side: Side) -> np.ndarray:   # [Q]
     "The person that each query asks for."
     return e.tensors(e.folders(side)[0])['q_pids']
@@ -312,7 +313,8 @@ def query_people(e: Evidence, side: Side) -> np.ndarray:   # [Q]
 def interval_columns(found: Estimate, level: float = .95) -> dict[str, Any]:
     "The columns of a finding from a difference."
     lo, hi = found.interval(level)
-    return dict(diff=found.diff, lo=lo, hi=hi, level=100*level, estimate=found)
+    level = 100*level if math.isfinite(lo) else math.nan                    # one seed has no interval
+    return dict(diff=found.diff, lo=lo, hi=hi, level=level, estimate=found)
 
 # %% ../nbs/80_findings.ipynb #331dd232
 def folder_source(e: Evidence, *sides: list[Path]) -> dict[str, str]:   # columns seeds, evidence

@@ -6,7 +6,7 @@
 __all__ = ['REFERENCE', 'RIVALS', 'LAYOUT_TAGS', 'DATASET_NAMES', 'FIGURE5_VARIANTS', 'NOISE', 'CLOTHES', 'DATA', 'OPTIONS',
            'READINGS', 'LONGER', 'LOG_TEST', 'TAGS', 'TableRow', 'table_rows', 'grid', 'layout_options', 'data_tag',
            'Reading', 'tag_of', 'subsets', 'changed_options', 'reading_run', 'reading_reference', 'audit_grid',
-           'finished_seconds', 'past_seconds', 'estimate_hours']
+           'factorial_grid', 'finished_seconds', 'past_seconds', 'estimate_hours']
 
 # %% ../nbs/65_grid.ipynb #44c0df0a
 import json
@@ -17,9 +17,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# %% ../nbs/65_grid.ipynb #650004
+# %% ../nbs/65_grid.ipynb #28ade61c
 from .config import PRESETS, UserError, Config, config_hash, make_config, run_dir
 from .paper import table as printed_table
+from .factorial import loss_runs
 
 # %% ../nbs/65_grid.ipynb #2d462e92
 REFERENCE = {1: 'bdam', 2: 'fusion', 3: 'full', 4: 'full', 5: 'full'}    # table -> what the paper proposes
@@ -152,7 +153,7 @@ _SEVERAL = (
 )
 READINGS: tuple[Reading, ...] = (*_ONE_OPTION, *_SEVERAL)
 
-# %% ../nbs/65_grid.ipynb #c906ddff
+# %% ../nbs/65_grid.ipynb #035cfb1b
 LONGER = 'epochs=6'              # twice as long as `tiny`: does what helps still help?
 LOG_TEST = 'log_test=True'       # the same model, tested every epoch: what would choosing by the test gain?
 
@@ -163,6 +164,7 @@ def subsets(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 TAGS: dict[str, dict[str, Any]] = {tag_of(s): s for r in READINGS for s in subsets(r.given | r.options)}
 TAGS[LOG_TEST] = dict(log_test=True)
+TAGS |= {run.side[1]: run.options for run in loss_runs() if run.side[1]}      # of `factorial_grid`
 
 # %% ../nbs/65_grid.ipynb #87279792
 def changed_options(options: dict[str, Any], base: Config) -> dict[str, Any]:
@@ -195,6 +197,17 @@ def audit_grid(dataset: str = 'synth',
     def config(v, tag, seed):
         return make_config(dataset, preset, v, seed=seed, tag=tag, **(options | layout_options(preset, tag)))
     return [config(v, tag, seed) for seed in seeds for v, tag in dict.fromkeys(runs) if tag]
+
+# %% ../nbs/65_grid.ipynb #ef4294d3
+def factorial_grid(dataset: str = 'synth',
+                   preset: str | None = None,          # None: that of the dataset
+                   seeds: Iterable[int] = (0,),
+                   **options                           # of `Config`, for every run
+                  ) -> list[Config]:
+    "The kinds of runs of the factorial over the losses that are rows of no table. Raises `UserError`."
+    sides = [run.side for run in loss_runs()]
+    return [make_config(dataset, preset, v, seed=seed, tag=tag, **(options | layout_options(preset, tag)))
+            for seed in seeds for v, tag in sides if tag]
 
 # %% ../nbs/65_grid.ipynb #650024
 def finished_seconds(folder: Path,           # a run's folder

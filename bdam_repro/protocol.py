@@ -6,9 +6,10 @@
 __all__ = ['PAIR', 'PROTOCOL_RULE', 'RERANK', 'NOISE_RULE', 'NOISE_FLOOR', 'stored_features', 'pair_ranking', 'match_scores',
            'rerank_ways', 'rerank_results', 'score_results', 'score_findings', 'gain_on_test', 'selection_on_test',
            'selection_finding', 'part_c', 'noise_finding', 'part_d', 'plot_noise', 'tower_objective', 'null_pairs',
-           'noise_floor', 'contrast_components', 'contrast_name', 'power_findings', 'part_f', 'seed_plan']
+           'noise_floor', 'contrast_components', 'contrast_name', 'planned_people', 'power_findings', 'part_f',
+           'seed_plan']
 
-# %% ../nbs/84_protocol.ipynb #eeda4463
+# %% ../nbs/84_protocol.ipynb #fd06fd85
 import json
 import math
 from dataclasses import replace
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .config import Config, FusionOptions, RunOptions
+from .config import Config, FusionOptions, RunOptions, make_config
 from .deciding import CONTRASTS, SMALLEST_EFFECT, Contrast, Side
 from .model import ImageFeatures, Model, TextFeatures, invalid_pair_scores, rescore
 from .pretrained import from_pretrained
@@ -226,9 +227,9 @@ def noise_floor(e: Evidence) -> list[Finding]:
     name = f'all {len(spread)} differences of null runs'
     return [Finding('f', 'noise', name, 'dual R-1', **size, rule=rule, evidence='noise_floor()'), *out]
 
-# %% ../nbs/84_protocol.ipynb #5e657210
-def contrast_components(e: Evidence, c: Contrast) -> tuple[tuple[float, float, float], int] | None:
-    "Standard deviations of the difference (seed, person, rest) and people; None: fewer than two seeds."
+# %% ../nbs/84_protocol.ipynb #2fe6a644
+def contrast_components(e: Evidence, c: Contrast) -> tuple[float, float, float] | None:
+    "Standard deviations of the difference: seed, person, rest; None: fewer than two seeds."
     seeds = [s for s in e.seeds(c.better) if s in e.seeds(c.worse)]
     if len(seeds) < 2: return None
     x, y = (seed_query_values(e, side, c.metric, c.score, seeds)[0] for side in (c.better, c.worse))
@@ -237,17 +238,21 @@ def contrast_components(e: Evidence, c: Contrast) -> tuple[tuple[float, float, f
     found = compare_runs(e, c.better, c.worse, c.metric, c.score, c.share)['estimate']
     total = found.se**2*ms.n - max(0., ms.people - ms.rest)/ms.m         # σ̃², of a seed's difference
     parts = total - rest/ms.m, person, rest
-    return tuple(math.sqrt(max(0., v)) for v in parts), ms.m
+    return tuple(math.sqrt(max(0., v)) for v in parts)
 
 def contrast_name(c: Contrast) -> str:
     "As the audit names it."
     name = f'{side_name(c.better)} − {side_name(c.worse)}'
     return name if c.share == 1 else f'{c.share:g}·{name}'
 
-def power_findings(e: Evidence, people: int | None = None    # None: as many as these runs were tested on
-                  ) -> list[Finding]:
+def planned_people(e: Evidence) -> int:
+    "How many people the next runs are tested on: as many as the preset says."
+    if e.base.dataset != 'synth': return len(np.unique(query_people(e, next(iter(e.sides)))))
+    return make_config('synth', e.base.preset).synth_test_ids
+
+def power_findings(e: Evidence) -> list[Finding]:
     "The seeds that each deciding contrast needs, once per contrast."
-    out, seen = [], set()
+    out, seen, m = [], set(), planned_people(e)
     for c in CONTRASTS:
         key = replace(c, claim='', bound=0.)
         if key in seen: continue
@@ -257,10 +262,8 @@ def power_findings(e: Evidence, people: int | None = None    # None: as many as 
         if known is None:
             out.append(Finding('f', 'power', name, metric, verdict=NOT_RUN))
             continue
-        sd, m = known
-        m = people or m
-        see, settle = seeds_needed(SMALLEST_EFFECT, sd, m), seeds_to_settle(SMALLEST_EFFECT, sd, m)
-        said = ', '.join(f'{of} {x:.1f}' for of, x in zip(('seed', 'person', 'rest'), sd))
+        see, settle = seeds_needed(SMALLEST_EFFECT, known, m), seeds_to_settle(SMALLEST_EFFECT, known, m)
+        said = ', '.join(f'{of} {x:.1f}' for of, x in zip(('seed', 'person', 'rest'), known))
         rule = f'with {m:,} people; negligible where nothing is there: {settle:g} seeds; sd of {said}'
         out.append(Finding('f', 'power', name, metric, value=see, rule=rule, evidence='power_findings()'))
     return out

@@ -8,7 +8,7 @@ __all__ = ['NEEDS_FACTORS', 'EPOCHS', 'VERDICTS', 'NULL_RUNS', 'CEILING', 'MODEL
            'readings_table', 'reading_words', 'point_words', 'points_table', 'claims_table', 'pairs_table',
            'findings_table', 'claim_tables', 'plan_table', 'audit_markdown', 'write_audit', 'find_in_models']
 
-# %% ../nbs/86_report.ipynb #a1b3b05f
+# %% ../nbs/86_report.ipynb #ec9c330f
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,21 +26,21 @@ from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_RUN, NO_OPTION, ON
                                  Evidence, Finding, ModelQuestion, claim_verdict, findings_frame, gather,
                                  model_findings, read_audit, runs_with_findings, settle)
 from .readings import HEAD, READING_RULE, part_a
-from .claims import (ALL_CLAIMS, GATE, accuracy_claims, efficiency_claims, gate_claims,
-                               region_claim, sota_claim, style_claims)
+from .claims import (ALL_CLAIMS, GATE, accuracy_claims, efficiency_claims, factorial_claims,
+                               gate_claims, region_claim, sota_claim, style_claims)
 from .probes import (CLOTHES_CHANGED, CLOTHES_KEPT, DEPENDENCE, feature_claims, independence_claim,
                                robust_claim)
 from .protocol import NOISE_RULE, PROTOCOL_RULE, RERANK, part_c, part_d, part_f, seed_plan
 from .ceiling import part_e
 
-# %% ../nbs/86_report.ipynb #a65540cf
+# %% ../nbs/86_report.ipynb #8997b841
 NEEDS_FACTORS = ('purity', 'clothing_branch', 'descriptions', 'robust')
 
 def part_b(e: Evidence) -> list[Finding]:
     "One row per claim with its verdict, followed by its findings."
     on_synth, out = e.base.dataset == 'synth', []
     cannot_be_asked = ('sota',) if on_synth else NEEDS_FACTORS
-    found = accuracy_claims(e) + style_claims(e) + sota_claim(e) + efficiency_claims(e)
+    found = accuracy_claims(e) + factorial_claims(e) + style_claims(e) + sota_claim(e) + efficiency_claims(e)
     found += gate_claims(e) + independence_claim(e) + region_claim(e)
     if on_synth: found += feature_claims(e) + robust_claim(e)
     found = settle(found)
@@ -60,7 +60,7 @@ def build_audit(e: Evidence) -> pd.DataFrame:   # as of `findings_frame`
     parts = (part_a, part_b, part_c, part_d, part_e, part_f)
     return findings_frame(f for part in parts for f in part(e))
 
-# %% ../nbs/86_report.ipynb #4a5c1a92
+# %% ../nbs/86_report.ipynb #a0f14200
 def audit_caption(e: Evidence) -> str:
     "What a reader needs to know of all rows."
     def listed(rows, column): return ', '.join(map(str, sorted(set(rows[column])))) or '–'
@@ -74,8 +74,8 @@ def audit_caption(e: Evidence) -> str:
             'chosen on validation identities; R-1 and mAP are of the fused score where there is a fusion, '
             'else of the dual one, in percent. Differences are taken within a seed, and their intervals are '
             'for other seeds and other people: a mixed model, with the spread from seed to seed estimated '
-            'from all variants. They are of 95 %, and those that decide a claim of the level at which 5 % of the '
-            'declared are wrong (Benjamini-Hochberg). One seed gives a number and no verdict. '
+            'from all variants. They are of 95 %, and those that decide a claim of the level at which 5 % '
+            'of the declared are wrong (Benjamini-Hochberg). One seed gives a number and no verdict. '
             f'Seeds: {seeds}. Code {listed(e.runs, "code_version")}.')
 
 # %% ../nbs/86_report.ipynb #5646c81b
@@ -200,25 +200,26 @@ def claim_tables(t: pd.DataFrame) -> str:   # t: the audit
     return '\n\n'.join([*([pairs_table(done)] if len(done) else []), *([not_run] if len(missing) else []),
                         findings_table(b[~is_pair], 'b')])
 
-# %% ../nbs/86_report.ipynb #a3466c28
+# %% ../nbs/86_report.ipynb #8b7583aa
 EPOCHS = ('All readings but `epochs=6` train for as many epochs as the default. An epoch passes every '
           'identity once: with four images of each it is twice as long as with two, so compare '
           '`images_per_id=4` with `epochs=6`.')
 VERDICTS = (
     'Deciding findings were fixed before the runs. They are *for* where the interval of what the claim says '
-    'lies above the bound in the row of `audit.csv`, *against* where it lies below, *negligible* where it lies '
-    f'within ±{SMALLEST_EFFECT:g} points of R-1 or mAP, else *too noisy*. A claim holds where all are *for*, '
-    'and does not where one is *against*. It is negligible where an effect that it needs is.')
+    'lies above the bound in the row of `audit.csv`, *against* where it lies below, *negligible* where it '
+    f'lies within ±{SMALLEST_EFFECT:g} points of R-1 or mAP, else *too noisy*. A claim holds where all are '
+    '*for*, and does not where one is *against*. It is negligible where an effect that it needs is.')
 NULL_RUNS = (
-    'Null runs differ only in what no gradient carries to their towers, so *too noisy* or *negligible* is right '
-    'for them. The seeds of a contrast are those that see a true difference of '
+    'Null runs differ only in what no gradient carries to their towers, so *too noisy* or *negligible* is '
+    'right for them. The seeds of a contrast are those that see a true difference of '
     f'{SMALLEST_EFFECT:g} points with a chance of 80 %.')
 CEILING = 'A perfect matcher of the factors that SynthPEDES was drawn from; no model.'
 
 def plan_table(t: pd.DataFrame) -> str:   # t: the audit
     "The seeds that each deciding contrast needs and gets."
     plan = seed_plan(t)
-    lines = [(r.contrast, r.metric, r.verdict, r.now, f'{r.needs:g}', r.planned) for r in plan.itertuples()]
+    def seeds(x): return '–' if math.isnan(x) else 'over 200' if math.isinf(x) else f'{x:g}'
+    lines = [(r.contrast, r.metric, r.verdict, r.now, seeds(r.needs), r.planned) for r in plan.itertuples()]
     heads = ['contrast', 'metric', 'verdict', 'seeds now', 'needs', 'planned']
     return md_table(heads, lines) if lines else ''
 
