@@ -9,7 +9,7 @@ __all__ = ['HEAD', 'SHOWN', 'READING_RULE', 'READING_VERDICTS', 'GATE_VALUES', '
            'histories', 'chosen_epoch', 'selection_readings', 'small_differences', 'nested_gains', 'style_scores',
            'style_readings', 'part_a']
 
-# %% ../nbs/81_readings.ipynb #cce3d255
+# %% ../nbs/81_readings.ipynb #cea7e670
 import math
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,18 @@ from .style import cluster_styles, eps_sweep
 from .metrics import Positives, RetrievalResult, per_query, rank_metrics
 from .grid import LOG_TEST, OPTIONS, READINGS, Reading, reading_reference, reading_run
 from .results import DIFFERENCES, read_csv
-from .findings import (BASELINE, FULL, NOT_HERE, NOT_RUN, NO_OPTION, Evidence, Finding,
-                                 compare_runs, judge, paired_interval, plot_intervals, query_people,
-                                 run_source, seed_query_values, side_name)
+from .findings import (BASELINE, FULL, NOT_HERE, NOT_RUN, NO_OPTION, VERDICT_MARKS, Evidence,
+                                 Finding, compare_runs, judge, paired_interval, plot_intervals,
+                                 query_people, run_source, seed_query_values, side_name)
 
-# %% ../nbs/81_readings.ipynb #534aca81
+# %% ../nbs/81_readings.ipynb #7e623d1d
 HEAD = 'R-1'        # under the headline score: fused where there is a fusion, else dual
 
 def plot_readings(t: pd.DataFrame):   # t: the audit
     "What each reading is worth: the difference to the default in R-1, with its interval."
     of_part = t[(t['part'] == 'a') & (t['metric'] == HEAD)]
-    return plot_intervals(of_part[of_part['diff'].notna() & (of_part['verdict'] != '')],
-                          'R-1 minus the default, points')
+    judged = of_part['diff'].notna() & of_part['verdict'].isin(VERDICT_MARKS)
+    return plot_intervals(of_part[judged], 'R-1 minus the default, points')
 
 # %% ../nbs/81_readings.ipynb #0d968ddf
 SHOWN = (('own', 'R1', HEAD), ('own', 'mAP', 'mAP'), ('dual', 'R1', 'dual R-1'))     # score, metric, name

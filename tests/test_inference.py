@@ -150,7 +150,7 @@ def test_intervals_and_p_values_agree():
         for level in (.9, .95, .99):
             lo, hi = e.interval(level)
             assert (lo > 0 or hi < 0) == (e.p_value() < 1 - level)
-            assert (-12 < lo and hi < 12) == (e.p_within(12.) < 1 - level)
+            assert (lo > -12 and hi < 12) == (e.p_within(12.) < 1 - level)
 
 
 @pytest.mark.parametrize('call, says', [
