@@ -105,7 +105,7 @@ def style_rows(row: TableRow, styles: pd.DataFrame) -> list[dict[str, Any]]:
     values = {m: float(found.iloc[0][m]) if len(found) else math.nan for m in ('k', 'noise', 'ari')}
     return [common | dict(metric=m, ours=value) for m, value in values.items()]
 
-# %% ../nbs/70_artifacts.ipynb #7a3a68b9
+# %% ../nbs/70_artifacts.ipynb #371405be
 def build_table(n: int,                                   # 1 to 5
                 runs: pd.DataFrame,                       # of `read_runs`, one preset
                 diffs: pd.DataFrame | None = None,        # of `differences`; None: no intervals
@@ -122,7 +122,7 @@ def build_table(n: int,                                   # 1 to 5
         for row in table_rows(n, dataset):
             seeds = seed_values(runs, row, score)
             for m in shown_metrics(n):
-                printed = paper.loc[row.method, m] if n != 5 else math.nan
+                printed = paper.loc[row.method, m] if n != 5 and row.method in paper.index else math.nan
                 numbers = cell(seeds, m) | interval_of(diffs, REFERENCE[n], row, score, m)
                 rows.append(row._asdict() | dict(score=score, metric=m, paper=printed) | numbers)
     if n == 4: rows += [r for row in table_rows(4, dataset) for r in style_rows(row, styles)]
@@ -130,24 +130,27 @@ def build_table(n: int,                                   # 1 to 5
     check_differences(table, REFERENCE[n])
     return table, table_caption(n, table, runs, dataset)
 
-# %% ../nbs/70_artifacts.ipynb #5742988a
+# %% ../nbs/70_artifacts.ipynb #a2f78fea
 def check_differences(table: pd.DataFrame, reference: str) -> None:
     "Every difference must be that of the means shown. Raises `UserError`."
     t = table[table['n'] > 0]
     place = ['dataset', 'tag', 'score', 'metric']
     of_reference = rows_where(t, variant=reference).set_index(place)
     for r in t[t['diff'].notna()].itertuples():
-        here = r.dataset, r.tag, r.score, r.metric
+        here = r.dataset, r.tag if r.tag in LAYOUT_TAGS else '', r.score, r.metric
         if here in of_reference.index and of_reference['seeds'][here] != r.seeds: continue  # fewer are paired
         expected = r.ours - of_reference['ours'].get(here, math.nan)
         if not abs(expected - r.diff) < 2e-4:
             wrong = f'differences.csv does not belong to runs.csv ({r.variant}, {r.metric})'
             raise UserError(f'{wrong}: make both with `papermill nbs/collect.ipynb`')
 
-# %% ../nbs/70_artifacts.ipynb #962e826c
+# %% ../nbs/70_artifacts.ipynb #42fea079
 def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.csv` behind the table
     "What a reader of Table 1 or 3 has to know before the numbers."
-    if n == 3: return 'Without InfoNCE no other loss here compares captions with images. '
+    if n == 3:
+        return ('Without InfoNCE no other loss here compares captions with images. The full model has the '
+                'matching loss of Sec. 4.3 and not Eq. 1: “w/o Adversarial” removes that loss, so it is “w/o '
+                'both”. Beside the row “Matching and Eq. 1” the full model is “w/o Adversarial”. ')
     if n != 1: return ''
     depth = sorted({make_config(preset=preset).bdam_depth for preset in used['preset']})
     shallow, whole = (' / '.join(map(str, ds)) for ds in ([d//2 for d in depth], depth))
@@ -262,7 +265,7 @@ def place_columns(table: pd.DataFrame, score: str) -> list[Column]:
         if not quoted: columns.append(number_column(place, 'Δ R-1, 95 % CI', of_metric['R1'], delta_cell))
     return columns
 
-# %% ../nbs/70_artifacts.ipynb #49856d21
+# %% ../nbs/70_artifacts.ipynb #6a10124d
 def blocks(n: int, table: pd.DataFrame) -> list[Block]:
     "What is shown of a table: Table 5's quoted rows, the own scores, and `dual` where it differs."
     columns = place_columns if n == 5 else ablation_columns
@@ -279,7 +282,8 @@ def blocks(n: int, table: pd.DataFrame) -> list[Block]:
 def notes(table: pd.DataFrame) -> list[str]:
     "Which rows have no run, and which have fewer seeds than the others."
     t = rows_where(table, score='own', metric='R1')
-    several_places = len(t[['dataset', 'tag']].drop_duplicates()) > 1
+    layouts = t['tag'][t['tag'].isin(LAYOUT_TAGS)].nunique()
+    several_places = t['dataset'].nunique() > 1 or layouts > 1
     def name(r):
         return f'{r.method} ({place_heading(r.dataset, r.tag)})' if several_places else r.method
     missing = [name(r) for r in t.itertuples() if r.n == 0]

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['NEEDS_FACTORS', 'EPOCHS', 'VERDICTS', 'NULL_RUNS', 'CEILING', 'MODEL_QUESTIONS', 'part_b', 'build_audit',
            'audit_caption', 'difference_cell', 'evidence_cell', 'printed_cell', 'verdict_cell', 'md_table',
-           'readings_table', 'reading_words', 'point_words', 'points_table', 'claims_table', 'pairs_table',
-           'findings_table', 'claim_tables', 'plan_table', 'audit_markdown', 'write_audit', 'find_in_models']
+           'readings_table', 'reading_words', 'point_words', 'points_table', 'claims_table', 'bound_words',
+           'pairs_table', 'findings_table', 'claim_tables', 'plan_table', 'audit_markdown', 'write_audit',
+           'find_in_models']
 
-# %% ../nbs/86_report.ipynb #ec9c330f
+# %% ../nbs/86_report.ipynb #576d69d3
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -167,14 +169,20 @@ def claims_table(t: pd.DataFrame) -> str:   # t: the audit
     return md_table(['claim', 'where', 'in words', 'printed', 'verdict here', 'deciding findings',
                      'the first that made it', 'its printed number excluded?'], lines)
 
-# %% ../nbs/86_report.ipynb #51097438
+# %% ../nbs/86_report.ipynb #5bae797d
+def bound_words(r) -> str:   # r: a row of the audit
+    "The bound of a finding, where it is not 0."
+    found = re.search(r'below (-?[1-9][\d.]*)', r.rule)
+    return f' above {found[1]}'.replace('-', '−') if found else ''
+
 def pairs_table(t: pd.DataFrame) -> str:   # t: rows of the audit that compare runs
     "One line per pair of sides."
     lines = []
     for (item, reading), rows in t.groupby(['item', 'reading'], sort=False):
         m = {r.metric: r for r in rows.itertuples()}
         by = next((r for r in m.values() if r.decides), m[HEAD])
-        other = '' if by.metric == HEAD else f' by {by.metric}: {difference_cell(by)}'
+        bound = bound_words(by)
+        other = '' if by.metric == HEAD else f' by {by.metric}{bound}: {difference_cell(by)}'
         differences = [difference_cell(m[metric]) for metric in (HEAD, 'mAP', 'dual R-1')]
         lines.append((item, reading, number(m[HEAD].value), *differences, by.seeds, verdict_cell(by) + other,
                       printed_cell(by)))

@@ -100,13 +100,18 @@ def own_options(folder: Path) -> dict[str, Any]:
     usual = make_config(c['dataset'], c['preset'], c['variant'], **layout).model_dump()
     return {k: v for k, v in c.items() if k not in _NEVER_OWN and usual.get(k) != v}
 
-# %% ../nbs/66_results.ipynb #fc0f2f59
+# %% ../nbs/66_results.ipynb #4ceb6502
 class Comparison(NamedTuple):
     "A variant and the reference of its table, on the same data."
     dataset: str
     tag: str
     reference: str
     variant: str
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        "The variant and its reference; an extra row of a table is compared with the runs without a tag."
+        return (self.variant, self.tag), (self.reference, self.tag if self.tag in LAYOUT_TAGS else '')
 
 def comparisons(datasets: Iterable[str]) -> list[Comparison]:
     "Every comparison that a table shows, once, sorted."
@@ -115,7 +120,7 @@ def comparisons(datasets: Iterable[str]) -> list[Comparison]:
         for n, reference in REFERENCE.items():
             for row in table_rows(n, dataset):
                 found.add(Comparison(row.dataset, row.tag, reference, row.variant))
-    return sorted(c for c in found if c.variant != c.reference)
+    return sorted(c for c in found if c.sides[0] != c.sides[1])
 
 # %% ../nbs/66_results.ipynb #589e3e24
 @dataclass(frozen=True)
@@ -241,14 +246,14 @@ def comparison_rows(a: VariantResults, b: VariantResults,   # variant, reference
         rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
     return rows
 
-# %% ../nbs/66_results.ipynb #e7febc06
+# %% ../nbs/66_results.ipynb #3f99645f
 def differences(root: str | Path,        # folder of the runs
                 runs: pd.DataFrame       # of `collect_runs`, one preset
                ) -> pd.DataFrame:        # columns `DIFFERENCES`, in percentage points
     "Each variant against the reference of its tables, where both have runs. Raises `UserError`."
     groups = dict(list(runs.groupby(['dataset', 'tag', 'variant'])))
     compared = comparisons(set(runs['dataset']))
-    sides = dict.fromkeys((c.dataset, c.tag, v) for c in compared for v in (c.reference, c.variant))
+    sides = dict.fromkeys((c.dataset, tag, v) for c in compared for v, tag in c.sides)
     places = dict.fromkeys((c.dataset, data_of(c.tag)) for c in compared)
     towers = {d: dual_results(rows_where(runs, dataset=d)) for d in set(runs['dataset'])}
     rows = []
@@ -257,9 +262,9 @@ def differences(root: str | Path,        # folder of the runs
         spreads = {(d, data): {m: run_spread(rows_where(runs, dataset=d), m, score, data) for m in METRICS}
                    for d, data in places}
         for c in compared:
-            variant, reference = (found.get((c.dataset, c.tag, v)) for v in (c.variant, c.reference))
+            variant, reference = (found.get((c.dataset, tag, v)) for v, tag in c.sides)
             if not (variant and reference): continue
-            own = share_towers(*(towers[c.dataset][v, c.tag] for v in (c.variant, c.reference)))
+            own = share_towers(*(towers[c.dataset][side] for side in c.sides))
             spread = dict.fromkeys(METRICS) if own else spreads[c.dataset, data_of(c.tag)]
             rows += comparison_rows(variant, reference, score, spread)
     return pd.DataFrame(rows, columns=DIFFERENCES)
