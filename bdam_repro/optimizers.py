@@ -29,7 +29,7 @@ def orthogonalize(x: Tensor,      # [N, a, b], a <= b
 def lie_flat(x: Tensor) -> Tensor:   # [h, w] -> the same or its transpose, at least as wide as tall
     return x.mT if x.shape[0] > x.shape[1] else x
 
-# %% ../nbs/42_optimizers.ipynb #1e685ce6
+# %% ../nbs/42_optimizers.ipynb #e1c19cfc
 class Muon(torch.optim.Optimizer):
     "Orthogonalized momentum, for matrices and kernels of patch embeddings. `torch.optim.Muon` in float32."
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -55,7 +55,9 @@ class Muon(torch.optim.Optimizer):
                     tall = update.shape[0]/update.shape[1]                 # h/w
                     upright = flat.mT if tall > 1 else flat
                     p.mul_(1 - group['lr']*group['weight_decay'])
-                    p.add_(upright.reshape(p.shape), alpha=-group['lr']*max(1, tall)**.5)
+                    rate = group['lr']*max(1, tall)**.5                    # a tensor in a CUDA graph
+                    if isinstance(rate, Tensor): p.addcmul_(upright.reshape(p.shape), rate, value=-1)
+                    else: p.add_(upright.reshape(p.shape), alpha=-rate)
 
 # %% ../nbs/42_optimizers.ipynb #e9d368d7
 def split_parameters(model: nn.Module,
