@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ROOT', 'PRESETS', 'VARIANTS', 'UserError', 'find_root', 'atomic_path', 'opt', 'Options', 'RunOptions', 'DataOptions',
            'SynthOptions', 'EncoderOptions', 'BdamOptions', 'FusionOptions', 'LossOptions', 'TrainOptions', 'Config',
-           'make_config', 'check_config', 'config_hash', 'run_dir', 'given_names', 'in_test', 'from_globals', 'options']
+           'make_config', 'check_config', 'config_hash', 'run_dir', 'given_names', 'in_test', 'check_extra',
+           'from_globals', 'options']
 
-# %% ../nbs/00_config.ipynb #000004
+# %% ../nbs/00_config.ipynb #d3833394
 import difflib
 import hashlib
 import json
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 # %% ../nbs/00_config.ipynb #000006
 class UserError(ValueError):
@@ -67,7 +68,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True,
                               allow_inf_nan=False, protected_namespaces=())
 
-# %% ../nbs/00_config.ipynb #384e3f9d
+# %% ../nbs/00_config.ipynb #a2de464c
 class RunOptions(Options):
     dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt(
         'synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
@@ -334,7 +335,7 @@ def check_config(config: Config) -> Config:  # the same one
          f'clothes_change exists for dataset synth only, not {c.dataset}')
     return config
 
-# %% ../nbs/00_config.ipynb #6f11f4d1
+# %% ../nbs/00_config.ipynb #726c51df
 _NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag'}
 
 def config_hash(config: Config) -> str:  # 12 hexadecimal digits
@@ -363,11 +364,26 @@ def in_test() -> bool:
     "Whether `nbdev_test` runs this notebook: it sets `IN_TEST`, papermill and JupyterLab do not."
     return bool(os.environ.get('IN_TEST'))
 
-# %% ../nbs/00_config.ipynb #1e53ed35
+# %% ../nbs/00_config.ipynb #ca7471a9
+def check_extra(names: dict[str, Any],     # the notebook's `globals()`
+                extra: tuple[str, ...]     # its parameters that are no option
+               ) -> None:
+    "Hold them to the types of the parameters cell: papermill passes `-p overwrite false` as a word."
+    for name in extra:
+        kind, value = names.get('__annotations__', {}).get(name), names.get(name)
+        if kind is None or value is None: continue
+        try: TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as e:
+            hint = ' (True or False)' if kind is bool else ''
+            say = f"parameter {name}={value!r}: {e.errors()[0]['msg'].lower()}{hint}"
+            raise UserError(say) from None
+
+# %% ../nbs/00_config.ipynb #bd832372
 def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
+    check_extra(names, extra)
     given = {k: v for k, v in given_names(names).items() if k not in extra
              and (k in Config.model_fields or not isinstance(v, (list, tuple, dict)))}
     for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name

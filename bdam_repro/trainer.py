@@ -7,7 +7,7 @@ __all__ = ['TEXT_FIELDS', 'run_batches', 'pick_device', 'pick_dtype', 'run_autoc
            'single_threaded', 'shuffled', 'options_at', 'Trainer', 'train_epoch', 'history_row', 'epoch_in_graph',
            'static_epoch']
 
-# %% ../nbs/52_trainer.ipynb #652bda9b
+# %% ../nbs/52_trainer.ipynb #d7e32162
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from .config import Config, UserError
 from .pedes import PedesDataset
-from .batches import Batch, Loader, train_batches
+from .batches import Batch, Loader, combine_seeds, train_batches
 from .model import Model
-from .optimizers import lr_at, make_optimizers
+from .optimizers import clip_by_part, lr_at, make_optimizers
 from .objective import batch_losses, forward, make_weights
 from .capture import ResidentData, StaticStep, wants_graph, why_not_static
 
@@ -102,7 +102,7 @@ def options_at(c: Config, done: float) -> Config:   # `done`: share of the train
     tau = c.tau*c.tau_decay**done
     return c.model_copy(update={'tau': tau, 'tau_decay': c.tau_end/tau})   # so tau_end = tau·tau_decay stays
 
-# %% ../nbs/52_trainer.ipynb #718a3523
+# %% ../nbs/52_trainer.ipynb #ae5bc204
 class Trainer:
     "A model in training: its batches, optimizers, task weights and precision."
     def __init__(self, c: Config, model: Model, loader: Loader, device: torch.device):
@@ -117,7 +117,6 @@ class Trainer:
         self.static, self.may_record = None, wants_graph(c)                # see `epoch_in_graph`
 
     def param_groups(self) -> list[dict]: return [group for opt in self.opts for group in opt.param_groups]
-
     def amp(self) -> torch.autocast: return run_autocast(self.device, self.dtype)
 
     def term_names(self) -> list[str]:
@@ -144,6 +143,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         "One step; the terms as numbers. Raises `UserError` when the loss is not finite."
         self.set_lr()
+        torch.manual_seed(combine_seeds(self.c.seed, self.step))           # of dropout
         terms = self.losses(batch.to(self.device))
         self.weights.step(terms, self.model.shared_parameters(), scale=self.scaler.get_scale())
         total = self.weights.total(terms)
@@ -160,7 +160,7 @@ class Trainer:
 
     def clip(self) -> None:
         "Limit the norm of the gradients."
-        if self.c.grad_clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
+        if self.c.grad_clip: clip_by_part(self.param_groups(), self.c.grad_clip)
 
     def static_step(self) -> StaticStep:
         "This trainer's step with fixed shapes, not yet recorded."
@@ -177,7 +177,7 @@ class Trainer:
         if self.model.second: pending.result()
         self.scaler.update()
 
-# %% ../nbs/52_trainer.ipynb #4030e5c6
+# %% ../nbs/52_trainer.ipynb #16828173
 def train_epoch(trainer: Trainer, epoch: int, bar: tqdm) -> dict[str, float]:
     "One pass over the batches; its row of the history."
     c, loader = trainer.c, trainer.loader
@@ -204,7 +204,7 @@ def history_row(trainer: Trainer, epoch: int, speed: float, wait_share: float, l
     row |= {f'loss_{name}': loss for name, loss in zip(trainer.names, losses)}
     return row | {f'w_{name}': weight for name, weight in trainer.weights.weights.items()}
 
-# %% ../nbs/52_trainer.ipynb #ac49cc31
+# %% ../nbs/52_trainer.ipynb #71442bd3
 def epoch_in_graph(trainer: Trainer, bar: tqdm) -> bool:
     "Whether steps are replayed. Records them before the first; where that fails, says so and stays off."
     c = trainer.c
