@@ -16,15 +16,14 @@ from PIL import Image
 from bdam_repro.config import UserError
 from bdam_repro.pedes import (
     OFFICIAL,
-    ImageError,
     PedesDataset,
     attach_descriptions,
     clean_caption,
-    load_image,
     load_pedes,
     read_descriptions,
     safe_file,
 )
+from bdam_repro.picture_files import ImageError, load_image
 
 TITLES = {'cuhk': 'CUHK-PEDES', 'icfg': 'ICFG-PEDES', 'rstp': 'RSTPReid', 'synth': 'SynthPEDES'}
 FILES = {'cuhk': 'reid_raw.json', 'icfg': 'ICFG-PEDES.json', 'rstp': 'data_captions.json'}
