@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'SPLITS', 'OFFICIAL', 'PROBLEMS', 'REMARKS', 'safe_file', 'clean_caption', 'read_annotations',
            'PedesDataset', 'read_descriptions', 'attach_descriptions', 'load_pedes', 'PedesReport', 'check_pedes']
 
-# %% ../nbs/10_pedes.ipynb #79ac1883
+# %% ../nbs/10_pedes.ipynb #94f92876
 import hashlib
 import html
 import json
@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,7 @@ def _check_row(row, where, path_key):
     if not all(isinstance(c, str) for c in row['captions']):
         raise UserError(f"{where}: 'captions' must be a list of strings")
 
-# %% ../nbs/10_pedes.ipynb #c4e8d583
+# %% ../nbs/10_pedes.ipynb #34dd1902
 def read_annotations(path: Path,     # an official annotation file
                      path_key: str,  # 'file_path', or 'img_path' for RSTPReid
                      ) -> tuple[pd.DataFrame, list[str]]:  # the table, and notes on what was mended
@@ -121,9 +122,9 @@ def read_annotations(path: Path,     # an official annotation file
     rows = _read_json(path)
     if not isinstance(rows, list) or not rows:
         raise UserError(f'{path}: expected a list with an object for each image')
-    if path.name == 'caption_all.json' and isinstance(rows[0], dict) and 'split' not in rows[0]:
-        advice = 'put reid_raw.json, which has the official one, beside it'
-        raise UserError(f'{path}: this file has no split; {advice} (same release: {DATASETS["cuhk"]["get"]})')
+    if isinstance(rows[0], dict) and 'split' not in rows[0]:
+        say = 'this file has no split, as caption_all.json of CUHK-PEDES has none, whatever it is called here'
+        raise UserError(f'{path}: {say}; take reid_raw.json of the same release ({DATASETS["cuhk"]["get"]})')
     records, dirt, single = [], Counter(), 0
     for i, row in enumerate(rows):
         where = f'{path} row {i}'
@@ -132,7 +133,9 @@ def read_annotations(path: Path,     # an official annotation file
         if isinstance(captions, str): captions, single = [captions], single + 1
         cleaned = [clean_caption(c) for c in captions]
         dirt.update(kind for _, kinds in cleaned for kind in kinds)
-        records.append((row['split'], row['id'], i, safe_file(row[path_key], where), [c for c, _ in cleaned]))
+        texts = [c for c, _ in cleaned if c]
+        if 0 < len(texts) < len(cleaned): dirt['no words beside others, left out'] += len(cleaned) - len(texts)
+        records.append((row['split'], row['id'], i, safe_file(row[path_key], where), texts))
     mended = ', '.join(f'{n:,} with {kind}' for kind, n in dirt.items())
     notes = [f'captions mended: {mended}'] if mended else []
     if single: notes.append(f'captions that are a bare string, read as one caption: {single:,}')
@@ -277,7 +280,22 @@ def _find(name, base):
         raise UserError(f'no {title} at {base}: expected {d["files"][0]} and imgs/ there; {get}')
     return found[0], d['path_key'], layout
 
-# %% ../nbs/10_pedes.ipynb #f49c595a
+# %% ../nbs/10_pedes.ipynb #9c8a0eca
+def _below_imgs(records, base):
+    "Paths are relative to imgs/. Some copies repeat it: the records without that, and a note."
+    repeated = records.file.str.startswith('imgs/')
+    if not repeated.any() or (base/'imgs/imgs').is_dir(): return records, []
+    note = f'paths that repeat imgs/, read without it: {repeated.sum():,}'
+    return records.assign(file=records.file.str.removeprefix('imgs/')), [note]
+
+def _trainable(records):
+    "Without the training images that have no caption, and a note that counts them."
+    bare = (records.split == 'train') & (records.captions.str.len() == 0)
+    if not bare.any(): return records, []
+    note = f'training images without a caption, left out: {bare.sum():,}'
+    return records[~bare].reset_index(drop=True), [note]
+
+# %% ../nbs/10_pedes.ipynb #d0c208b9
 def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
                root: str | Path,           # holds CUHK-PEDES/, ICFG-PEDES/, RSTPReid/, SynthPEDES/
                split: str | None = None,   # 'train', 'val' or 'test'; None: all
@@ -292,10 +310,13 @@ def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
     if name not in titles: raise UserError(f'unknown dataset {name!r}: choose one of {", ".join(titles)}')
     if not 0 <= val_fraction < 1:
         raise UserError(f'val_fraction must be at least 0 and below 1, found {val_fraction}')
-    base = Path(root)/(folder or titles[name])
-    path, path_key, layout = _find(name, base)
+    base = Path(root).expanduser()/(folder or titles[name])
+    path, path_key, _ = _find(name, base)
     records, notes = read_annotations(path, path_key)
-    held = val_fraction if layout == 'icfg' and not (records.split == 'val').any() else 0.
+    for mend in (partial(_below_imgs, base=base), _trainable):
+        records, note = mend(records)
+        notes += note
+    held = 0. if (records.split == 'val').any() else val_fraction
     if held:
         records, note = _hold_out(records, held, seed, titles[name])
         notes.append(note)
@@ -306,13 +327,15 @@ def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
     if descriptions is not None: ds = attach_descriptions(ds, descriptions)
     return ds if split is None else ds.split(split)
 
-# %% ../nbs/10_pedes.ipynb #2c5b3cfb
+# %% ../nbs/10_pedes.ipynb #18423439
 PROBLEMS = {'miscounted': 'wrong counts', 'shared_ids': 'identities in more than one split',
             'files_in_two_ids': 'files given to two identities',
             'empty_captions': 'images with an empty caption or none', 'missing': 'missing files',
             'outside': 'links that leave imgs/', 'unreadable': 'unreadable pictures',
             'tiny': f'pictures under {MIN_SIDE} pixels a side', 'huge': 'pictures too large to decode'}
 REMARKS = {'repeated_files': 'files listed twice', 'repeated_captions': 'captions given twice to one image',
+           'shared_captions': 'captions given to more than one identity',
+           'long_captions': 'captions with more words than the text encoder reads tokens',
            'odd_captions': 'images whose captions hold Chinese characters or program text',
            'same_bytes': 'byte-identical pictures of different identities'}
 
@@ -347,7 +370,7 @@ class PedesReport:
         sizes = {name: len(items) for name, items in self.found.items()}
         return f'PedesReport({self.name}, ok={self.ok}, found={sizes})'
 
-# %% ../nbs/10_pedes.ipynb #f559b3a0
+# %% ../nbs/10_pedes.ipynb #0785ddbe
 def _count_splits(ds):
     "Images, captions and identities of each split beside the official ones, and what differs."
     r = ds.records.assign(n=ds.records.captions.str.len())
@@ -369,10 +392,12 @@ def _count_splits(ds):
     wrong += [f'{split} has no images' for split in wanted if split not in counts.index]
     return counts, wrong
 
-def _check_table(r):
+def _check_table(r, max_length):
     "What the table alone shows."
-    captions = r[['file', 'captions']].explode('captions')
+    captions = r[['file', 'pid', 'captions']].explode('captions')
     text = captions.captions.fillna('')
+    said_of = captions[text != ''].groupby('captions').pid.nunique()
+    words = text.str.count(' ') + 1
     by_file = r.groupby('file').pid.agg(['nunique', 'size'])
     splits = r.groupby('pid').split.nunique()
     return {'shared_ids': splits.index[splits > 1].tolist(),
@@ -380,6 +405,8 @@ def _check_table(r):
             'repeated_files': by_file.index[(by_file['size'] > 1) & (by_file['nunique'] == 1)].tolist(),
             'empty_captions': captions.file[text.str.strip() == ''].unique().tolist(),
             'repeated_captions': captions.file[captions.duplicated() & (text != '')].unique().tolist(),
+            'shared_captions': said_of.index[said_of > 1].tolist(),
+            'long_captions': captions.file[words > max_length].unique().tolist(),
             'odd_captions': captions.file[text.str.contains(_ODD)].unique().tolist()}
 
 # %% ../nbs/10_pedes.ipynb #5e4fe2b6
@@ -398,16 +425,17 @@ def _check_images(ds, workers, hashes, progress):
     same = files.assign(digest=files.file.map(digests)).dropna(subset='digest').groupby('digest')
     return found | {'same_bytes': [tuple(g.file) for _, g in same if g.pid.nunique() > 1]}
 
-# %% ../nbs/10_pedes.ipynb #6a93c93b
+# %% ../nbs/10_pedes.ipynb #034d6356
 def check_pedes(self: PedesDataset,
                 images: bool = True,           # open every picture (about 2 ms each); False: the table alone
                 workers: int | None = None,    # threads; None: as Python chooses
                 hashes: bool = False,          # also look for byte-identical pictures of different identities
                 progress: bool | None = None,  # a progress bar; None: on a terminal only
+                max_length: int = 77,          # tokens that the text encoder reads; every word is one at least
                 ) -> PedesReport:
     "Print and return a report: counts, leaks between splits, broken pictures, odd captions."
     counts, wrong = _count_splits(self)
-    found = {'miscounted': wrong} | _check_table(self.records)
+    found = {'miscounted': wrong} | _check_table(self.records, max_length)
     if images: found |= _check_images(self, workers, hashes, progress)
     report = PedesReport(self.name, counts, {k: v for k, v in found.items() if v}, self.notes, images)
     print(report)
