@@ -114,7 +114,7 @@ def _check_row(row, where, path_key):
     if not all(isinstance(c, str) for c in row['captions']):
         raise UserError(f"{where}: 'captions' must be a list of strings")
 
-# %% ../nbs/10_pedes.ipynb #34dd1902
+# %% ../nbs/10_pedes.ipynb #90e464c1
 def read_annotations(path: Path,     # an official annotation file
                      path_key: str,  # 'file_path', or 'img_path' for RSTPReid
                      ) -> tuple[pd.DataFrame, list[str]]:  # the table, and notes on what was mended
@@ -134,9 +134,9 @@ def read_annotations(path: Path,     # an official annotation file
         cleaned = [clean_caption(c) for c in captions]
         dirt.update(kind for _, kinds in cleaned for kind in kinds)
         texts = [c for c, _ in cleaned if c]
-        if 0 < len(texts) < len(cleaned): dirt['no words beside others, left out'] += len(cleaned) - len(texts)
+        if texts: dirt['no words beside others, left out'] += len(cleaned) - len(texts)
         records.append((row['split'], row['id'], i, safe_file(row[path_key], where), texts))
-    mended = ', '.join(f'{n:,} with {kind}' for kind, n in dirt.items())
+    mended = ', '.join(f'{n:,} with {kind}' for kind, n in dirt.items() if n)
     notes = [f'captions mended: {mended}'] if mended else []
     if single: notes.append(f'captions that are a bare string, read as one caption: {single:,}')
     return pd.DataFrame(records, columns=['split', 'pid', 'image_id', 'file', 'captions']), notes
@@ -425,13 +425,13 @@ def _check_images(ds, workers, hashes, progress):
     same = files.assign(digest=files.file.map(digests)).dropna(subset='digest').groupby('digest')
     return found | {'same_bytes': [tuple(g.file) for _, g in same if g.pid.nunique() > 1]}
 
-# %% ../nbs/10_pedes.ipynb #034d6356
+# %% ../nbs/10_pedes.ipynb #1436e63c
 def check_pedes(self: PedesDataset,
                 images: bool = True,           # open every picture (about 2 ms each); False: the table alone
                 workers: int | None = None,    # threads; None: as Python chooses
                 hashes: bool = False,          # also look for byte-identical pictures of different identities
                 progress: bool | None = None,  # a progress bar; None: on a terminal only
-                max_length: int = 77,          # tokens that the text encoder reads; every word is one at least
+                max_length: int = 77,          # of the text encoder, in tokens; a word is one at least
                 ) -> PedesReport:
     "Print and return a report: counts, leaks between splits, broken pictures, odd captions."
     counts, wrong = _count_splits(self)

@@ -98,7 +98,7 @@ def test_captions_without_words_beside_others_are_left_out(tmp_path):
     rows = rows_of('rstp')
     rows[8]['captions'] = ['', 'A man.']
     rows[10]['captions'] = ['_x000D_', 'A man.', ' ']
-    rows[11]['captions'] = ['_x000D_']                                      # a test image that nobody described
+    rows[11]['captions'] = ['_x000D_']   # a test image without words
     write(tmp_path, 'rstp', rows)
     ds = load_pedes('rstp', tmp_path)
     captions = ds.records.set_index('image_id').captions
@@ -152,7 +152,7 @@ def test_caption_all_alone_is_refused_and_reid_raw_wins(tmp_path):
     write(tmp_path, 'cuhk', rows, file='caption_all.json')
     with pytest.raises(UserError, match=r'no split.*take reid_raw\.json'): load_pedes('cuhk', tmp_path)
     (tmp_path / 'CUHK-PEDES/caption_all.json').rename(tmp_path / 'CUHK-PEDES/reid_raw.json')
-    with pytest.raises(UserError, match='as caption_all.json of CUHK-PEDES'): load_pedes('cuhk', tmp_path)
+    with pytest.raises(UserError, match=r'as caption_all\.json of CUHK-PEDES'): load_pedes('cuhk', tmp_path)
     write(tmp_path, 'cuhk', images=False)
     assert len(load_pedes('cuhk', tmp_path)) == 14
 
@@ -547,7 +547,7 @@ def test_report_finds_what_is_wrong(tmp_path, capsys):
     assert report.shared_ids == [0]
     assert report.files_in_two_ids == ['0005.jpg']
     assert report.repeated_files == ['0007.jpg']
-    assert report.empty_captions == ['0010.jpg']                            # of 0008 the other caption is kept
+    assert report.empty_captions == ['0010.jpg']       # of 0008 the other caption is kept
     assert report.repeated_captions == ['0009.jpg'] and report.long_captions == ['0012.jpg']
     assert report.shared_captions == ['Same.']
     assert report.missing == ['0000.jpg'] and report.unreadable == ['0001.jpg']
