@@ -14,26 +14,27 @@ from .config import Config, make_config
 SYNTH = ('synth_train_ids synth_val_ids synth_test_ids synth_images synth_seed synth_layout synth_error '
          'clothes_change')
 BDAM = 'bdam_depth bdam_heads bdam_mlp bdam_cross bdam_order bdam_gate keep_cls c_decouple c_clothing'
-FUSION = ('fusion_kind fusion_input fusion_layers fusion_dim fusion_gate fusion_align fusion_text fusion_loss '
-          'fusion_grad fusion_negatives rerank rerank_weight c_fusion')
+FUSION = ('fusion_kind fusion_input fusion_layers fusion_dim fusion_gate fusion_align fusion_text '
+          'fusion_loss fusion_grad fusion_negatives rerank rerank_weight c_fusion')
 GRADNORM = 'gradnorm_alpha gradnorm_lr gradnorm_every gradnorm_ref'
 
 def unmet_needs(c: Config) -> dict[str, str]:   # the condition that does not hold -> the options that need it
     "What this configuration leaves out, and the options that only matter there."
     has_triplet = c.align_loss == 'infonce' and c.c_triplet > 0
+    has_margin = has_triplet or c.align_loss == 'tal' or c.fusion_loss == 'triplet'
     holds = {
         'dataset=synth': (c.dataset == 'synth', SYNTH),
         'bdam=True': (c.bdam, BDAM),
         'fusion=True': (c.fusion, FUSION),
         'align_loss=infonce': (c.align_loss == 'infonce', 'c_triplet positives symmetric'),
         'a triplet loss': (has_triplet, 'mining'),
-        'a loss with a margin': (has_triplet or c.align_loss == 'tal' or c.fusion_loss == 'triplet', 'margin'),
+        'a loss with a margin': (has_margin, 'margin'),
         'fusion_kind=mamba': (c.fusion and c.fusion_kind == 'mamba', 'd_state d_conv'),
         'fusion_kind=transformer': (c.fusion and c.fusion_kind == 'transformer', 'fusion_heads'),
         'a clothing loss': (c.bdam and c.c_clothing > 0, 'clothing'),
         'clothing=literal or both': (c.bdam and c.clothing in ('literal', 'both'), 'p_pos'),
         'a decoupling loss': (c.bdam and c.c_decouple > 0, 'hsic_kernel'),
-        'a gate': (c.bdam and c.bdam_gate or c.fusion and c.fusion_gate, 'c_gate gate_reg'),
+        'a gate': ((c.bdam and c.bdam_gate) or (c.fusion and c.fusion_gate), 'c_gate gate_reg'),
         'balance=gradnorm': (c.balance == 'gradnorm', GRADNORM),
         'optimizer=muon': (c.optimizer == 'muon', 'muon_lr'),
         'a random start of the text encoder': (isinstance(c.text, dict), 'vocab_size'),
