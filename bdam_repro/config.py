@@ -199,7 +199,7 @@ class LossOptions(Options):
     c_gate: float = opt(1.0, 'coefficient of the gate regularization', ge=0)
     c_fusion: float = opt(1.0, "coefficient of the fusion's loss", ge=0)
 
-# %% ../nbs/00_config.ipynb #667f2afb
+# %% ../nbs/00_config.ipynb #305cf440
 class TrainOptions(Options):
     balance: Literal['gradnorm', 'literal', 'fixed'] = opt(
         'gradnorm', "task weights: GradNorm's closed form, Eq. 5-6 as printed, or 1", 'GradNorm (3.5)')
@@ -213,6 +213,8 @@ class TrainOptions(Options):
     weight_decay: float = opt(1e-3, 'weight decay', '1e-3 (4.2)', ge=0)
     optimizer: Literal['adam', 'adamw', 'muon'] = opt(
         'adam', 'muon: orthogonalized momentum for the matrices, AdamW for the rest', 'Adam (4.2)')
+    lr_factor: float = opt(1.0, 'rate of the parts that start at random (BDAM, projections, fusion), '
+                           'in units of that of the encoders', 'not printed', gt=0)
     muon_lr: float = opt(0.01, 'learning rate of the matrices, where muon', gt=0)
     schedule: Literal['cosine', 'hold'] = opt(
         'cosine', 'of the learning rate after the warm-up: half a cosine to zero; or all of it for two '

@@ -193,11 +193,12 @@ def pretrain_text(r: Recipe, tokenizer, texts: list[str], progress: bool = False
         return F.cross_entropy(guesser(masked, real, hidden), given[hidden])
     return guesser, fit(guesser, loss_of, len(texts), r.text_passes, r, 'BERT, words', progress)
 
-# %% ../nbs/44_pretrain.ipynb #c29a063c
+# %% ../nbs/44_pretrain.ipynb #a5c2931a
 VISION_FOLDER, TEXT_FOLDER = 'vit-tiny', 'bert-tiny'
 
 def save_tower(encoder: VisionEncoder | TextEncoder, folder: Path) -> None:
     "config.json and model.safetensors, as the hub has them."
+    if isinstance(encoder, VisionEncoder): encoder.net.config.image_size = list(encoder.image_size)
     encoder.net.to(torch.float16).save_pretrained(folder)
     encoder.net.to(torch.float32)
 
