@@ -6,9 +6,9 @@
 __all__ = ['ROOT', 'TINY_VISION', 'TINY_TEXT', 'PRESETS', 'VARIANTS', 'UserError', 'find_root', 'atomic_path', 'opt', 'Options',
            'RunOptions', 'DataOptions', 'SynthOptions', 'EncoderOptions', 'BdamOptions', 'FusionOptions', 'LossOptions',
            'TrainOptions', 'Config', 'make_config', 'check_config', 'config_hash', 'run_dir', 'given_names', 'in_test',
-           'from_globals', 'options']
+           'check_extra', 'from_globals', 'options']
 
-# %% ../nbs/00_config.ipynb #000004
+# %% ../nbs/00_config.ipynb #d3833394
 import difflib
 import hashlib
 import json
@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 # %% ../nbs/00_config.ipynb #000006
 class UserError(ValueError):
@@ -83,7 +83,7 @@ class RunOptions(Options):
     workers: int = opt(4, 'processes that decode images, where these do not fit in memory', ge=0)
     cache_gb: float = opt(1.0, 'decoded images are kept in memory up to this size', ge=0)
 
-# %% ../nbs/00_config.ipynb #1c8cd1b0
+# %% ../nbs/00_config.ipynb #1f6efb09
 class DataOptions(Options):
     image_height: int = opt(224, 'pixels', '224 (4.2)', ge=16)
     image_width: int = opt(224, 'pixels; people are 1:2, the paper squeezes them into a square', '224 (4.2)',
@@ -199,7 +199,7 @@ class LossOptions(Options):
     c_gate: float = opt(1.0, 'coefficient of the gate regularization', ge=0)
     c_fusion: float = opt(1.0, "coefficient of the fusion's loss", ge=0)
 
-# %% ../nbs/00_config.ipynb #305cf440
+# %% ../nbs/00_config.ipynb #eb823e1c
 class TrainOptions(Options):
     balance: Literal['gradnorm', 'literal', 'fixed'] = opt(
         'gradnorm', "task weights: GradNorm's closed form, Eq. 5-6 as printed, or 1", 'GradNorm (3.5)')
@@ -237,7 +237,7 @@ class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions,
         "τ at the end of the training, with which `dual` and the fusion's score are added."
         return self.tau*self.tau_decay
 
-# %% ../nbs/00_config.ipynb #b7b5f914
+# %% ../nbs/00_config.ipynb #2380a6b2
 TINY_VISION = {'type': 'vit', 'hidden': 96, 'layers': 4, 'heads': 3, 'patch': 16}
 TINY_TEXT = {'type': 'bert', 'hidden': 96, 'layers': 2, 'heads': 3, 'mlp': 2}
 
@@ -369,11 +369,26 @@ def in_test() -> bool:
     "Whether `nbdev_test` runs this notebook: it sets `IN_TEST`, papermill and JupyterLab do not."
     return bool(os.environ.get('IN_TEST'))
 
-# %% ../nbs/00_config.ipynb #1e53ed35
+# %% ../nbs/00_config.ipynb #ca7471a9
+def check_extra(names: dict[str, Any],     # the notebook's `globals()`
+                extra: tuple[str, ...]     # its parameters that are no option
+               ) -> None:
+    "Hold them to the types of the parameters cell: papermill passes `-p overwrite false` as a word."
+    for name in extra:
+        kind, value = names.get('__annotations__', {}).get(name), names.get(name)
+        if kind is None or value is None: continue
+        try: TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as e:
+            hint = ' (True or False)' if kind is bool else ''
+            say = f"parameter {name}={value!r}: {e.errors()[0]['msg'].lower()}{hint}"
+            raise UserError(say) from None
+
+# %% ../nbs/00_config.ipynb #bd832372
 def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
+    check_extra(names, extra)
     given = {k: v for k, v in given_names(names).items() if k not in extra
              and (k in Config.model_fields or not isinstance(v, (list, tuple, dict)))}
     for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name

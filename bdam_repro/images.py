@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .config import UserError, atomic_path
-from .pedes import PedesDataset, load_image
+from .pedes import PedesDataset
+from .picture_files import load_image
 
 # %% ../nbs/16_images.ipynb #a02b3a79
 def decode_image(path: str | Path,  # an image file

@@ -64,7 +64,10 @@ class Training:
 # %% ../nbs/53_runs.ipynb #0cbb9e8e
 def check_data(c: Config, dataset: PedesDataset) -> None:
     "Raises `UserError` for an empty split, and for options that read descriptions where there are none."
-    for split in ('train', 'val', 'test'): dataset.split(split)            # an empty one raises
+    for split in ('train', 'val', 'test'):
+        if not len(dataset.split(split).captions):                         # an empty split raises
+            say = f'the split {split!r} has pictures but no captions, so there is no query'
+            raise UserError(f'{dataset.root}: {say}; add captions to the annotation file')
     if 'clo_text' in dataset.records: return
     lacks = f'and {dataset.name} has none: see describe.ipynb, or take'
     if c.fusion and c.fusion_text != 'query':
