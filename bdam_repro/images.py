@@ -6,7 +6,7 @@
 __all__ = ['KEEP', 'decode_image', 'remember', 'ImageStore', 'erasing_boxes', 'Changes', 'draw_changes', 'change_images',
            'augment']
 
-# %% ../nbs/16_images.ipynb #d09325b3
+# %% ../nbs/16_images.ipynb #939c6da6
 import hashlib
 import json
 import os
@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .config import UserError, atomic_path
-from .pedes import PedesDataset, load_image
+from .pedes import PedesDataset
+from .picture_files import load_image
 
 # %% ../nbs/16_images.ipynb #a02b3a79
 def decode_image(path: str | Path,  # an image file

@@ -25,7 +25,7 @@ from .optimizers import clip_by_part, lr_at, make_optimizers
 from .objective import batch_losses, forward, make_weights
 from .capture import ResidentData, StaticStep, wants_graph, why_not_static
 
-# %% ../nbs/52_trainer.ipynb #c2a953b8
+# %% ../nbs/52_trainer.ipynb #cb51bc13
 def run_batches(c: Config, dataset: PedesDataset, tokenizer) -> Loader:
     "The training batches that a configuration asks for."
     texts = c.id_text                                                      # 'caption', 'generated' or 'both'
@@ -36,7 +36,7 @@ def run_batches(c: Config, dataset: PedesDataset, tokenizer) -> Loader:
     return train_batches(
         dataset, tokenizer, size=(c.image_height, c.image_width), columns=c.columns, max_length=c.max_length,
         p=c.ids_per_batch, k=c.images_per_id, seed=c.seed, id_text=texts, two_captions=c.two_captions,
-        augmentation=varied, workers=c.workers, budget=cache_bytes)
+        epoch_of=c.epoch_of, augmentation=varied, workers=c.workers, budget=cache_bytes)
 
 # %% ../nbs/52_trainer.ipynb #b771301c
 def pick_device(c: Config) -> torch.device:
