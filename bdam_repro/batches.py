@@ -385,7 +385,7 @@ def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]
     "The gallery: every image of a split once, in order, without any text."
     rows = split_rows(dataset, split)
-    images = images or ImageStore(dataset, size, rows, cache=False, columns=columns)
+    images = images or ImageStore(dataset, size, rows, columns=columns)
     for part in np.split(rows, range(batch, len(rows), batch)): yield torch.from_numpy(part), images[part]
 
 def text_batches(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase,
