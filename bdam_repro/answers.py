@@ -165,7 +165,7 @@ class Reply:
     prompt_tokens: int | None = None        # None: the server did not count
     completion_tokens: int | None = None
 
-# %% ../nbs/18_answers.ipynb #fc466d37
+# %% ../nbs/18_answers.ipynb #86385d46
 def _message_of(completion: dict) -> tuple[dict, dict]:   # the first choice, its message
     "Raises `NoAnswer` with the server's words where there is none."
     choices = completion.get('choices')
@@ -182,11 +182,17 @@ def _message_of(completion: dict) -> tuple[dict, dict]:   # the first choice, it
     words = next(filter(None, map(error_words, errors)), '')
     raise NoAnswer(words, token_count(inner.get('code')))
 
+def _misplaced_text(message: dict) -> str:
+    "An answer that the reasoning parser took for a thought: nothing but one JSON object. A draft is never that."
+    thought = message.get('reasoning_content') or message.get('reasoning')
+    is_object = isinstance(thought, str) and isinstance(json_value(thought), dict)
+    return thought if is_object else ''
+
 def read_reply(completion: dict) -> Reply:
     "The answer in a chat completion. Raises `NoAnswer`."
     choice, message = _message_of(completion)
     content, usage = message.get('content'), completion.get('usage')
-    written = _content_text(content) or _tool_text(message)
+    written = _content_text(content) or _tool_text(message) or _misplaced_text(message)
     text = without_reasoning(written)
     parts = content if isinstance(content, list) else []
     kinds = {part.get('type') for part in parts if isinstance(part, dict) and isinstance(part.get('type'), str)}

@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['make_client', 'RequestForm', 'Manner', 'request_body', 'Transient', 'Refused', 'Hopeless', 'retry_after', 'Server',
            'named_options', 'is_about_pictures', 'other_manner', 'sort_problem', 'status_problem', 'silence_problem',
-           'empty_problem', 'Answer', 'guess_tokens', 'most_prompt_tokens', 'count_answer', 'ask_server']
+           'empty_problem', 'Answer', 'guess_tokens', 'most_prompt_tokens', 'count_answer', 'ask_server', 'keep_client',
+           'run_sync']
 
-# %% ../nbs/19_servers.ipynb #47d0a0ad
+# %% ../nbs/19_servers.ipynb #b23d1e3c
 import asyncio
+import atexit
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import chain
@@ -301,3 +305,37 @@ async def ask_server(server: Server, messages: list[dict]) -> Answer:
     # outside of `except`: the server's words, and with them a key, are in no chained traceback
     if problem: raise problem
     return count_answer(server, reply, guess)
+
+# %% ../nbs/19_servers.ipynb #a920d793
+_LOOP: list[asyncio.AbstractEventLoop] = []   # one per process, so that a client's connections outlive a call
+_CLIENTS: list[openai.AsyncOpenAI] = []
+
+def _background_loop() -> asyncio.AbstractEventLoop:
+    if not _LOOP:
+        _LOOP.append(asyncio.new_event_loop())
+        threading.Thread(target=_LOOP[0].run_forever, name='describe', daemon=True).start()
+    return _LOOP[0]
+
+def keep_client(client: openai.AsyncOpenAI) -> None:
+    """Never let the garbage collector have a client that was used in the background loop. Its finalizer would
+    close the pool after the sockets are gone, and take along the event loop's readers of new connections with
+    the same descriptors: their answers would wait until they time out."""
+    if not any(c is client for c in _CLIENTS): _CLIENTS.append(client)
+
+@atexit.register
+def _close_clients() -> None:
+    "Close their connections where they were opened."
+    wait([asyncio.run_coroutine_threadsafe(c.close(), _background_loop()) for c in _CLIENTS], timeout=2)
+
+def run_sync(coroutine):
+    "Run in the background loop and wait. On Ctrl-C, cancel, wait for the wind-down, raise again."
+    over = threading.Event()
+    async def watched():
+        try: return await coroutine
+        finally: over.set()
+    future = asyncio.run_coroutine_threadsafe(watched(), _background_loop())
+    try: return future.result()
+    except KeyboardInterrupt:
+        future.cancel()
+        over.wait()
+        raise

@@ -33,8 +33,9 @@ from bdam_repro.describe import OnlineSettings, describe, describe_async, estima
 from bdam_repro.describers import DescribeParameters, describe_dataset
 from bdam_repro.journal import FIELDS, Journal, read_journal
 from bdam_repro.lexicon import Policy
-from bdam_repro.mllm import draw_style, image_url, make_client
+from bdam_repro.mllm import draw_style, image_url
 from bdam_repro.offline import describe_split
+from bdam_repro.servers import make_client
 
 FULL = bool(os.environ.get('DESCRIBE_FULL'))
 KEY = 'planted-key-4711-do-not-print'
@@ -215,11 +216,11 @@ def test_failed_images_are_tried_again_only_when_asked(tmp_path):
     records = pictures(tmp_path / 'imgs', 6)
     common = dict(images_dir=tmp_path / 'imgs', retries=0, **QUICK)
     with serving(tmp_path / 'bad', always='refusal') as server:
-        assert describe(records, server.client(), tmp_path / 'd.jsonl', limit=4, **common).failed == 4
+        assert describe(records, server.client(), tmp_path / 'd.jsonl', limit=3, **common).failed == 3
     with serving(tmp_path / 'good') as server:
-        assert describe(records, server.client(), tmp_path / 'd.jsonl', **common).skipped == 4
+        assert describe(records, server.client(), tmp_path / 'd.jsonl', **common).skipped == 3
         report = describe(records, server.client(), tmp_path / 'd.jsonl', retry_failed=True, **common)
-        assert (report.ok, report.skipped) == (4, 2)
+        assert (report.ok, report.skipped) == (3, 3)
     table = read_journal(tmp_path / 'd.jsonl')
     assert table.image.is_unique and (table.status == 'ok').all() and len(table) == 6
 
@@ -826,7 +827,7 @@ def test_a_planted_key_is_in_no_output(tmp_path, settings):
     code = (
         'import logging, sys, pandas as pd; logging.basicConfig(level=logging.DEBUG)\n'
         'from bdam_repro.describe import describe\n'
-        'from bdam_repro.mllm import make_client\n'
+        'from bdam_repro.servers import make_client\n'
         "records = pd.DataFrame({'file': [f'{i:05}.png' for i in range(4)]})\n"
         "describe(records, make_client(), sys.argv[2] + '/d.jsonl',"
         " images_dir=sys.argv[1], model='m', concurrency=2,"
@@ -937,7 +938,7 @@ def test_options_are_known_by_name(tmp_path):
     with pytest.raises(TypeError, match='images_dir'):
         describe(records, client, tmp_path / 'd.jsonl', model='m')
     shared = set(DescribeParameters.model_fields) & set(OnlineSettings.model_fields) - {'model'}
-    assert len(shared) == 11
+    assert len(shared) == 12
     for name in shared:
         assert DescribeParameters.model_fields[name].default == OnlineSettings.model_fields[name].default
 
