@@ -21,6 +21,8 @@ from server_profiles import PROFILES, Profile
 
 DEFAULTS = dict(
     profile=None,
+    good_first=0,
+    echo=None,
     faults=0.0,
     kinds=None,
     latency=0.0,
@@ -119,6 +121,7 @@ class Server:
         self.s = DEFAULTS | settings
         self.log = open(log_path, 'a', buffering=1)  # noqa: SIM115
         self.asked, self.files, self.batches = {}, {}, {}
+        self.unlogged = 0  # requests that have arrived and have no line in the log yet
         self.good = self.calls = self.uploads = self.chats = 0
         self.profile = PROFILES.get(self.s['profile'], Profile)()
 
@@ -166,6 +169,10 @@ class Server:
                 await asyncio.sleep(self.s['slow'] / 8)
 
     async def route(self, method, path, headers, body, writer):
+        if path == '/v1/log':  # answered when every request so far has its line
+            while self.unlogged:
+                await asyncio.sleep(0.01)
+            return await self.send(writer, 200, {})
         if self.s['key'] and headers.get('authorization') != f'Bearer {self.s["key"]}':
             return await self.send(
                 writer,
@@ -193,7 +200,7 @@ class Server:
     # ---- chat completions -------------------------------------------------------------------------
     def image_of(self, request):
         parts = [p for m in request['messages'] if isinstance(m['content'], list) for p in m['content']]
-        url = next(p['image_url']['url'] for p in parts if p['type'] == 'image_url')
+        url = next((p['image_url']['url'] for p in parts if p['type'] == 'image_url'), str(request['messages']))
         return hashlib.sha1(url.encode()).hexdigest()
 
     def choose(self, digest):
@@ -201,7 +208,7 @@ class Server:
         n = self.asked[digest] = self.asked.get(digest, 0) + 1
         r = random.Random(f'{digest}{n}')
         if self.s['always']:
-            return self.s['always'], n
+            return ('good' if self.good < self.s['good_first'] else self.s['always']), n
         return (
             r.choice(self.s['kinds'] or TRANSPORT + CONTENT + SLOW)
             if r.random() < self.s['faults']
@@ -210,6 +217,7 @@ class Server:
 
     def completion(self, kind, digest, request):
         text, finish, refusal = content(kind, description(digest), self.s['message'])
+        text = self.s['echo'] or text
         usage = {'prompt_tokens': 600, 'completion_tokens': 100, 'total_tokens': 700}
         return {
             'id': 'c',
@@ -250,8 +258,13 @@ class Server:
 
     async def chat(self, request, writer):
         t, digest = time.time(), self.image_of(request)
+        self.unlogged += 1
+        logged = False
 
         def log(kind, n=0):
+            nonlocal logged
+            self.unlogged -= not logged
+            logged = True
             self.log.write(
                 json.dumps({'t': t, 'end': time.time(), 'image': digest, 'kind': kind, 'n': n}) + '\n'
             )
