@@ -368,7 +368,7 @@ async def _describe_rows(run: DescribeRun, rows: pd.Series) -> None:
             run.report.seconds = time.monotonic() - start
             if s.prices is not None: run.report.cost = run.journal.cost - spent_before
 
-# %% ../nbs/24_describe.ipynb #237ed476
+# %% ../nbs/24_describe.ipynb #67432cde
 @dataclass(frozen=True)
 class Estimate:
     "What a run would do."
@@ -390,7 +390,7 @@ def estimate_cost(rows: Sequence[str], out: str | Path,   # the images; the JSON
     longest_style = max(s.styles, key=lambda exemplars: sum(map(len, exemplars)), default=())
     prompt, completion = guess_tokens(first_messages(s.policy, longest_style, '')), min(200, s.max_tokens)
     if len(measured):
-        means = pd.DataFrame(measured['tokens'].tolist()).mean()
+        means = pd.DataFrame(measured['tokens'].tolist(), columns=['prompt', 'completion']).mean()
         prompt, completion = means['prompt'], means['completion']
         if measured['latency'].notna().any(): seconds = measured['latency'].mean()
     per_image = max(seconds / s.concurrency, 60 / (s.rpm or float('inf')),

@@ -52,13 +52,14 @@ def sample_sheet(table: pd.DataFrame,     # of `read_journal`
     plt.close(fig)
     return fig
 
-# %% ../nbs/28_describers.ipynb #dac1778c
+# %% ../nbs/28_describers.ipynb #13fde34d
 def failures_by_cause(table: pd.DataFrame  # of `read_journal`
                      ) -> pd.DataFrame:    # one row per cause: images, share of all, one example
     "Why images have no description."
     failed = table[table['status'] == 'failed']
-    cause = failed['reason'].str.split(':').str[0].rename('cause')
-    examples = failed.groupby(cause)['reason'].agg(images='size', example='first')
+    reasons = failed['reason'].astype(object).fillna('unknown').astype(str)
+    cause = reasons.str.split(':').str[0].rename('cause')
+    examples = reasons.groupby(cause).agg(images='size', example='first')
     out = examples.sort_values('images', ascending=False)
     out.insert(1, 'share', out['images'] / max(len(table), 1))
     return out

@@ -49,7 +49,7 @@ class JournalLine:
 
 FIELDS = tuple(f.name for f in fields(JournalLine))
 
-# %% ../nbs/21_journal.ipynb #86c46e26
+# %% ../nbs/21_journal.ipynb #86b33311
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
 
@@ -69,7 +69,8 @@ def _line_problem(record: object) -> str | None:
         value = record.get(name)
         fits = isinstance(value, check) if isinstance(check, type) else check(value)
         if value is not None and not fits: return f'its {name} is {str(value)[:40]!r}'
-    return None
+    texts = record.get('identity'), record.get('clothing')
+    return 'it is ok and lacks a text' if record['status'] == 'ok' and None in texts else None
 
 def _parse_line(raw: bytes) -> dict | str:      # the record, or why it is none
     "A line of the file."

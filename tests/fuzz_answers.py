@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import openai
 from hypothesis import strategies as st
 from mllm_server import description
 
@@ -232,6 +233,7 @@ STATE = json.dumps(
     {'asked': ['m', '0'], 'manner': ['text', 'max_tokens', 0.7], 'parts': [{'name': 'a', 'images': ['0.png']}],
      'history': {'0.png': [1, 2, 3, '{}', 'json: no']}, 'created': 1, 'started': 'x'}
 ).encode()  # fmt: skip
+CLIENT = openai.AsyncOpenAI(api_key='a-long-key')
 KEPT = json.dumps({'key': 'abc', 'by': 'm', 'text': 'A PERSON.'}).encode()
 
 
@@ -240,8 +242,7 @@ def check_kept(raw):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'kept.jsonl'
         path.write_bytes(raw)
-        client = SimpleNamespace(api_key='a-long-key')
-        assert generalize_with(client, [], model='m', cache=path, progress=False) == []
+        assert generalize_with(CLIENT, [], model='m', cache=path, progress=False) == []
         assert path.read_bytes().startswith(raw)
 
 

@@ -965,13 +965,13 @@ def test_wrong_tables_files_and_folders(tmp_path):
     refused('no column "file"', records.rename(columns={'file': 'f'}))
     refused('no such folder', out=tmp_path / 'missing' / 'd.jsonl')
     refused('a folder', out=tmp_path / 'imgs')
-    (tmp_path / 'other.jsonl').write_text(json.dumps({'image': 'elsewhere/1.jpg', 'status': 'ok'}) + '\n')
+    (tmp_path / 'other.jsonl').write_text(json.dumps({'image': 'elsewhere/1.jpg', 'status': 'failed'}) + '\n')
     refused('belongs to another one', out=tmp_path / 'other.jsonl')
     (tmp_path / 'split.jsonl').write_text(
-        json.dumps({'image': '00000.png', 'status': 'ok', 'model': 'split'}) + '\n'
+        json.dumps({'image': '00000.png', 'status': 'failed', 'model': 'split'}) + '\n'
     )
     refused('holds lines of model split', out=tmp_path / 'split.jsonl')
-    line = json.dumps({'image': '00000.png', 'status': 'ok', 'model': 'm'})
+    line = json.dumps({'image': '00000.png', 'status': 'failed', 'model': 'm'})
     (tmp_path / 'broken.jsonl').write_text('not json\n' + line + '\n')
     refused('line 1: not a description', out=tmp_path / 'broken.jsonl')
     (tmp_path / 'twice.jsonl').write_text((line + '\n') * 2)
