@@ -257,14 +257,24 @@ class Server:
         return None
 
     async def chat(self, request, writer):
-        t, digest = time.time(), self.image_of(request)
         self.unlogged += 1
-        logged = False
+        told = []
+
+        def tell():
+            if not told:
+                self.unlogged -= 1
+            told.append(True)
+
+        try:
+            await self.chat_and_tell(request, writer, tell)
+        finally:  # a client that was killed: its request has no line
+            tell()
+
+    async def chat_and_tell(self, request, writer, tell):
+        t, digest = time.time(), self.image_of(request)
 
         def log(kind, n=0):
-            nonlocal logged
-            self.unlogged -= not logged
-            logged = True
+            tell()
             self.log.write(
                 json.dumps({'t': t, 'end': time.time(), 'image': digest, 'kind': kind, 'n': n}) + '\n'
             )
