@@ -165,7 +165,7 @@ class Reply:
     prompt_tokens: int | None = None        # None: the server did not count
     completion_tokens: int | None = None
 
-# %% ../nbs/18_answers.ipynb #86385d46
+# %% ../nbs/18_answers.ipynb #480d10d8
 def _message_of(completion: dict) -> tuple[dict, dict]:   # the first choice, its message
     "Raises `NoAnswer` with the server's words where there is none."
     choices = completion.get('choices')
@@ -183,7 +183,7 @@ def _message_of(completion: dict) -> tuple[dict, dict]:   # the first choice, it
     raise NoAnswer(words, token_count(inner.get('code')))
 
 def _misplaced_text(message: dict) -> str:
-    "An answer that the reasoning parser took for a thought: nothing but one JSON object. A draft is never that."
+    "An answer that the reasoning parser took for a thought: one JSON object alone, which a draft never is."
     thought = message.get('reasoning_content') or message.get('reasoning')
     is_object = isinstance(thought, str) and isinstance(json_value(thought), dict)
     return thought if is_object else ''
@@ -195,7 +195,7 @@ def read_reply(completion: dict) -> Reply:
     written = _content_text(content) or _tool_text(message) or _misplaced_text(message)
     text = without_reasoning(written)
     parts = content if isinstance(content, list) else []
-    kinds = {part.get('type') for part in parts if isinstance(part, dict) and isinstance(part.get('type'), str)}
+    kinds = [part.get('type') for part in parts if isinstance(part, dict)]
     finish = str(choice.get('finish_reason') or choice.get('stop_reason') or '').lower()
     if not isinstance(usage, dict): usage = {}
     return Reply(

@@ -222,7 +222,7 @@ async def ask_patiently(run: DescribeRun, messages: list[dict]) -> Answer:
         if run.stop.is_set(): raise StopRun from None
         raise
 
-# %% ../nbs/24_describe.ipynb #c0c82e98
+# %% ../nbs/24_describe.ipynb #bb493e7b
 def record_image(run: DescribeRun, image: str, description: Description | None,   # None: it failed
                  reason: str | None,       # why it failed
                  history: History, cost: float | None, latency: float | None) -> None:
@@ -262,7 +262,7 @@ async def describe_image(run: DescribeRun, image: str) -> None:
         run.journal.lose(s.cost(history.prompt_tokens, history.completion_tokens) or 0.0)
         raise
     except (Refused, Transient) as e:
-        filtered = isinstance(e, Refused) and e.filtered      # what this picture shows, whatever the others do
+        filtered = isinstance(e, Refused) and e.filtered      # it speaks of this picture alone
         reason = f'{"refusal" if filtered else "server"}: {e}'
         if isinstance(e, Refused) and not filtered and not run.server.proven:
             run.refused[image] = str(e)         # perhaps it refuses all: `_probe_server` decides

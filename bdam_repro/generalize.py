@@ -7,7 +7,7 @@ __all__ = ['PLACEHOLDER_NAMES', 'PLACEHOLDER', 'MORE_WORDS', 'STYLE_WORDS', 'PRO
            'generalize', 'synth_captions', 'Rewritten', 'generalize_with', 'tfidf_features', 'clip_features',
            'embed_styles', 'plot_styles', 'WeightedRows', 'distinct_rows']
 
-# %% ../nbs/26_generalize.ipynb #38b81552
+# %% ../nbs/26_generalize.ipynb #7cfd319f
 import asyncio
 import functools
 import hashlib
@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from .answers import Reply
 from .config import UserError
 from .synth import Spec, picture_rows
-from .servers import Hopeless, Refused, RequestForm, Server, Transient, ask_server, keep_client, run_sync
+from .servers import (Hopeless, Refused, RequestForm, Server, Transient, ask_server, keep_client,
+                                run_sync)
 from .lexicon import LEXICON, is_refusal
 from .describe import SlidingWindow
 
@@ -224,7 +225,7 @@ async def _rewrite_all(server: Server, todo: list[str], answers: _Answers, concu
             for task in tasks: task.cancel()
     return instead
 
-# %% ../nbs/26_generalize.ipynb #d266b994
+# %% ../nbs/26_generalize.ipynb #2330d0c4
 def generalize_with(client: openai.AsyncOpenAI,  # of `servers.make_client()`
                     captions: Sequence[str],     # any captions; equal ones are asked once
                     *, model: str,               # its name at the server
@@ -245,7 +246,8 @@ def generalize_with(client: openai.AsyncOpenAI,  # of `servers.make_client()`
         raise UserError(f'{cache}: cannot be written ({e.strerror}); choose another cache') from None
     else: problem = None
     if problem:
-        raise UserError(f'stopped: {problem}. {len(answers.by_key)} answers are kept in {cache}; run again to go on.')
+        raise UserError(f'stopped: {problem}. {len(answers.by_key)} answers are kept in {cache};'
+                        ' run again to go on.')
     if instead:
         tqdm.write(f'{len(instead)} of {len(todo)} captions were not answered (refused, cut or empty):'
                    ' the lexicon stands in for now, and the next call asks again')

@@ -49,7 +49,7 @@ class JournalLine:
 
 FIELDS = tuple(f.name for f in fields(JournalLine))
 
-# %% ../nbs/21_journal.ipynb #86b33311
+# %% ../nbs/21_journal.ipynb #f8bfd9ed
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
 
@@ -57,8 +57,9 @@ def _is_tokens(value: object) -> bool:
     if not isinstance(value, dict): return _is_number(value)
     return _is_number(value.get('prompt')) and _is_number(value.get('completion'))
 
-_CHECKS = {'identity': str, 'clothing': str, 'model': str, 'prompt_hash': str, 'reason': str, 'attributes': dict,
-           'style': int, 'seed': int, 'tries': int, 'cost': _is_number, 'latency': _is_number, 'tokens': _is_tokens}
+_CHECKS = {'identity': str, 'clothing': str, 'attributes': dict,
+           'model': str, 'prompt_hash': str, 'reason': str, 'style': int, 'seed': int, 'tries': int,
+           'cost': _is_number, 'latency': _is_number, 'tokens': _is_tokens}
 
 def _line_problem(record: object) -> str | None:
     "Why a JSON value is no line of a descriptions file; None where it is one."

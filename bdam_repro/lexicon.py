@@ -143,10 +143,10 @@ def _read_object(found: JsonObject) -> Description | str:     # the description,
     try: return Description.model_validate(found)
     except ValidationError as e: return _schema_reason(e)
 
-# %% ../nbs/20_lexicon.ipynb #e199e8ab
+# %% ../nbs/20_lexicon.ipynb #54cf2de6
 def parse_answer(text: str  # what the model wrote: bare, fenced or surrounded JSON
                 ) -> Description:  # checked against the schema
-    "The last description in an answer. Raises `Rejected` with `json`, `duplicate key` or `schema` as the cause."
+    "The last description in an answer. Raises `Rejected`: `json`, `duplicate key` or `schema`, with detail."
     objects, reason = whole_objects(text), None
     for outer in reversed(objects.whole):
         for found in objects_within(outer):

@@ -72,12 +72,14 @@ class Manner(NamedTuple):
         if self.temperature is None: left_out.append('temperature')
         return f'{self.mode}, {self.length_key}' + (f', without {", ".join(left_out)}' if left_out else '')
 
-# %% ../nbs/19_servers.ipynb #27f68be8
+# %% ../nbs/19_servers.ipynb #2e5555ab
 def _without_detail(content: str | list) -> str | list:
     "A message's content whose images say nothing of their detail."
     if isinstance(content, str): return content
-    plain = lambda image: {name: value for name, value in image.items() if name != 'detail'}
-    return [part | {'image_url': plain(part['image_url'])} if 'image_url' in part else part for part in content]
+    def plain(part):
+        if 'image_url' not in part: return part
+        return part | {'image_url': {k: v for k, v in part['image_url'].items() if k != 'detail'}}
+    return [plain(part) for part in content]
 
 def _without_system(messages: list[dict]) -> list[dict]:
     "The conversation whose system text stands at the beginning of the user's first message."
@@ -119,17 +121,19 @@ class Refused(Exception):
 class Hopeless(Exception):
     "No request of this run can succeed (wrong key, no such model, no money): why."
 
-# %% ../nbs/19_servers.ipynb #c8cf91bf
+# %% ../nbs/19_servers.ipynb #0eecff0f
+_WAIT = re.compile(r'(?:try again|retry) (?:in|after) (?:(\d{1,4})m(?!s))?'
+                   r'(?:(\d{1,6}(?:\.\d{1,9})?)(ms|s\b| ?sec))?', re.I)
+
 def retry_after(headers: Mapping[str, str], said: str = '') -> float:
-    "Seconds from `retry-after-ms`, `Retry-After` (a number or an HTTP date) or the words; 0 where there are none."
+    "Seconds from `retry-after-ms`, `Retry-After` (a number or an HTTP date) or the words; 0 without any."
     try:
         if ms := headers.get('retry-after-ms'): return float(ms) / 1000
         if value := headers.get('retry-after'):
             if re.fullmatch(r'[\d.]+', value): return float(value)
             return max(parsedate_to_datetime(value).timestamp() - time.time(), 0)
     except (ValueError, TypeError, OverflowError): return 0.0
-    in_words = re.search(r'(?:try again|retry) (?:in|after) (?:(\d{1,4})m(?!s))?(?:(\d{1,6}(?:\.\d{1,9})?)(ms|s\b| ?sec))?',
-                         said, re.I)
+    in_words = _WAIT.search(said)
     if not in_words: return 0.0
     minutes, seconds, unit = in_words.groups()
     return 60*int(minutes or 0) + float(seconds or 0)/(1000 if unit == 'ms' else 1)
@@ -149,25 +153,26 @@ class Server:
 
     def __post_init__(self): self.manner = self.manner or self.form.manner()
 
-# %% ../nbs/19_servers.ipynb #1354d643
+# %% ../nbs/19_servers.ipynb #c4ac455e
 _OPTIONS = {
     'seed': re.compile(r'\bseed\b', re.I),
     'detail': re.compile(r'\bdetail\b', re.I),
-    'system': re.compile(r'system\W{0,3}(?:role|message|prompt|instruction)|role\W{0,5}system|(?:got|unexpected role)\W+system'
-                         r'|developer instruction|roles must alternate', re.I),
+    'system': re.compile(r'system\W{0,3}(?:role|message|prompt|instruction)|role\W{0,5}system'
+                         r'|(?:got|unexpected role)\W+system|developer instruction|must alternate', re.I),
     'temperature': re.compile(r'\btemperature\b', re.I)}
 _LEFT_OUT = {'seed': False, 'detail': False, 'system': False, 'temperature': None}
 _FORM = re.compile(r'response_?format|json|schema|guided|grammar|structured.output', re.I)
 _FILTER = re.compile(r'content.?(?:filter|management|policy|moderation)|moderation|safety|responsible.?ai'
                      r'|data_inspection|inappropriate|prohibited', re.I)
 _PICTURE = re.compile(r'image|picture|vision|multi-?modal|mmproj', re.I)
-_LENGTH = re.compile(r'context.?(?:length|size|window)|max_model_len|too (?:long|large|many tokens)|n_ctx', re.I)
-_NO_MODEL = re.compile(r'\bmodels?\b.{0,80}(?:not exist|not found|no(?:t| models?) loaded|unknown)|invalid model'
-                       r'|no models? loaded|unknown model', re.I)
+_LENGTH = re.compile(r'context.?(?:length|size|window)|max_model_len|too (?:long|large|many tokens)|n_ctx',
+                     re.I)
+_NO_MODEL = re.compile(r'\bmodels?\b.{0,80}(?:not exist|not found|not loaded|unknown)'
+                       r'|invalid model|no models? loaded|unknown model', re.I)
 _KEY = re.compile(r'api.?key|unauthori[sz]ed|authenticat', re.I)
 _MONEY = re.compile(r'insufficient.?(?:quota|balance|credit|fund)|billing_hard_limit', re.I)
-_REFUSES = re.compile(r"not.{0,12}support|unsupport|cannot|can't|invalid|unknown|unrecogni[sz]ed|unexpected|not (?:permitted"
-                      r"|allowed|enabled)|forbidden|must |only |fail(?:ed|ure)|error", re.I)
+_REFUSES = re.compile(r"not.{0,12}support|unsupport|cannot|can't|invalid|unknown|unrecogni[sz]ed|unexpected"
+                      r"|not (?:permitted|allowed|enabled)|forbidden|must |only |fail(?:ed|ure)|error", re.I)
 
 def named_options(said: str) -> list[str]:
     "The options that a refusal speaks of."
@@ -177,15 +182,17 @@ def is_about_pictures(said: str) -> bool:
     "Whether a refusal speaks of images."
     return bool(_PICTURE.search(said))
 
-# %% ../nbs/19_servers.ipynb #3f3f9583
+# %% ../nbs/19_servers.ipynb #76c7d9ec
 def other_manner(server: Server,
                  sent: Manner,   # how it was asked; `server.manner` may have changed since
                  said: str       # why it refused
                 ) -> Manner | None:   # None: there is no other way
     "How to ask next, after a refusal."
     now = server.manner
-    left_out = {name: _LEFT_OUT[name] for name in named_options(said) if getattr(sent, name) != _LEFT_OUT[name]}
-    old_length = 'max_completion_tokens' in said or (re.search(r'\bmax_tokens\b', said) and 'nsupported' in said)
+    named = [name for name in named_options(said) if getattr(sent, name) != _LEFT_OUT[name]]
+    left_out = {name: _LEFT_OUT[name] for name in named}
+    unsupported = re.search(r'\bmax_tokens\b', said) and 'nsupported' in said
+    old_length = unsupported or 'max_completion_tokens' in said
     if old_length and sent.length_key == 'max_tokens': left_out['length_key'] = 'max_completion_tokens'
     if left_out: return now._replace(**left_out)
     if sent != now: return now              # another request has found another way meanwhile
@@ -234,7 +241,7 @@ def _form_problem(server: Server, sent: Manner, words: str, said: str) -> Except
         server.notes.append(note + ', as a guess' if guess else note)
     return Transient(f'{words[:120]}; asked differently', blame=False)
 
-# %% ../nbs/19_servers.ipynb #bd1b5c61
+# %% ../nbs/19_servers.ipynb #ebd58e9e
 def status_problem(server: Server, sent: Manner, e: openai.APIStatusError) -> Exception:
     "What an HTTP error means, with the server's words and without the key."
     body = e.body if e.body is not None else str(e.message)
@@ -257,8 +264,10 @@ def empty_problem(server: Server, sent: Manner, e: NoAnswer) -> Exception:
     is_status = e.code is not None and 400 <= e.code < 600
     if is_status: return sort_problem(server, sent, e.code, said, retry_after({}, said))
     if said and named_options(said) and _REFUSES.search(said): return sort_problem(server, sent, 400, said)
+    address = 'is it the right address? it mostly ends in /v1'
+    if said.startswith(('a web page', 'no JSON')): return Transient(f'the server sends {said} ({address})')
     if said: return Transient(f'the server answers without an answer ({said})')
-    return Transient('the answer is not a chat completion (is it the right address? it mostly ends in /v1)')
+    return Transient(f'the answer is not a chat completion ({address})')
 
 # %% ../nbs/19_servers.ipynb #18335d67
 @dataclass(frozen=True)

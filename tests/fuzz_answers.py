@@ -12,19 +12,41 @@ import openai
 from hypothesis import strategies as st
 from mllm_server import description
 
-from bdam_repro.answers import NoAnswer, completion_of, error_words, read_reply, whole_objects, without_reasoning
+from bdam_repro.answers import (
+    NoAnswer,
+    completion_of,
+    error_words,
+    read_reply,
+    whole_objects,
+    without_reasoning,
+)
 from bdam_repro.batchmode import BatchRun, BatchSettings, BatchState, judge_result, load_state, state_path
 from bdam_repro.config import UserError
 from bdam_repro.describe import estimate_cost, start_run
-from bdam_repro.describers import coverage_table, failures_by_cause, lengths_by_style, money_table, purity_table
+from bdam_repro.describers import (
+    coverage_table,
+    failures_by_cause,
+    lengths_by_style,
+    money_table,
+    purity_table,
+)
 from bdam_repro.generalize import generalize_with
 from bdam_repro.journal import Journal, JournalLine, read_journal
 from bdam_repro.lexicon import Description, Policy, Rejected, parse_answer
 from bdam_repro.mllm import History
 from bdam_repro.servers import (
-    Answer, Hopeless, Manner, Refused, RequestForm, Server, Transient, empty_problem, request_body, retry_after,
+    Answer,
+    Hopeless,
+    Manner,
+    Refused,
+    RequestForm,
+    Server,
+    Transient,
+    empty_problem,
+    request_body,
+    retry_after,
     sort_problem,
-)  # fmt: skip
+)
 
 GOOD = json.dumps(description('0'))
 COMPLETION = {
@@ -32,35 +54,76 @@ COMPLETION = {
     'usage': {'prompt_tokens': 600, 'completion_tokens': 100},
 }
 LINE = vars(
-    JournalLine('0.png', **{k: description('0')[k] for k in ('identity', 'clothing')}, style=0, model='m', seed=0,
-                prompt_hash='abc', tries=1, tokens={'prompt': 600, 'completion': 100}, cost=0.1, latency=1.0, status='ok')
-)  # fmt: skip
+    JournalLine(
+        '0.png',
+        **{k: description('0')[k] for k in ('identity', 'clothing')},
+        style=0,
+        model='m',
+        seed=0,
+        prompt_hash='abc',
+        tries=1,
+        tokens={'prompt': 600, 'completion': 100},
+        cost=0.1,
+        latency=1.0,
+        status='ok',
+    )
+)
 MESSAGES = [
     {'role': 'system', 'content': 'Be brief.'},
-    {'role': 'user', 'content': [{'type': 'text', 'text': 'Who?'}, {'type': 'image_url', 'image_url': {'detail': 'low'}}]},
+    {
+        'role': 'user',
+        'content': [{'type': 'text', 'text': 'Who?'}, {'type': 'image_url', 'image_url': {'detail': 'low'}}],
+    },
 ]
 
 # ---- what may come --------------------------------------------------------------------------------
 
-NAMES = (
-    'choices message content finish_reason usage prompt_tokens completion_tokens error errors detail code text delta'
-    ' reasoning_content tool_calls function arguments refusal type identity clothing image status tokens cost prompt'
-    ' completion style seed tries custom_id response body status_code key by'
-).split()
+NAMES = [
+    *(
+        'choices',
+        'message',
+        'content',
+        'finish_reason',
+        'usage',
+        'prompt_tokens',
+        'completion_tokens',
+        'error',
+    ),
+    *(
+        'errors',
+        'detail',
+        'code',
+        'text',
+        'delta',
+        'reasoning_content',
+        'tool_calls',
+        'function',
+        'arguments',
+    ),
+    *('refusal', 'type', 'identity', 'clothing', 'image', 'status', 'tokens', 'cost', 'prompt', 'completion'),
+    *('style', 'seed', 'tries', 'custom_id', 'response', 'body', 'status_code', 'key', 'by'),
+]
 WORDS = [
-    GOOD, GOOD[:-9], '{', '}', '[', ']', '"', ':', ',', '\\', '<think>', '</think>', '[THINK]', '```json', '\n', 'data: ',
-    'NaN', '1e999', '9' * 5000, '\x00', '\u2028', '\ud800', '\ufeff', 'null', "I'm sorry, I can't", 'HTTP 400', 'seed',
-    'system role', 'response_format', 'image', 'not supported', 'try again in 1m2.5s', '{"a":' * 2000, '[' * 5000, '{"',
-    '<html>', '[DONE]', 'sk-abcdefgh', 'length', 'ok', 'failed', 'a.png', 'b.png', '://', '{"identity": 1, "identity": 2}',
-]  # fmt: skip
+    *(GOOD, GOOD[:-9], '{', '}', '[', ']', '"', ':', ',', '\\', '\n', '\x00', '\u2028', '\ud800', '\ufeff'),
+    *('<think>', '</think>', '[THINK]', '```json', 'data: ', '[DONE]', '<html>', 'NaN', '1e999', '9' * 5000),
+    *('null', "I'm sorry, I can't", 'HTTP 400', 'seed', 'system role', 'response_format', 'image', 'length'),
+    *('not supported', 'try again in 1m2.5s', 'sk-abcdefgh', '://', 'ok', 'failed', 'a.png', 'b.png'),
+    *('{"a":' * 2000, '[' * 5000, '{"', '{"identity": 1, "identity": 2}'),
+]
 texts = st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=8).map(''.join)
 leaves = (
-    st.none() | st.booleans() | st.integers() | st.floats() | texts
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | texts
     | st.sampled_from([10**400, -1, float('nan'), float('inf'), 'ok', 'stop', 'length'])
-)  # fmt: skip
+)
 values = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES) | texts, inner, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES) | texts, inner, max_size=5)
+    ),
     max_leaves=12,
 )
 
@@ -122,9 +185,12 @@ lines = st.one_of(
     damaged_bytes(json.dumps(LINE).encode()),
     st.sampled_from([json.dumps(LINE | {'image': f'{n}.png'}).encode() for n in 'abc']),
 )
-journals = st.builds(lambda parts, end: b'\n'.join(parts) + end, st.lists(lines, max_size=4), st.sampled_from([b'', b'\n']))
+journals = st.builds(
+    lambda parts, end: b'\n'.join(parts) + end, st.lists(lines, max_size=4), st.sampled_from([b'', b'\n'])
+)
 batch_results = st.one_of(
-    st.none(), damaged({'custom_id': '0.png', 'response': {'status_code': 200, 'body': COMPLETION}, 'error': None})
+    st.none(),
+    damaged({'custom_id': '0.png', 'response': {'status_code': 200, 'body': COMPLETION}, 'error': None}),
 ).filter(lambda r: r is None or isinstance(r, dict))
 
 # ---- what must hold -------------------------------------------------------------------------------
@@ -152,7 +218,9 @@ def check_answer(said):
     history = History()
     found = history.judge(Answer(reply, 1, 1), Policy(), 'a-long-key')
     assert isinstance(found, Description) or check_reason(history.reason) is None
-    assert History.model_validate_json(history.model_dump_json()).tries == 1  # it can be kept in a batch's state
+    assert (
+        History.model_validate_json(history.model_dump_json()).tries == 1
+    )  # it can be kept in a batch's state
 
 
 def check_text(text):
@@ -166,7 +234,8 @@ def check_text(text):
 
 
 def check_refusal(code, said):
-    "Any words of any status: sorted into three, and however a server refuses, there is an end to asking differently."
+    """Any words of any status: sorted into three, and however a server refuses, there is an end to asking
+    differently."""
     server = Server(SimpleNamespace(api_key='a-long-key'), RequestForm('m', 100, 0, 0.7, {}))
     assert 0 <= retry_after({}, said) < 1e7
     for _ in range(12):
@@ -195,7 +264,9 @@ def check_journal(raw):
         for retry_failed in (False, True):
             before = path.read_bytes()
             try:
-                with Journal(path, ['0.png', 'a.png', 'b.png', 'c.png', 'x.png'], retry_failed=retry_failed) as journal:
+                with Journal(
+                    path, ['0.png', 'a.png', 'b.png', 'c.png', 'x.png'], retry_failed=retry_failed
+                ) as journal:
                     assert journal.cost >= 0 and journal.largest_prompt >= 0
                     if 'x.png' not in journal.done:
                         journal.append(JournalLine('x.png', status='failed', reason='a: b'))
@@ -207,7 +278,10 @@ def check_journal(raw):
 
 def check_batch(results):
     "Any lines of a batch that is paid for: an image is described, failed, or goes into the next round."
-    with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / 'd.jsonl', map(str, range(9))) as journal:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Journal(Path(folder) / 'd.jsonl', map(str, range(9))) as journal,
+    ):
         s = BatchSettings(model='m', images_dir=Path(folder), retries=1, prices=(1, 1), progress=False)
         run = start_run(SimpleNamespace(api_key='a-long-key'), journal, s.online())
         b = BatchRun(run, s, Path(folder) / 'd.jsonl', BatchState())
@@ -230,15 +304,22 @@ def check_state(raw):
 
 
 STATE = json.dumps(
-    {'asked': ['m', '0'], 'manner': ['text', 'max_tokens', 0.7], 'parts': [{'name': 'a', 'images': ['0.png']}],
-     'history': {'0.png': [1, 2, 3, '{}', 'json: no']}, 'created': 1, 'started': 'x'}
-).encode()  # fmt: skip
+    {
+        'asked': ['m', '0'],
+        'manner': ['text', 'max_tokens', 0.7],
+        'parts': [{'name': 'a', 'images': ['0.png']}],
+        'history': {'0.png': [1, 2, 3, '{}', 'json: no']},
+        'created': 1,
+        'started': 'x',
+    }
+).encode()
 CLIENT = openai.AsyncOpenAI(api_key='a-long-key')
 KEPT = json.dumps({'key': 'abc', 'by': 'm', 'text': 'A PERSON.'}).encode()
 
 
 def check_kept(raw):
-    "Any file of rewritten captions: what is no answer is asked again (here: nothing is, for want of captions)."
+    """Any file of rewritten captions: what is no answer is asked again (here: nothing is, for want of
+    captions)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'kept.jsonl'
         path.write_bytes(raw)
@@ -252,6 +333,12 @@ CHECKS = {
     'refusal': (check_refusal, (st.integers(100, 599), texts)),
     'journal': (check_journal, (journals,)),
     'batch': (check_batch, (st.lists(batch_results, max_size=4),)),
-    'state': (check_state, (damaged_bytes(STATE) | damaged(json.loads(STATE)).map(lambda v: json.dumps(v).encode()),)),
-    'kept': (check_kept, (damaged_bytes(KEPT + b'\n' + KEPT) | values.map(lambda v: json.dumps(v).encode()),)),
+    'state': (
+        check_state,
+        (damaged_bytes(STATE) | damaged(json.loads(STATE)).map(lambda v: json.dumps(v).encode()),),
+    ),
+    'kept': (
+        check_kept,
+        (damaged_bytes(KEPT + b'\n' + KEPT) | values.map(lambda v: json.dumps(v).encode()),),
+    ),
 }

@@ -200,7 +200,8 @@ class Server:
     # ---- chat completions -------------------------------------------------------------------------
     def image_of(self, request):
         parts = [p for m in request['messages'] if isinstance(m['content'], list) for p in m['content']]
-        url = next((p['image_url']['url'] for p in parts if p['type'] == 'image_url'), str(request['messages']))
+        urls = [p['image_url']['url'] for p in parts if p['type'] == 'image_url']
+        url = urls[0] if urls else str(request['messages'])
         return hashlib.sha1(url.encode()).hexdigest()
 
     def choose(self, digest):

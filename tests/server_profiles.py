@@ -1,7 +1,9 @@
-"""How real OpenAI-compatible servers refuse and answer, for `mllm_server.py`. Each profile says where its behavior is reported.
+"""How real OpenAI-compatible servers refuse and answer, for `mllm_server.py`. Each profile says where its
+behavior is reported.
 
-A profile changes two things: `refuse` returns `(status, body)` for a request that the server does not take, and `reply`
-turns a documented chat completion into what this server sends, as `(body, content type)`. `n` counts the requests.
+A profile changes two things: `refuse` returns `(status, body)` for a request that the server does not
+take, and `reply` turns a documented chat completion into what this server sends, as `(body, content
+type)`. `n` counts the requests.
 """
 
 import json
@@ -40,15 +42,20 @@ class Profile:
 
 
 class Vllm(Profile):
-    """vLLM with a model whose template has no system role (vllm-project/vllm#2964, huggingface/chat-ui#1386): HTTP 400,
-    `{"object": "error", "message": ..., "code": 400}`. `reasoning_content` stands beside the answer."""
+    """vLLM with a model whose template has no system role (vllm-project/vllm#2964,
+    huggingface/chat-ui#1386): HTTP 400, `{"object": "error", "message": ..., "code": 400}`.
+    `reasoning_content` stands beside the answer."""
 
     def refuse(self, request, n):
         if sent_system(request):
             words = 'System role not supported'
             return 400, {
-                'object': 'error', 'message': words, 'type': 'BadRequestError', 'param': None, 'code': 400
-            }  # fmt: skip
+                'object': 'error',
+                'message': words,
+                'type': 'BadRequestError',
+                'param': None,
+                'code': 400,
+            }
         return None
 
     def reply(self, completion, request):
@@ -57,8 +64,9 @@ class Vllm(Profile):
 
 
 class Thinking(Profile):
-    """A thinking model on vLLM without a reasoning parser: the opening tag is a part of the prompt, so that the answer holds
-    only the closing one (vllm-project/vllm#31045, QwenLM/Qwen3-VL#1504). It needs 2,000 tokens to think."""
+    """A thinking model on vLLM without a reasoning parser: the opening tag is a part of the prompt, so
+    that the answer holds only the closing one (vllm-project/vllm#31045, QwenLM/Qwen3-VL#1504). It needs
+    2,000 tokens to think."""
 
     def reply(self, completion, request):
         final, thought = message_of(completion)['content'], 'Let me see. {' * 21 + DRAFT
@@ -70,8 +78,8 @@ class Thinking(Profile):
 
 
 class Ollama(Profile):
-    """Ollama: thoughts in `reasoning` (ollama/ollama#15288), and HTTP 500 where it cannot make a grammar of the schema
-    (bmachek/lrc-ai-assistant#37)."""
+    """Ollama: thoughts in `reasoning` (ollama/ollama#15288), and HTTP 500 where it cannot make a grammar
+    of the schema (bmachek/lrc-ai-assistant#37)."""
 
     def refuse(self, request, n):
         if mode(request) == 'json_schema':
@@ -84,8 +92,8 @@ class Ollama(Profile):
 
 
 class LmStudio(Profile):
-    """LM Studio: `error` is a text (lmstudio-ai/lmstudio-bug-tracker#189), `json_object` is refused; here the schema is, too. The
-    answer comes in a fence (#2403)."""
+    """LM Studio: `error` is a text (lmstudio-ai/lmstudio-bug-tracker#189), `json_object` is refused; here
+    the schema is, too. The answer comes in a fence (#2403)."""
 
     def refuse(self, request, n):
         if mode(request) != 'text':
@@ -99,8 +107,8 @@ class LmStudio(Profile):
 
 
 class LlamaCpp(Profile):
-    """llama.cpp's server: 503 while it loads the model, and a template's exception is HTTP 500 with `code` and `type`
-    (ggml-org/llama.cpp#13566 has the form)."""
+    """llama.cpp's server: 503 while it loads the model, and a template's exception is HTTP 500 with
+    `code` and `type` (ggml-org/llama.cpp#13566 has the form)."""
 
     def refuse(self, request, n):
         if n <= 2:
@@ -112,15 +120,19 @@ class LlamaCpp(Profile):
 
 
 class LlamaCppText(Profile):
-    "llama.cpp's server without a projector: it reads no pictures, and says so with HTTP 500 (ggml-org/llama.cpp#15377)."
+    """llama.cpp's server without a projector: it reads no pictures, and says so with HTTP 500
+    (ggml-org/llama.cpp#15377)."""
 
     def refuse(self, request, n):
-        words = 'image input is not supported - hint: if this is unexpected, you may need to provide the mmproj'
+        words = (
+            'image input is not supported - hint: if this is unexpected, you may need to provide the mmproj'
+        )
         return 500, {'error': {'code': 500, 'message': words, 'type': 'server_error'}}
 
 
 class Sglang(Profile):
-    "SGLang with a reasoning parser: the schema's JSON stands in `reasoning_content`, `content` is null (sgl-project/sglang#14821)."
+    """SGLang with a reasoning parser: the schema's JSON stands in `reasoning_content`, `content` is null
+    (sgl-project/sglang#14821)."""
 
     def reply(self, completion, request):
         message = message_of(completion)
@@ -129,8 +141,9 @@ class Sglang(Profile):
 
 
 class Azure(Profile):
-    """Azure OpenAI: an older API version knows no `seed` (sinaptik-ai/pandas-ai#749) and no schema (danny-avila/LibreChat#8325), and
-    the content filter refuses a picture with HTTP 400 and code `content_filter` (here: the first one)."""
+    """Azure OpenAI: an older API version knows no `seed` (sinaptik-ai/pandas-ai#749) and no schema
+    (danny-avila/LibreChat#8325), and the content filter refuses a picture with HTTP 400 and code
+    `content_filter` (here: the first one)."""
 
     filtered = None
 
@@ -139,23 +152,30 @@ class Azure(Profile):
             return 400, {'error': {'message': 'Unrecognized request argument supplied: seed', 'code': None}}
         if mode(request) == 'json_schema':
             words = (
-                'response_format value as json_schema is enabled only for api versions 2024-08-01-preview and later'
+                'response_format value as json_schema is enabled only for api versions 2024-08-01 and later'
             )
             return 400, {'error': {'message': words, 'code': 'BadRequest'}}
         picture = json.dumps(request['messages'][:2])
         self.filtered = self.filtered or picture
         if picture == self.filtered:
             words = (
-                "The response was filtered due to the prompt triggering Azure OpenAI's content management policy."
-                ' Please modify your prompt and retry.'
+                "The response was filtered due to the prompt triggering Azure OpenAI's content management"
+                ' policy. Please modify your prompt and retry.'
             )
-            error = {'message': words, 'type': None, 'param': 'prompt', 'code': 'content_filter', 'status': 400}
+            error = {
+                'message': words,
+                'type': None,
+                'param': 'prompt',
+                'code': 'content_filter',
+                'status': 400,
+            }
             return 400, {'error': error}
         return None
 
 
 class OpenaiReasoning(Profile):
-    "OpenAI's reasoning models: another name for the length, and no temperature but 1 (the error names the parameter)."
+    """OpenAI's reasoning models: another name for the length, and no temperature but 1 (the error names
+    the parameter)."""
 
     def refuse(self, request, n):
         if 'max_tokens' in request:
@@ -172,14 +192,22 @@ class OpenaiReasoning(Profile):
 
 class Mistral(Profile):
     """Mistral: an extra field is HTTP 422 with pydantic's list inside `message` (crewAIInc/crewAI#60,
-    langchain-ai/langchain-azure#82 for `seed`); a reasoning model's content is a list of parts, thoughts among them."""
+    langchain-ai/langchain-azure#82 for `seed`); a reasoning model's content is a list of parts, thoughts
+    among them."""
 
     def refuse(self, request, n):
         if 'seed' in request:
-            extra = {'type': 'extra_forbidden', 'loc': ['body', 'seed'], 'msg': 'Extra inputs are not permitted'}
+            extra = {
+                'type': 'extra_forbidden',
+                'loc': ['body', 'seed'],
+                'msg': 'Extra inputs are not permitted',
+            }
             return 422, {
-                'object': 'error', 'message': {'detail': [extra]}, 'type': 'invalid_request_error', 'code': None
-            }  # fmt: skip
+                'object': 'error',
+                'message': {'detail': [extra]},
+                'type': 'invalid_request_error',
+                'code': None,
+            }
         return None
 
     def reply(self, completion, request):
@@ -190,15 +218,19 @@ class Mistral(Profile):
 
 
 class Gemini(Profile):
-    """Gemini's compatible endpoint: the error is in a list, unknown names are all told at once (Vali-98/ChatterUI#227), schema
-    keywords among them (zed-industries/zed#44875); a rate limit says in words how long to wait."""
+    """Gemini's compatible endpoint: the error is in a list, unknown names are all told at once
+    (Vali-98/ChatterUI#227), schema keywords among them (zed-industries/zed#44875); a rate limit says in
+    words how long to wait."""
 
     def refuse(self, request, n):
         unknown = ['seed'] * ('seed' in request)
         unknown += ['additionalProperties'] * (mode(request) == 'json_schema')
         if unknown:
             where = {'seed': '', 'additionalProperties': " at 'generation_config.response_schema'"}
-            words = [f'Invalid JSON payload received. Unknown name "{u}"{where[u]}: Cannot find field.' for u in unknown]
+            words = [
+                f'Invalid JSON payload received. Unknown name "{u}"{where[u]}: Cannot find field.'
+                for u in unknown
+            ]
             return 400, [{'error': {'code': 400, 'message': '\n'.join(words), 'status': 'INVALID_ARGUMENT'}}]
         if n % 7 == 0:
             words = 'You exceeded your current quota, please check your plan. Please retry in 0.05s.'
@@ -207,26 +239,34 @@ class Gemini(Profile):
 
 
 class FastApi(Profile):
-    'A server on FastAPI that knows no `detail` of an image: HTTP 422, `{"detail": [{"loc": ..., "msg": ...}]}`.'
+    """A server on FastAPI that knows no `detail` of an image: HTTP 422, `{"detail": [{"loc": ..., "msg":
+    ...}]}`."""
 
     def refuse(self, request, n):
         if sent_detail(request):
             place = ['body', 'messages', 1, 'content', 1, 'image_url', 'detail']
-            return 422, {'detail': [{'loc': place, 'msg': 'extra fields not permitted', 'type': 'value_error.extra'}]}
+            return 422, {
+                'detail': [{'loc': place, 'msg': 'extra fields not permitted', 'type': 'value_error.extra'}]
+            }
         return None
 
 
 class Cloudflare(Profile):
-    'Errors in a list, `{"success": false, "errors": [{"code": ..., "message": ...}]}`, as HTTP 500; `temperature` is refused.'
+    """Errors in a list, `{"success": false, "errors": [{"code": ..., "message": ...}]}`, as HTTP 500;
+    `temperature` is refused."""
 
     def refuse(self, request, n):
         if 'temperature' in request:
-            return 500, {'success': False, 'errors': [{'code': 5006, 'message': 'temperature is not supported'}]}
+            return 500, {
+                'success': False,
+                'errors': [{'code': 5006, 'message': 'temperature is not supported'}],
+            }
         return None
 
 
 class OpenRouter(Profile):
-    "A router: HTTP 200 with an `error` and no choices where its provider fails, here at the first two requests."
+    """A router: HTTP 200 with an `error` and no choices where its provider fails, here at the first two
+    requests."""
 
     def refuse(self, request, n):
         if n <= 2:
@@ -253,7 +293,9 @@ class Events(Profile):
         text = message_of(completion)['content']
         pieces = [text[i : i + 40] for i in range(0, len(text), 40)]
         chunks = [{'choices': [{'index': 0, 'delta': {'content': p}, 'finish_reason': None}]} for p in pieces]
-        chunks.append({'choices': [{'index': 0, 'delta': {}, 'finish_reason': 'stop'}], 'usage': completion['usage']})
+        chunks.append(
+            {'choices': [{'index': 0, 'delta': {}, 'finish_reason': 'stop'}], 'usage': completion['usage']}
+        )
         lines = [f'data: {json.dumps(c)}\n\n' for c in chunks]
         return ''.join([*lines, 'data: [DONE]\n\n']).encode(), 'text/event-stream'
 
@@ -269,7 +311,12 @@ class OddUsage(Profile):
     "Tokens that are no numbers: a list, NaN, words."
 
     def reply(self, completion, request):
-        odd = [[600, 100], {'prompt_tokens': float('nan')}, {'prompt_tokens': 'many', 'completion_tokens': None}, 'none']
+        odd = [
+            [600, 100],
+            {'prompt_tokens': float('nan')},
+            {'prompt_tokens': 'many', 'completion_tokens': None},
+            'none',
+        ]
         completion['usage'] = odd[len(message_of(completion)['content']) % 4]
         return completion, JSON
 

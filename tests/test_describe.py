@@ -54,7 +54,7 @@ class Running:
             return make_client()
 
     def log(self):
-        with urllib.request.urlopen(f'{self.url}/log', timeout=60):  # it writes its line right after the last byte
+        with urllib.request.urlopen(f'{self.url}/log', timeout=60):  # its line comes after the last byte
             return self.lines()
 
     def lines(self):
@@ -717,7 +717,8 @@ def test_rejected_answers_of_batches_count_against_the_budget(tmp_path):
         assert len(read_journal(tmp_path / 'b.jsonl')) == 1  # the one that went alone
         describe_batch(records, server.client(), tmp_path / 'b.jsonl', budget=9.0, **go)
         table = read_journal(tmp_path / 'b.jsonl')
-        assert (table[table.status == 'failed'].tries == 6).all() and table.cost.sum() == pytest.approx(spent(server.log()))
+        assert (table[table.status == 'failed'].tries == 6).all()
+        assert table.cost.sum() == pytest.approx(spent(server.log()))
 
 
 def test_a_provider_that_is_away_for_a_while(tmp_path):

@@ -1,4 +1,5 @@
-"""`describe` with the profiles of real servers (`server_profiles.py`), twelve pictures each, and what they say when they refuse."""
+"""`describe` with the profiles of real servers (`server_profiles.py`), twelve pictures each, and what
+they say when they refuse."""
 
 import asyncio
 from collections import Counter
@@ -17,11 +18,13 @@ from bdam_repro.journal import read_journal
 
 N = 12
 IMPOSSIBLE = {  # the one line where no picture can be described
-    'thinking': r'the first 3 pictures all failed for one reason \(truncated: the answer reached max_tokens\);'
+    'thinking': r'first 3 pictures all failed for one reason \(truncated: the answer reached max_tokens\);'
     r' a thinking model needs more room: -p max_tokens 4000\. Try these again with -p retry_failed True',
-    'llama.cpp-text': r'refuses every request \(HTTP 500: image input is not supported.*\): does the model "m" read images\?',
-    'web-page': r'5 failures in a row without an answer, the last: .*a web page: Sign in',
-}  # fmt: skip
+    'llama.cpp-text': r'refuses every request \(HTTP 500: image input is not supported.*\):'
+    r' does the model "m" read images\?',
+    'web-page': r'5 failures in a row without an answer, the last: the server sends a web page: Sign in'
+    r' \(is it the right address',
+}
 NOTES = {  # what is left out, as the report says it
     'vllm': ['without system'],
     'ollama': ['json_object'],
@@ -48,7 +51,9 @@ def test_twelve_pictures_at_every_server(tmp_path, profile):
     filtered = profile == 'azure'  # its filter refuses the first picture, whatever the manner
     assert (report.ok, report.failed) == (N - filtered, filtered)
     assert dict(report.causes) == ({'refusal': 1} if filtered else {})
-    assert [note for note, part in zip(report.notes, NOTES.get(profile, []), strict=True) if part not in note] == []
+    assert [
+        note for note, part in zip(report.notes, NOTES.get(profile, []), strict=True) if part not in note
+    ] == []
     refusals = Counter(e['kind'] for e in log if e['kind'] not in ('good', 'status-429'))
     assert sum(refusals.values()) <= 3, 'what a server refuses is remembered'
     assert report.prompt_tokens > 0 and (table[table.status == 'ok'].cost > 0).all()
@@ -86,7 +91,9 @@ def test_a_run_that_goes_on_is_not_ended_by_its_first_pictures(tmp_path):
     assert (report.skipped, report.failed, report.stopped) == (2, N - 2, None)
 
 
-@pytest.mark.parametrize('profile', ['mistral', 'tool-call', 'odd-usage', 'answer-is-text', 'plain-text', 'sglang', 'azure'])
+@pytest.mark.parametrize(
+    'profile', ['mistral', 'tool-call', 'odd-usage', 'answer-is-text', 'plain-text', 'sglang', 'azure']
+)
 def test_batches_of_every_form(tmp_path, profile):
     records = pictures(tmp_path / 'imgs', N)
     with serving(tmp_path / 'server', profile=profile) as server:
@@ -117,7 +124,9 @@ def test_bad_lines_never_block_a_batch_that_is_paid_for(tmp_path):
             seen.append(name)
             if len(seen) > 1:
                 return type('File', (), {'text': '\n'.join(lines)})
-            return type('File', (), {'text': '\n'.join(f(line) for f, line in zip(damage, lines, strict=True))})
+            return type(
+                'File', (), {'text': '\n'.join(f(line) for f, line in zip(damage, lines, strict=True))}
+            )
 
         client.files.content = damaged
         report = describe_batch(records, client, tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', **BATCH)
@@ -137,6 +146,7 @@ WORDS = {
 
 def answering(status, body, kind):
     "A server that gives one answer to every request."
+
     async def serve(reader, writer):
         try:
             while True:
@@ -163,17 +173,27 @@ def words_of(tmp_path, status, body, kind, usual):
         more = dict(http_client=openai.DefaultAioHttpClient()) if usual else {}
         async with server, openai.AsyncOpenAI(api_key='k', base_url=url, max_retries=0, **more) as client:
             with pytest.raises(UserError) as e:
-                await describe_async(records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK)
+                await describe_async(
+                    records, client, tmp_path / 'd.jsonl', images_dir=tmp_path / 'imgs', **QUICK
+                )
         return str(e.value)
 
     return asyncio.run(run())
 
 
-CASES = [(200, True), (200, False), (400, True), (400, False), *((n, True) for n in (401, 402, 404, 422, 429, 500))]
+CASES = [
+    (200, True),
+    (200, False),
+    (400, True),
+    (400, False),
+    *((n, True) for n in (401, 402, 404, 422, 429, 500)),
+]
 
 
 @pytest.mark.parametrize('form', WORDS)
-@pytest.mark.parametrize('status,usual', CASES, ids=[f'{n}-{"aiohttp" if usual else "httpx"}' for n, usual in CASES])
+@pytest.mark.parametrize(
+    'status,usual', CASES, ids=[f'{n}-{"aiohttp" if usual else "httpx"}' for n, usual in CASES]
+)
 def test_the_servers_own_words_reach_the_user(tmp_path, status, form, usual):
     said = words_of(tmp_path, status, *WORDS[form], usual)
     assert 'the words' in said and '\n' not in said and 'read images' not in said

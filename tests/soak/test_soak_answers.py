@@ -1,4 +1,5 @@
-"Ten minutes of damaged answers, JSONL files, batches and refusals: `make soak`, or `SOAK_SECONDS=30 make soak`."
+"""Ten minutes of damaged answers, JSONL files, batches and refusals: `make soak`, or `SOAK_SECONDS=30
+make soak`."""
 
 import os
 import sys
