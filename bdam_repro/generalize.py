@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACEHOLDER_NAMES', 'PLACEHOLDER', 'MORE_WORDS', 'STYLE_WORDS', 'PRONOUNS', 'REWRITE', 'CLIP', 'placeholder',
-           'generalize', 'synth_captions', 'Rewritten', 'generalize_with', 'tfidf_features', 'clip_features',
-           'embed_styles', 'plot_styles', 'WeightedRows', 'distinct_rows']
+           'pair_placeholder', 'plural_verb', 'generalize', 'synth_captions', 'Rewritten', 'generalize_with',
+           'tfidf_features', 'clip_features', 'embed_styles', 'plot_styles', 'WeightedRows', 'distinct_rows']
 
 # %% ../nbs/26_generalize.ipynb #7cfd319f
 import asyncio
@@ -41,11 +41,11 @@ PLACEHOLDER = {       # of a category of LEXICON; TRAIT for all others
     'gender': 'PERSON', 'skin': 'BODY', 'hair': 'BODY', 'body': 'BODY', 'color': 'COLOR',
     'worn': 'ITEM', 'upper': 'ITEM', 'lower': 'ITEM', 'shoes': 'ITEM', 'accessory': 'ITEM'}
 
-# %% ../nbs/26_generalize.ipynb #8cf579ff
+# %% ../nbs/26_generalize.ipynb #f4ac1041
 MORE_WORDS = {
     'PERSON': r'persons?|people|pedestrians?|individuals?|walkers?|passers?-?by|fellows?|gents?|mother'
               r'|father|student|worker',
-    'ITEM': r'(?:over|rain|trench)coats?|trench|ponchos?|gowns?|waistcoats?|turtlenecks?|undershirts?'
+    'ITEM': r'jean|(?:over|rain|trench)coats?|trench|ponchos?|gowns?|waistcoats?|turtlenecks?|undershirts?'
             r'|camisoles?|hijabs?|kilts?|aprons?|shawls?|anoraks?|denims?|trunks|bermudas|culottes'
             r'|footgear|clogs|mules|heeled|oxfords?|brims?|visors?|berets?|fedoras?|bonnets?|turbans?'
             r'|trolleys?|messenger|crossbody|duffel|sacks?|pouch(?:es)?|bottles?|phones?|cellphones?'
@@ -63,7 +63,7 @@ MORE_WORDS = {
              r'|checks?|squares?|dots?|lines?|letters?|lettering|horizontal|vertical|diagonal'
              r'|pin(?:stripes?|striped)|plastic|canvas|rubber|metal|velvet|linen|polyester|mesh|quilted'
              r'|padded|puffy|running|sports?|school|shopping|travel|baseball|formal|casual|business'
-             r'|brimmed|rolling|tank|length|piece|(?:button|zip|lace)(?:ed)?-(?:up|down)',
+             r'|cargos?|brimmed|rolling|tank|length|piece|(?:button|zip|lace)(?:ed)?-(?:up|down)',
 }
 
 # %% ../nbs/26_generalize.ipynb #77ade73a
@@ -98,17 +98,54 @@ def placeholder(word: str  # one word, hyphens allowed
     last = placeholder(word.rsplit('-', 1)[1])
     return last if last in PLACEHOLDER_NAMES else word
 
-# %% ../nbs/26_generalize.ipynb #5fb2da31
+# %% ../nbs/26_generalize.ipynb #d5901d11
+@functools.lru_cache(100_000)
+def pair_placeholder(first: str, second: str) -> str | None:
+    "What stands for two words that are one word of content written apart; None where they are not."
+    unknown = placeholder(first) == first or placeholder(second) == second
+    if not unknown or first.lower() in PRONOUNS: return None
+    spellings = [f'{first} {second}', f'{first}-{second}']
+    if min(len(first), len(second)) > 2: spellings.append(first + second)      # *a top* is not *atop*
+    for pattern, name in _CONTENT:
+        if any(map(pattern.fullmatch, spellings)): return name
+    return None
+
+# %% ../nbs/26_generalize.ipynb #3dcbac09
+_PLURAL = {'is': 'are', 'was': 'were', 'has': 'have', 'does': 'do', "isn't": "aren't", "doesn't": "don't"}
+_THEY = re.compile(r"\b(they) (is|was|has|does|isn't|doesn't|[a-z]+(?<![su])s)\b", re.I)
+
+def plural_verb(verb: str) -> str:
+    "The verb of *they* for the verb of *he* or *she*."
+    if verb in _PLURAL: return _PLURAL[verb]
+    if verb.endswith('ies'): return verb[:-3] + 'y'
+    return verb[:-2] if re.search(r'(?:ch|sh|ss|x|o)es$', verb) else verb[:-1]
+
+# %% ../nbs/26_generalize.ipynb #2ba0ce4b
 _NAMES = '|'.join(PLACEHOLDER_NAMES)
 _WORD = re.compile(r'[^\W_]+(?:-[^\W_]+)*')
 _ALL_BUT_LAST = re.compile(rf'\b(?:(?:{_NAMES})[ -]+)+(?=(?:{_NAMES})\b)')   # of a run of placeholders
 _AN = re.compile(rf'\b([Aa])n (?=(?:{_NAMES})\b)')
 
+_SPACE = re.compile(r'[ -]')
+
+def _placeholders(caption: str) -> str:
+    "The caption with its words of content replaced, two at a time where they are one."
+    done, words, i, end = [], list(_WORD.finditer(caption)), 0, 0
+    while i < len(words):
+        word = words[i]
+        after = words[i + 1] if i + 1 < len(words) else None
+        is_next = after is not None and _SPACE.fullmatch(caption[word.end():after.start()])
+        both = pair_placeholder(word[0], after[0]) if is_next else None
+        last = after if both else word
+        done += [caption[end:word.start()], both or placeholder(word[0])]
+        i, end = i + 1 + bool(both), last.end()
+    return ''.join([*done, caption[end:]])
+
 def generalize(caption: str  # any caption in English
               ) -> str:      # the same with PERSON, BODY, ITEM, COLOR, TRAIT for what it says
     "Sec. 3.3: a caption's manner without its content, by lexicon. Idempotent."
-    text = _WORD.sub(lambda word: placeholder(word[0]), caption)
-    text = _ALL_BUT_LAST.sub('', text)
+    text = _ALL_BUT_LAST.sub('', _placeholders(caption))
+    text = _THEY.sub(lambda they: f'{they[1]} {plural_verb(they[2])}', text)
     return _AN.sub(r'\1 ', text)
 
 # %% ../nbs/26_generalize.ipynb #c899548a
