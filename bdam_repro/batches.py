@@ -385,7 +385,7 @@ def train_batches(dataset: PedesDataset,
     data = _TrainData(records, rows, images, sampler, encode, seed, described, two_captions, augmentation)
     return Loader(data, workers)
 
-# %% ../nbs/17_batches.ipynb #62c38b28
+# %% ../nbs/17_batches.ipynb #f1923fd1
 def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256, split: str = 'test',
                   images: ImageStore | None = None,  # a store from an earlier call, to decode only once
                   columns: float = 1.,  # see `decode_image`
@@ -395,7 +395,7 @@ def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256
     if images is None and getattr(dataset, 'memory', None) is not None:
         images = kept(dataset, ('gallery', split, size, columns),
                       lambda: ImageStore(dataset, size, rows, cache=True, columns=columns))
-    images = images or ImageStore(dataset, size, rows, cache=False, columns=columns)
+    images = images or ImageStore(dataset, size, rows, columns=columns)
     for part in np.split(rows, range(batch, len(rows), batch)): yield torch.from_numpy(part), images[part]
 
 def text_batches(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase,

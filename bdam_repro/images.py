@@ -6,11 +6,12 @@
 __all__ = ['KEEP', 'decode_image', 'remember', 'kept', 'ImageStore', 'erasing_boxes', 'Changes', 'draw_changes', 'change_images',
            'augment']
 
-# %% ../nbs/16_images.ipynb #3af6d21e
+# %% ../nbs/16_images.ipynb #d582766d
 import hashlib
 import json
 import os
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -125,7 +126,8 @@ class ImageStore:
         there = [path for path in paths if path.exists()]             # `_decode` names a file that is missing
         stats = [(path.name, path.stat()) for path in there]
         dates = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        path = root/'.prepared'/f'{len(paths)}x{self.size[0]}x{self.size[1]}.safetensors'
+        which = zlib.crc32(''.join(name for name, *_ in dates).encode())     # of two splits of one length
+        path = root/'.prepared'/f'{len(paths)}x{self.size[0]}x{self.size[1]}-{which:08x}.safetensors'
         make = lambda: {'images': self._decode(paths, show=True)}
         return remember(path, [self.size, self.columns, dates], make)['images']
 
