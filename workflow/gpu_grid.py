@@ -20,6 +20,7 @@ from bdam_repro.archive import SMALL_FILES, WITH_FEATURES, query_results
 from bdam_repro.config import UserError, atomic_path, make_config, run_dir
 from bdam_repro.grid import audit_grid, grid
 from bdam_repro.many import read_runs, train_many
+from bdam_repro.run_data import load_data
 from bdam_repro.runs import finished
 
 PART = 15*2**20      # bytes of a zip file
@@ -96,14 +97,16 @@ def main():
     context = multiprocessing.get_context('spawn')
     made = {c.descriptions.removeprefix('descriptions_').removesuffix('.jsonl') for c in own}
     usual = make_config(a.dataset, a.preset, **options)
-    writer = context.Process(target=write_descriptions, args=(usual, sorted(made))) if own and not a.list else None
+    writer = context.Process(target=write_descriptions, args=(usual, sorted(made)))
+    if own:
+        load_data(usual, progress=False)                # drawn here; two that draw would be in each other's way
+        writer.start()
     for part in (rest, own):
         left = 60*a.minutes - (time.perf_counter() - start)
-        if part is own and writer: writer.join(timeout=max(0, left))
+        if part is own and own: writer.join(timeout=max(0., min(left, 1e6)))
         if not part or left <= 0: continue
-        begin = writer.start if part is rest and writer else None
-        errors += train_many(part, a.runs, a.processes, a.threads, left, pack, say=lambda line: print(line, flush=True),
-                             meanwhile=begin)
+        errors += train_many(part, a.runs, a.processes, a.threads, left, pack,
+                             say=lambda line: print(line, flush=True))
     for error in errors: print(error, file=sys.stderr)
     if errors: sys.exit(f'{len(errors)} runs failed')
 
