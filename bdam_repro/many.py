@@ -6,10 +6,11 @@
 __all__ = ['run_line', 'read_runs', 'SharedData', 'Outcome', 'steps_alone', 'train_shared', 'work', 'left_to_do', 'make_ready',
            'progress_line', 'train_many']
 
-# %% ../nbs/58_many.ipynb #3dbdea87
+# %% ../nbs/58_many.ipynb #53b83eb0
 import json
 import multiprocessing
 import queue
+import statistics
 import tempfile
 import threading
 import time
@@ -108,7 +109,7 @@ def work(jobs, outcomes,          # queues: (number, run) or None, and `Outcome`
     loop()
     for thread in others: thread.join()
 
-# %% ../nbs/58_many.ipynb #ce081680
+# %% ../nbs/58_many.ipynb #8aa5d35a
 def left_to_do(configs: Iterable[Config], runs: Path) -> list[Config]:
     "Runs that are not complete with these options, each once."
     distinct = {run_dir(c, runs): c for c in configs}
@@ -135,7 +136,7 @@ def train_many(configs: Iterable[Config],
                runs: Path,                      # folder of the runs
                processes: int = 1,              # workers
                threads: int = 1,                # runs at once in each
-               seconds: float = float('inf'),   # begin no run after that time
+               seconds: float = float('inf'),   # begin no run that would end later, going by those before
                after: Callable[[], None] = lambda: None,
                every: float = 60.,              # seconds between two calls of `after`
                say: Callable[[str], None] = print
@@ -150,10 +151,10 @@ def train_many(configs: Iterable[Config],
     for worker in workers: worker.start()       # they import while the data are made
     make_ready(todo)
     if todo: say(f'the data are ready after {time.perf_counter() - start:.0f} s')
-    waiting, busy, done, errors = list(enumerate(todo)), 0, 0, []
+    waiting, busy, took, errors = list(enumerate(todo)), 0, [], []
     aside, last = threading.Thread(), start
     while waiting or busy:
-        late = time.perf_counter() - start > seconds
+        late = time.perf_counter() - start + statistics.median(took[-10:] or [0]) > seconds
         while waiting and not late and busy < len(workers)*threads:
             jobs.put(waiting.pop(0))
             busy += 1
@@ -164,9 +165,10 @@ def train_many(configs: Iterable[Config],
                 errors.append('a worker ended: out of memory?')
                 break
         else:
-            busy, done, c = busy - 1, done + 1, todo[outcome.number]
+            busy, c = busy - 1, todo[outcome.number]
+            took.append(outcome.seconds)
             if outcome.error: errors.append(f'{c.variant} {c.tag} seed {c.seed}: {outcome.error}')
-            say(progress_line(done, len(errors), len(todo), time.perf_counter() - start))
+            say(progress_line(len(took), len(errors), len(todo), time.perf_counter() - start))
         if time.perf_counter() - last > every and not aside.is_alive():
             aside, last = threading.Thread(target=after), time.perf_counter()
             aside.start()

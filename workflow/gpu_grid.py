@@ -6,7 +6,7 @@
 
 Runs that are complete are passed over, so the same command goes on after a break. `--minutes` begins no run that would
 end too late. With `--pack` what the tables and figures read of each finished run is copied into zip files of at most 15 MiB,
-once a minute; unzip them in the folder of the runs. If a CUDA MPS server runs already, the processes share the card through it.
+every 20 seconds; unzip them in the folder of the runs. If a CUDA MPS server runs already, the processes share the card through it.
 """
 import argparse
 import multiprocessing
@@ -80,7 +80,7 @@ def main():
     p.add_argument('--runs', type=Path, default=Path('runs'))
     p.add_argument('--processes', type=int, default=max(1, (os.cpu_count() or 2) - 2))
     p.add_argument('--threads', type=int, default=1, help='runs at once in each process')
-    p.add_argument('--minutes', type=float, default=float('inf'), help='begin no run after that')
+    p.add_argument('--minutes', type=float, default=float('inf'), help='begin no run that would end later')
     p.add_argument('--pack', type=Path, help='folder for zip files of finished runs')
     p.add_argument('--options', default='', help='of every run, as name=value separated by commas: data_root=data')
     a = p.parse_args()
@@ -106,6 +106,7 @@ def main():
         if part is own and own: writer.join(timeout=max(0., min(left, 1e6)))
         if not part or left <= 0: continue
         errors += train_many(part, a.runs, a.processes, a.threads, left, pack,
+                             every=20.,
                              say=lambda line: print(line, flush=True))
     for error in errors: print(error, file=sys.stderr)
     if errors: sys.exit(f'{len(errors)} runs failed')
