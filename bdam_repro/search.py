@@ -93,7 +93,7 @@ class SearchedGallery(GalleryKeeper):
             notes = [f'From an index that finds {100*self.info()["recall"]:.1f} % of the true ten best.']
         return Hits(text, score, table, [self.path(file) for file in table['file']], seconds, notes)
 
-# %% ../nbs/60_search.ipynb #342e07c9
+# %% ../nbs/60_search.ipynb #c2d38cbb
 _people = 'tall woman', 'young man', 'woman with long hair', 'man with glasses'
 _colors = 'black', 'white', 'red', 'blue', 'green', 'gray', 'yellow', 'brown'
 _garments = 'a {} coat', 'a {} shirt and dark trousers', 'a {} dress', '{} jeans', 'a {} backpack'
@@ -106,7 +106,7 @@ class IndexedGallery(SearchedGallery):
               sentences: list[str] | None = None         # queries to measure recall with; None: `EXAMPLES`
              ) -> float:                                 # recall@10
         "Make the index anew, tuned with queries of words. 'exact' deletes it."
-        if kind == 'auto': kind = index_kind(self.total, self.model.model.config.dim)
+        if kind == 'auto': kind = index_kind(self.total)
         recall, path = 1., self.folder/'index.faiss'
         with self.locked():
             if kind != 'exact':
@@ -123,7 +123,7 @@ class IndexedGallery(SearchedGallery):
 
     def index_when_due(self) -> None:
         "An index where the gallery is large, and again when it has grown by a fifth since."
-        if index_kind(self.total, self.model.model.config.dim) == 'exact': return
+        if index_kind(self.total) == 'exact': return
         if self.faiss is None or self.total > 1.2*self.faiss.ntotal: self.index()
 
 # %% ../nbs/60_search.ipynb #541fde5c
