@@ -123,7 +123,7 @@ def factorial_claims(e: Evidence) -> list[Finding]:
         return [Finding('b', 'losses', 'factorial', HEAD, verdict=NOT_RUN, evidence=why, decides=False)]
     values = [seed_query_values(e, side, seeds=seeds)[0] for side in sides]
     effects = effect_estimates(values, query_people(e, sides[0]), e.spread('R1', 'own', ''))
-    source = dict(seeds=' '.join(map(str, seeds)), evidence='56_factorial: 16 kinds of runs')
+    source = dict(seeds=' '.join(map(str, seeds)), evidence='57_factorial: 16 kinds of runs')
     return [claim_finding('losses', f'factorial: {" × ".join(effect)}', HEAD, interval_columns(x) | source,
                           decides=False, margin=SMALLEST_EFFECT) for effect, x in effects.items()]
 
