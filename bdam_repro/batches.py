@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'wordpiece_vocab', 'save_tokenizer', 'load_tokenizer', 'train_tokenizer', 'encode_texts', 'trim',
-           'Batch', 'combine_seeds', 'uniform_share', 'CaptionChoice', 'with_stand_ins', 'Loader', 'split_rows',
+           'Batch', 'combine_seeds', 'uniform_share', 'CaptionChoice', 'with_stand_ins', 'Draw', 'Loader', 'split_rows',
            'train_batches', 'image_batches', 'text_batches']
 
-# %% ../nbs/17_batches.ipynb #59696e17
+# %% ../nbs/17_batches.ipynb #eea3a036
 import json
 import os
 import shutil
@@ -29,7 +29,7 @@ from .config import UserError
 from .hub import TOKENIZER_FILES, hub_folder
 from .sampler import PairSampler, PKSampler
 from .pedes import PedesDataset
-from .images import KEEP, ImageStore, augment, remember
+from .images import KEEP, Changes, ImageStore, change_images, draw_changes, remember
 
 # %% ../nbs/17_batches.ipynb #66ba1708
 SPECIAL_TOKENS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
@@ -203,7 +203,16 @@ def with_stand_ins(records: pd.DataFrame, column: str) -> tuple[list[str], str]:
     note = f'{missing} of {len(texts)} images have no {column}: their first caption stands in.'
     return texts, note if missing else ''
 
-# %% ../nbs/17_batches.ipynb #e6799644
+# %% ../nbs/17_batches.ipynb #1b3d3feb
+@dataclass
+class Draw:
+    "What one batch is made of, before anything is read."
+    images: np.ndarray           # [B] positions among the split's images
+    captions: np.ndarray         # [B] positions among all captions of the split
+    others: np.ndarray | None    # [B] the same for the second captions
+    changes: Changes | None      # of the images; None: none
+
+# %% ../nbs/17_batches.ipynb #67707cfb
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
     def __init__(self, records: pd.DataFrame,                         # of one split
@@ -238,21 +247,29 @@ class _TrainData(Dataset):
         try: return self._batch(step)
         except UserError as e: return e
 
-    def _batch(self, step: int) -> Batch:
+    def draw(self, step: int) -> Draw:
+        "The random choices of a batch: a function of seed, epoch and step."
         drawn = np.array(self.batches[step])                          # [B] images, or pairs
         part = self.sampler.rank, self.sampler.world
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.epoch, step))
         if isinstance(self.sampler, PairSampler): i, taken = self.sampler.image_of[drawn], drawn
         else: i, taken = drawn, self.choice.one(drawn, uniform_share(len(drawn), generator, part))
-        texts = {'caption': self.captions[taken]}
+        another, changes = None, None
         if self.two_captions:
             another = self.choice.another(i, taken, uniform_share(len(i), generator, part))
-            texts['other'] = self.captions[another]
-        texts |= {name: tokens[i] for name, tokens in self.described.items()}
-        images = self.images[self.rows[i]]
         if self.augmentation is not False:
             options = {} if self.augmentation is True else self.augmentation
-            images = augment(images, generator, **options, part=part)
+            changes = draw_changes(len(i), self.images.size, generator, **options, part=part)
+        return Draw(i, taken, another, changes)
+
+    def _batch(self, step: int) -> Batch:
+        d = self.draw(step)
+        i = d.images
+        texts = {'caption': self.captions[d.captions]}
+        if d.others is not None: texts['other'] = self.captions[d.others]
+        texts |= {name: tokens[i] for name, tokens in self.described.items()}
+        images = self.images[self.rows[i]]
+        if d.changes is not None: images = change_images(images, d.changes)
         tensors = {}
         for name, (ids, mask) in texts.items(): tensors |= {f'{name}_ids': ids, f'{name}_mask': mask}
         rows, pids = torch.from_numpy(self.rows[i]), torch.from_numpy(self.pids[i])

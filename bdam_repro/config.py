@@ -68,7 +68,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True,
                               allow_inf_nan=False, protected_namespaces=())
 
-# %% ../nbs/00_config.ipynb #50bb17ea
+# %% ../nbs/00_config.ipynb #a2de464c
 class RunOptions(Options):
     dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt(
         'synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
@@ -80,6 +80,8 @@ class RunOptions(Options):
     data_root: str = opt('data', 'folder of the datasets, relative to the repository')
     folder: str = opt('', "the dataset's folder in `data_root`; empty: its official name")
     device: str = opt('auto', "'auto', 'cpu', 'cuda'")
+    graph: Literal['auto', 'on', 'off'] = opt(
+        'auto', "a training step as one CUDA graph; auto: on a GPU, for encoders built from a size")
     workers: int = opt(4, 'processes that decode images, where these do not fit in memory', ge=0)
     cache_gb: float = opt(1.0, 'decoded images are kept in memory up to this size', ge=0)
 
@@ -340,8 +342,8 @@ def check_config(config: Config) -> Config:  # the same one
          f'clothes_change exists for dataset synth only, not {c.dataset}')
     return config
 
-# %% ../nbs/00_config.ipynb #000039
-_NO_EFFECT = {'data_root', 'device', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag'}
+# %% ../nbs/00_config.ipynb #726c51df
+_NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag'}
 
 def config_hash(config: Config) -> str:  # 12 hexadecimal digits
     "A short hash of all options that can change a result."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows', 'TextFeatures', 'ImageFeatures', 'Pool', 'own_start', 'start_layers', 'Retriever', 'check_sides', 'dual',
            'fuse', 'match_score', 'rescore', 'InvalidPairs', 'invalid_pairs', 'invalid_pair_scores', 'candidates',
-           'encode_by_length', 'FusedCandidates', 'Outputs', 'Model', 'build_model']
+           'encode_by_length', 'encode_together', 'FusedCandidates', 'Outputs', 'Model', 'build_model']
 
 # %% ../nbs/34_model.ipynb #c7ce45c5
 import random
@@ -253,6 +253,14 @@ def encode_by_length(model: Retriever,
     batches = in_order.split([len(ids) for ids, _ in texts])
     return [f.cut(ids.shape[1]) for f, (ids, _) in zip(batches, texts)]
 
+# %% ../nbs/34_model.ipynb #fdb5493b
+def encode_together(model: Retriever, texts: list[tuple[Tensor, Tensor]],   # ids, mask: [B, M], the same M
+                    words: bool = True) -> list[TextFeatures]:              # as in `encode_by_length`
+    "`encode_text` of several batches of texts of the same length, in one call."
+    ids, mask = (torch.cat(tensors) for tensors in zip(*texts))
+    features = model.encode_text(ids, mask)
+    return (features if words else features.cut(0)).split([len(ids) for ids, _ in texts])
+
 # %% ../nbs/34_model.ipynb #d66f2d40
 @dataclass
 class FusedCandidates:
@@ -274,10 +282,11 @@ class Outputs(FusedCandidates):
     other: TextFeatures | None = None      # another caption of the same image
     clo: Tensor | None = None              # [B, D] clothing feature in the text's space (Eq. 1)
 
-# %% ../nbs/34_model.ipynb #b7b771d8
+# %% ../nbs/34_model.ipynb #aceda32b
 class Model(Retriever):
     "The whole model of a configuration (Sec. 3)."
     second = None   # a second thread for the text tower: see `35_threads`
+    fixed = False   # texts of one fixed length: see `46_capture`
 
     def forward(self,
                 images: Tensor, pids: Tensor,                      # [B, 3, H, W], [B]
@@ -308,6 +317,7 @@ class Model(Retriever):
                      words: bool = True                          # off: 0 words are kept, only `t` is read
                     ) -> list[TextFeatures]:
         "`encode_text` of several batches; on a CPU by `encode_by_length`."
+        if self.fixed: return encode_together(self, texts, words)
         if not texts[0][0].is_cuda: return encode_by_length(self, texts, parts, words)
         features = [self.encode_text(*text) for text in texts]
         return features if words else [f.cut(0) for f in features]
@@ -321,7 +331,7 @@ class Model(Retriever):
         sim = dual(main, image)                                                          # [B, B]
         rows, valid = candidates(sim, pids, c.fusion_negatives)                          # [B, 1+N]
         if not c.fusion_grad: query, image = query.detach(), image.detach()
-        i = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])   # [B(1+N)]
+        i = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows).flatten()   # [B(1+N)]
         pairs = fuse(self, query, i, image, rows.flatten())
         match = match_score(self, query.t[i], pairs).view_as(rows).masked_fill(~valid, -torch.inf)
         f_final, w = pairs.f_final.unflatten(0, rows.shape), pairs.w.unflatten(0, rows.shape)
