@@ -68,7 +68,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True,
                               allow_inf_nan=False, protected_namespaces=())
 
-# %% ../nbs/00_config.ipynb #a2de464c
+# %% ../nbs/00_config.ipynb #a4738d24
 class RunOptions(Options):
     dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt(
         'synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
@@ -80,8 +80,6 @@ class RunOptions(Options):
     data_root: str = opt('data', 'folder of the datasets, relative to the repository')
     folder: str = opt('', "the dataset's folder in `data_root`; empty: its official name")
     device: str = opt('auto', "'auto', 'cpu', 'cuda'")
-    graph: Literal['auto', 'on', 'off'] = opt(
-        'auto', "a training step as one CUDA graph; auto: on a GPU, for encoders built from a size")
     workers: int = opt(4, 'processes that decode images, where these do not fit in memory', ge=0)
     cache_gb: float = opt(1.0, 'decoded images are kept in memory up to this size', ge=0)
 
@@ -239,7 +237,8 @@ class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions,
         "τ at the end of the training, with which `dual` and the fusion's score are added."
         return self.tau*self.tau_decay
 
-# %% ../nbs/00_config.ipynb #2380a6b2
+# %% ../nbs/00_config.ipynb #555efc3c
+# the sizes of `tiny`, for a random start
 TINY_VISION = {'type': 'vit', 'hidden': 96, 'layers': 4, 'heads': 3, 'patch': 16}
 TINY_TEXT = {'type': 'bert', 'hidden': 96, 'layers': 2, 'heads': 3, 'mlp': 2}
 
@@ -256,8 +255,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         gradnorm_every=10, workers=0),
     'smoke': dict(
         image_height=64, image_width=32, max_length=48, pad=2,
-        epoch_of='identities', ids_per_batch=8, images_per_id=2, two_captions=True, text_pool='mean', folder='SynthPEDES-smoke',
-        synth_train_ids=32, synth_val_ids=8, synth_test_ids=8, vocab_size=600,
+        epoch_of='identities', ids_per_batch=8, images_per_id=2, two_captions=True, text_pool='mean',
+        folder='SynthPEDES-smoke', synth_train_ids=32, synth_val_ids=8, synth_test_ids=8, vocab_size=600,
         vision={'type': 'vit', 'hidden': 32, 'layers': 2, 'heads': 2, 'patch': 16},
         text={'type': 'bert', 'hidden': 32, 'layers': 2, 'heads': 2}, dim=32, bdam_depth=2, bdam_heads=2,
         fusion_dim=16, fusion_heads=2, d_state=4, tau=0.1, mining='all', dropout=0.0, epochs=2,
@@ -342,8 +341,8 @@ def check_config(config: Config) -> Config:  # the same one
          f'clothes_change exists for dataset synth only, not {c.dataset}')
     return config
 
-# %% ../nbs/00_config.ipynb #726c51df
-_NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag'}
+# %% ../nbs/00_config.ipynb #bd4bdd30
+_NO_EFFECT = {'data_root', 'device', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag'}
 
 def config_hash(config: Config) -> str:  # 12 hexadecimal digits
     "A short hash of all options that can change a result."
