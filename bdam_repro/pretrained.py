@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['save_pretrained', 'from_pretrained']
 
-# %% ../nbs/36_pretrained.ipynb #6bb40745
+# %% ../nbs/36_pretrained.ipynb #f77490b6
 from pathlib import Path
 
 from .config import Config, UserError
 from .files import read_tensors, write_tensors
 from .encoders import TextEncoder, VisionEncoder
 from .model import Model
+from .threads import one_at_a_time
 
 # %% ../nbs/36_pretrained.ipynb #39273926
 def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors` file
@@ -21,7 +22,8 @@ def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors`
     meta = {'config': config, 'vision': model.vision.config, 'text': model.text.config}
     return write_tensors(path, model.state_dict(), meta)
 
-# %% ../nbs/36_pretrained.ipynb #427dfef7
+# %% ../nbs/36_pretrained.ipynb #d84aeabf
+@one_at_a_time
 def from_pretrained(path: str | Path) -> Model:  # in evaluation mode, on the CPU
     "The model of `save_pretrained`. Raises `UserError` for a file without a model that fits."
     state, meta = read_tensors(path)
