@@ -242,7 +242,7 @@ class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions,
         "τ at the end of the training, with which `dual` and the fusion's score are added."
         return self.tau*self.tau_decay
 
-# %% ../nbs/00_config.ipynb #7fe05326
+# %% ../nbs/00_config.ipynb #84b25b9a
 # the sizes of `tiny`, for a random start
 TINY_VISION = {'type': 'vit', 'hidden': 96, 'layers': 4, 'heads': 3, 'patch': 16}
 TINY_TEXT = {'type': 'bert', 'hidden': 96, 'layers': 2, 'heads': 3, 'mlp': 2}
@@ -255,7 +255,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         vision='weights/vit-tiny', text='weights/bert-tiny', text_pool='mean', dim=96,
         bdam_depth=2, bdam_heads=3,
         fusion_dim=64, fusion_negatives=7, tau=0.07, tau_decay=0.3, mining='all',
-        erase=0.0, dropout=0.0, epochs=4, optimizer='muon', lr=3e-3, muon_lr=4.5e-3, weight_decay=0.02,
+        erase=0.0, dropout=0.0, epochs=6, eval_every=2, optimizer='muon', lr=3e-3, muon_lr=4.5e-3, weight_decay=0.02,
         schedule='hold', warmup=0.25, amp='off',
         gradnorm_every=10, workers=0),
     'smoke': dict(
