@@ -242,7 +242,7 @@ class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions,
         "τ at the end of the training, with which `dual` and the fusion's score are added."
         return self.tau*self.tau_decay
 
-# %% ../nbs/00_config.ipynb #84b25b9a
+# %% ../nbs/00_config.ipynb #08b414e7
 # the sizes of `tiny`, for a random start
 TINY_VISION = {'type': 'vit', 'hidden': 96, 'layers': 4, 'heads': 3, 'patch': 16}
 TINY_TEXT = {'type': 'bert', 'hidden': 96, 'layers': 2, 'heads': 3, 'mlp': 2}
@@ -255,7 +255,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         vision='weights/vit-tiny', text='weights/bert-tiny', text_pool='mean', dim=96,
         bdam_depth=2, bdam_heads=3,
         fusion_dim=64, fusion_negatives=7, tau=0.07, tau_decay=0.3, mining='all',
-        erase=0.0, dropout=0.0, epochs=6, eval_every=2, optimizer='muon', lr=3e-3, muon_lr=4.5e-3, weight_decay=0.02,
+        erase=0.0, dropout=0.0, epochs=6, eval_every=2, optimizer='muon', lr=0.0042, muon_lr=0.0063, weight_decay=0.02,
         schedule='hold', warmup=0.25, amp='off',
         gradnorm_every=10, workers=0),
     'smoke': dict(
@@ -297,9 +297,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'tal': _bdam_only | _fusion_only | dict(align_loss='tal', tau=0.015, tau_decay=1.0, margin=0.1),
 }
 
-# %% ../nbs/00_config.ipynb #952c463b
+# %% ../nbs/00_config.ipynb #fce71205
 TUNED: dict[str, dict[str, dict[str, Any]]] = {           # preset -> variant -> options
-    'tiny': {'sdm': dict(tau=0.07, tau_decay=0.3), 'tal': dict(tau=0.05, tau_decay=0.3)},
+    'tiny': {'sdm': dict(tau=0.1, tau_decay=0.2), 'tal': dict(tau=0.1, tau_decay=0.15)},
 }
 
 # %% ../nbs/00_config.ipynb #96ad594f
@@ -352,12 +352,15 @@ def check_config(config: Config) -> Config:  # the same one
          f'clothes_change exists for dataset synth only, not {c.dataset}')
     return config
 
-# %% ../nbs/00_config.ipynb #3754c9c1
+# %% ../nbs/00_config.ipynb #aa2b7edb
 _NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag'}
 
+_LATER = {'start': 'pretrained'}    # options that are younger than kept runs, and the value that these had
+
 def config_hash(config: Config) -> str:  # 12 hexadecimal digits
-    "A short hash of all options that can change a result."
-    values = {k: v for k, v in config.model_dump().items() if k not in _NO_EFFECT}
+    "A short hash of all options that can change a result; a younger option counts where it is not as before."
+    values = config.model_dump(exclude=_NO_EFFECT)
+    values = {k: v for k, v in values.items() if k not in _LATER or v != _LATER[k]}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 def run_dir(config: Config,                  # the run's options
