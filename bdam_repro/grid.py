@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'RIVALS', 'EXTRA_ROWS', 'LAYOUT_TAGS', 'DATASET_NAMES', 'FIGURE5_VARIANTS', 'NOISE', 'CLOTHES', 'DATA',
-           'OPTIONS', 'READINGS', 'LONGER', 'LOG_TEST', 'TAGS', 'TableRow', 'table_rows', 'grid', 'layout_options',
-           'data_tag', 'Reading', 'tag_of', 'subsets', 'changed_options', 'reading_run', 'reading_reference',
-           'audit_grid', 'factorial_grid', 'finished_seconds', 'past_seconds', 'estimate_hours']
+           'OPTIONS', 'EPOCHS', 'READINGS', 'LONGER', 'LOG_TEST', 'TAGS', 'DECIDING', 'NEXT', 'SEEDS', 'TableRow',
+           'table_rows', 'grid', 'layout_options', 'data_tag', 'Reading', 'tag_of', 'subsets', 'changed_options',
+           'reading_run', 'reading_reference', 'audit_grid', 'factorial_grid', 'tier_of', 'grid_by_worth',
+           'finished_seconds', 'past_seconds', 'estimate_hours']
 
 # %% ../nbs/65_grid.ipynb #44c0df0a
 import json
@@ -136,7 +137,8 @@ def tag_of(options: dict[str, Any], between: str = '-') -> str:
     "The tag of a run with these options: the ending of its folder's name."
     return between.join(f'{k}={v}' for k, v in options.items())
 
-# %% ../nbs/65_grid.ipynb #0d944517
+# %% ../nbs/65_grid.ipynb #a81f0dd5
+EPOCHS = PRESETS['tiny']['epochs']
 _CHOICES = [(n, option, values) for n, options in OPTIONS.items() for option, values in options.items()]
 _ONE_OPTION = [Reading(n, {option: value}) for n, option, values in _CHOICES for value in values]
 _SEVERAL = (
@@ -144,7 +146,8 @@ _SEVERAL = (
     Reading(6, dict(p_pos='softmax'), given=dict(clothing='literal')),
     Reading(6, dict(p_pos='sigmoid'), given=dict(clothing='literal')),
     Reading(11, dict(ids_per_batch=16, images_per_id=4)),       # an epoch is twice as long then: compare it
-    Reading(20, dict(epochs=6)),                                # with twice as many epochs
+    Reading(20, dict(epochs=2*EPOCHS)),                         # with twice as many epochs
+    Reading(20, dict(start='random')),                          # the towers of `tiny` without their weights
     Reading(12, {}, variant='bdam_shallow', than='bdam'),
     Reading(22, dict(c_clothing=0.0, c_decouple=0.0, c_gate=0.0)),
     Reading(22, {}, variant='fusion'),
@@ -156,8 +159,8 @@ _SEVERAL = (
 )
 READINGS: tuple[Reading, ...] = (*_ONE_OPTION, *_SEVERAL)
 
-# %% ../nbs/65_grid.ipynb #035cfb1b
-LONGER = 'epochs=6'              # twice as long as `tiny`: does what helps still help?
+# %% ../nbs/65_grid.ipynb #a14681fb
+LONGER = f'epochs={2*EPOCHS}'     # twice as long as `tiny`: does what helps still help?
 LOG_TEST = 'log_test=True'       # the same model, tested every epoch: what would choosing by the test gain?
 
 def subsets(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -213,6 +216,35 @@ def factorial_grid(dataset: str = 'synth',
     sides = [run.side for run in loss_runs()]
     return [make_config(dataset, preset, v, seed=seed, tag=tag, **(options | layout_options(preset, tag)))
             for seed in seeds for v, tag in sides if tag]
+
+# %% ../nbs/65_grid.ipynb #1ae85eeb
+DECIDING: tuple[tuple[str, str], ...] = (              # variant and tag, those that most differences need first
+    ('full', ''), ('baseline', ''), ('baseline_described', ''), ('full', 'clothing=both'), ('no_triplet', ''),
+    ('no_decoupling', ''), ('no_gate_reg', ''))
+NEXT: tuple[tuple[str, str], ...] = (                  # five seeds decide these, or have to
+    ('bdam_no_cross', ''), ('bdam_no_gate', ''), ('bdam_shallow', ''), ('full', 'balance=fixed'),
+    ('full', 'id_text=caption-c_clothing=0.0'), ('sdm', ''), ('tal', ''), ('no_infonce', ''), ('bdam', ''))
+SEEDS = dict(deciding=10, tables=5, readings=3)        # tier -> seeds
+
+def tier_of(c: Config) -> str:
+    "Which tier a run belongs to."
+    if (c.variant, c.tag) in DECIDING: return 'deciding'
+    in_table = not c.tag or c.tag in LAYOUT_TAGS or (c.variant, c.tag) in NEXT
+    return 'tables' if in_table else 'readings'
+
+def grid_by_worth(dataset: str = 'synth', preset: str | None = None, styles: bool = True, layouts: bool = True,
+                  **options) -> list[Config]:          # the arguments of `grid`
+    "All runs of all tiers, the most telling first."
+    most = range(max(SEEDS.values()))
+    every = grid(dataset, preset, most, styles, layouts, **options) + audit_grid(dataset, preset, most, **options)
+    rank = {side: place for place, side in enumerate(DECIDING + NEXT)}
+    wanted = [c for c in every if c.seed < SEEDS[tier_of(c)]]
+    def worth(c):
+        side = c.variant, c.tag
+        first = side in rank and c.seed < SEEDS['tables']          # five seeds of these, then ten of the deciding
+        block = 0 if first else 1 + list(SEEDS).index(tier_of(c))
+        return block, c.seed, rank.get(side, len(rank))
+    return sorted(wanted, key=worth)                   # stable: within a tier and seed as the tables have them
 
 # %% ../nbs/65_grid.ipynb #650024
 def finished_seconds(folder: Path,           # a run's folder
