@@ -6,7 +6,7 @@
 __all__ = ['run_line', 'read_runs', 'SharedData', 'Outcome', 'steps_alone', 'train_shared', 'work', 'left_to_do', 'make_ready',
            'progress_line', 'train_many']
 
-# %% ../nbs/58_many.ipynb #53b83eb0
+# %% ../nbs/58_many.ipynb #78aa0692
 import json
 import multiprocessing
 import queue
@@ -25,7 +25,7 @@ from .config import Config, UserError, config_hash, make_config, run_dir
 from .pedes import PedesDataset
 from .batches import image_batches
 from .run_data import load_data, run_tokenizer
-from .threads import ALONE
+from .threads import ONE_AT_A_TIME
 from .trainer import run_batches
 from .runs import finished, train
 
@@ -50,7 +50,7 @@ def read_runs(path: Path, **options   # of every run, over those in the file
             raise UserError(f'{path}, line {number}: {e}; wanted: {wanted}') from None
     return configs
 
-# %% ../nbs/58_many.ipynb #c2772982
+# %% ../nbs/58_many.ipynb #b4a254c3
 class SharedData:
     "The datasets of a process. `of` gives that of a run."
     def __init__(self):
@@ -62,7 +62,7 @@ class SharedData:
         fields = ('dataset', 'data_root', 'folder', 'descriptions', 'val_fraction', 'clothes_change')
         synth = tuple(value for name, value in c if name.startswith('synth_'))
         key = *(getattr(c, name) for name in fields), *synth
-        with ALONE:
+        with ONE_AT_A_TIME:
             if key not in self.datasets:
                 dataset = load_data(c, progress=False)
                 for root in self.memories.keys() - {dataset.root}: self.memories[root].clear()
@@ -70,7 +70,7 @@ class SharedData:
                 self.datasets[key] = dataset
             return self.datasets[key]
 
-# %% ../nbs/58_many.ipynb #f97589cb
+# %% ../nbs/58_many.ipynb #dbc44c11
 @dataclass
 class Outcome:
     "What became of a run."
@@ -86,7 +86,7 @@ def steps_alone(c: Config) -> bool:
 
 def train_shared(c: Config, runs: Path, data: SharedData) -> None:
     "`train`, with the data of the process."
-    with ALONE if steps_alone(c) else nullcontext():
+    with ONE_AT_A_TIME if steps_alone(c) else nullcontext():
         train(c, runs, progress=False, dataset=data.of(c))
 
 def work(jobs, outcomes,          # queues: (number, run) or None, and `Outcome`

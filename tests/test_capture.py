@@ -14,7 +14,7 @@ from bdam_repro.trainer import Trainer, run_batches, train_epoch
 
 CASES = {
     'full': {},
-    'full adam hard tokens': dict(optimizer='adam', mining='hard', fusion_input='tokens', gradnorm_ref='first'),
+    'full adam hard tokens': dict(optimizer='adam', mining='hard', fusion_input='tokens'),
     'full triplet both': dict(fusion_loss='triplet', clothing='both', hsic_kernel='rbf', fusion_grad=True),
     'baseline': {}, 'baseline_described': {}, 'bdam_no_gate': {}, 'no_infonce': {}, 'no_adversarial': {},
     'fusion': {}, 'fusion_no_mamba': {}, 'fusion_no_gate': {}, 'fusion_no_align': {},
