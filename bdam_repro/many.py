@@ -109,7 +109,7 @@ def work(jobs, outcomes,          # queues: (number, run) or None, and `Outcome`
     loop()
     for thread in others: thread.join()
 
-# %% ../nbs/79_many.ipynb #8aa5d35a
+# %% ../nbs/79_many.ipynb #96e21e05
 def left_to_do(configs: Iterable[Config], runs: Path) -> list[Config]:
     "Runs that are not complete with these options, each once."
     distinct = {run_dir(c, runs): c for c in configs}
@@ -130,8 +130,10 @@ def progress_line(done: int, failed: int, total: int, seconds: float) -> str:
     "How far a list is, and when it will be done."
     rest = (total - done)*seconds/max(1, done)
     wrong = f', {failed} failed' if failed else ''
-    return f'{done} of {total} runs{wrong}, {seconds:.0f} s; {3600*done/seconds:.0f} per hour, {rest:.0f} s to go'
+    rate = 3600*done/seconds
+    return f'{done} of {total} runs{wrong}, {seconds:.0f} s; {rate:.0f} per hour, {rest:.0f} s to go'
 
+# %% ../nbs/79_many.ipynb #1317a029
 def train_many(configs: Iterable[Config],
                runs: Path,                      # folder of the runs
                processes: int = 1,              # workers
