@@ -212,7 +212,7 @@ class Draw:
     others: np.ndarray | None    # [B] the same for the second captions
     changes: Changes | None      # of the images; None: none
 
-# %% ../nbs/17_batches.ipynb #67707cfb
+# %% ../nbs/17_batches.ipynb #f57b8f91
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
     def __init__(self, records: pd.DataFrame,                         # of one split
@@ -254,9 +254,8 @@ class _TrainData(Dataset):
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.epoch, step))
         if isinstance(self.sampler, PairSampler): i, taken = self.sampler.image_of[drawn], drawn
         else: i, taken = drawn, self.choice.one(drawn, uniform_share(len(drawn), generator, part))
-        another, changes = None, None
-        if self.two_captions:
-            another = self.choice.another(i, taken, uniform_share(len(i), generator, part))
+        another = changes = None
+        if self.two_captions: another = self.choice.another(i, taken, uniform_share(len(i), generator, part))
         if self.augmentation is not False:
             options = {} if self.augmentation is True else self.augmentation
             changes = draw_changes(len(i), self.images.size, generator, **options, part=part)
@@ -264,8 +263,7 @@ class _TrainData(Dataset):
 
     def _batch(self, step: int) -> Batch:
         d = self.draw(step)
-        i = d.images
-        texts = {'caption': self.captions[d.captions]}
+        i, texts = d.images, {'caption': self.captions[d.captions]}
         if d.others is not None: texts['other'] = self.captions[d.others]
         texts |= {name: tokens[i] for name, tokens in self.described.items()}
         images = self.images[self.rows[i]]
