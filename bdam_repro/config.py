@@ -81,7 +81,7 @@ class RunOptions(Options):
     folder: str = opt('', "the dataset's folder in `data_root`; empty: its official name")
     device: str = opt('auto', "'auto', 'cpu', 'cuda'")
     graph: Literal['auto', 'on', 'off'] = opt(
-        'auto', "a training step as one CUDA graph; auto: on a GPU, for models of up to 20 million parameters")
+        'auto', "a training step as one CUDA graph; auto: on a GPU, for up to 20 million parameters")
     workers: int = opt(4, 'processes that decode images, where these do not fit in memory', ge=0)
     cache_gb: float = opt(1.0, 'decoded images are kept in memory up to this size', ge=0)
 
@@ -255,7 +255,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         vision='weights/vit-tiny', text='weights/bert-tiny', text_pool='mean', dim=96,
         bdam_depth=2, bdam_heads=3,
         fusion_dim=64, fusion_negatives=7, tau=0.07, tau_decay=0.3, mining='all',
-        erase=0.0, dropout=0.0, epochs=6, eval_every=2, optimizer='muon', lr=0.0042, muon_lr=0.0063, weight_decay=0.02,
+        erase=0.0, dropout=0.0, epochs=6, eval_every=2, optimizer='muon', lr=0.0042, muon_lr=0.0063,
+        weight_decay=0.02,
         schedule='hold', warmup=0.25, amp='off',
         gradnorm_every=10, workers=0),
     'smoke': dict(

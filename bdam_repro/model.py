@@ -89,7 +89,7 @@ class Pool(nn.Module):
 # %% ../nbs/34_model.ipynb #31dcf943
 @contextmanager
 def own_start(seed: int, part: str) -> Iterator[None]:
-    "Inside the `with`, PyTorch draws from a generator of (seed, part). Afterwards it goes on as if nothing had been."
+    "Inside the `with`, PyTorch draws from a generator of (seed, part); afterwards it goes on as before."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random.Random(f'{seed} {part}').getrandbits(63))
         yield
