@@ -105,19 +105,23 @@ class TaskWeights:
         for k in self.moving: setattr(self, k, copy.deepcopy(state[k]))
         self.s.copy_(state['s'])
 
-# %% ../nbs/41_gradnorm.ipynb #e5a24e45
+# %% ../nbs/41_gradnorm.ipynb #c111adff
 def measure_tasks(names: Sequence[str],  # the K tasks
             losses: dict[str, Tensor],  # scalars by name
             params: Sequence[Tensor],  # the final shared layer
             reduce: Callable[[Tensor], Tensor] | None = None,  # averages a tensor over processes
-            scale: float = 1.  # see `grad_vector`
+            scale: float = 1.,  # see `grad_vector`
+            vectors: Callable[[list[Tensor]], list] | None = None  # losses -> `grad_vector` of each
            ) -> tuple[Tensor, Tensor, Tensor]:  # norms g [K], losses L [K] (float64, CPU), present [K] bool
     "Gradient norms on the shared layer and loss values, averaged over processes where there are several."
+    if vectors is None: vectors = lambda found: [grad_vector(loss, params, scale) for loss in found]
+    there = [k for k in names if k in losses]
+    v_of = dict(zip(there, vectors([losses[k] for k in there])))
     P = sum(p.numel() for p in params)
     dtype = torch.promote_types(params[0].dtype, torch.float32)
     M = torch.zeros(len(names), P + 2, device=params[0].device, dtype=dtype)
     for row, k in zip(M, names):
-        v = grad_vector(losses[k], params, scale) if k in losses else None
+        v = v_of.get(k)
         if v is not None: row[:P], row[P], row[P + 1] = v, losses[k].detach(), 1
     if reduce is not None: M = reduce(M)
     g, (L, here) = M[:, :P].norm(dim=1).double().cpu(), M[:, P:].double().cpu().T
@@ -152,7 +156,7 @@ class LossRatios(TaskWeights):
         self.mean = torch.where(here, self.ema*self.mean + (1 - self.ema)*L, self.mean)
         return (self.mean + self.eps) / (self.first + self.eps)
 
-# %% ../nbs/41_gradnorm.ipynb #9c8e045a
+# %% ../nbs/41_gradnorm.ipynb #2443590d
 class GradNorm(LossRatios):
     "Task weights moved by GradNorm (Sec. 3.5, 4.2): call `step`, then backward of `total`."
     def __init__(self,
@@ -179,12 +183,12 @@ class GradNorm(LossRatios):
         self.norms: dict[str, float] = {}       # g_k of the last update, to be logged
 
     def step(self, losses: dict[str, Tensor], params: Sequence[Tensor], reduce: Callable | None = None,
-             scale: float = 1.) -> bool:
+             scale: float = 1., vectors: Callable | None = None) -> bool:
         "On every `every`-th call, measure (as `measure_tasks`) and move the weights. True where they moved."
         self._known(losses)
         self.calls += 1
         if (self.calls - 1) % self.every: return False
-        g, L, here = measure_tasks(self.names, losses, params, reduce, scale)
+        g, L, here = measure_tasks(self.names, losses, params, reduce, scale, vectors)
         moved = bool(here.any() and g.isfinite().all() and L.isfinite().all())
         if moved: self._update(g, L, here)
         self.skipped += not moved

@@ -7,8 +7,8 @@ __all__ = ['Rows', 'TextFeatures', 'ImageFeatures', 'Pool', 'Retriever', 'check_
            'InvalidPairs', 'invalid_pairs', 'invalid_pair_scores', 'candidates', 'encode_by_length', 'FusedCandidates',
            'Outputs', 'Model', 'build_model']
 
-# %% ../nbs/34_model.ipynb #5666acba
-from dataclasses import dataclass, fields
+# %% ../nbs/34_model.ipynb #68898007
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -200,16 +200,17 @@ def invalid_pair_scores(model: Retriever,
     a, b = invalid_pairs(model, q, q_image), invalid_pairs(model, g_text, g)
     return F.normalize(a.f_final, dim=-1) @ F.normalize(b.f_final, dim=-1).T
 
-# %% ../nbs/34_model.ipynb #f44af52e
-def candidates(sim: Tensor,   # [B, B] dual scores, texts × images
-               pids: Tensor,  # [B] identities
-               n: int         # wrong images per text
+# %% ../nbs/34_model.ipynb #cdf71f97
+def candidates(sim: Tensor,   # [B, G] dual scores, texts × images
+               pids: Tensor,  # [G] identities of the images
+               n: int,        # wrong images per text
+               first: int = 0 # the image of text 0; those of the other texts follow it
               ) -> tuple[Tensor, Tensor]:  # rows [B, 1+N], the right image first; valid [B, 1+N] bool
     "The right image and the hardest wrong ones. `valid` is False where a batch has fewer than N wrong ones."
-    same = pids[:, None] == pids[None]                                       # [B, B]
+    right = torch.arange(first, first + len(sim), device=pids.device)[:, None]   # [B, 1]
+    same = pids[right] == pids[None]                                         # [B, G]
     n = min(n, len(pids) - 1)
     wrong = sim.detach().masked_fill(same, -torch.inf).topk(n, dim=1)        # [B, N]
-    right = torch.arange(len(pids), device=pids.device)[:, None]             # [B, 1]
     valid = [torch.ones_like(right, dtype=torch.bool), wrong.values.isfinite()]
     return torch.cat([right, wrong.indices], 1), torch.cat(valid, 1)
 
@@ -233,7 +234,7 @@ def encode_by_length(model: Retriever,
     batches = in_order.split([len(ids) for ids, _ in texts])
     return [f.cut(ids.shape[1]) for f, (ids, _) in zip(batches, texts)]
 
-# %% ../nbs/34_model.ipynb #d66f2d40
+# %% ../nbs/34_model.ipynb #30af8dea
 @dataclass
 class FusedCandidates:
     "The fusion of each text with its candidates, the right image first. All None without a fusion."
@@ -254,7 +255,12 @@ class Outputs(FusedCandidates):
     other: TextFeatures | None = None      # another caption of the same image
     clo: Tensor | None = None              # [B, D] clothing feature in the text's space (Eq. 1)
 
-# %% ../nbs/34_model.ipynb #b7b771d8
+    def texts(self) -> dict[str, TextFeatures]:
+        "The texts that there are, by name."
+        names = ('caption', 'identity', 'clothing', 'other')
+        return {name: text for name in names if (text := getattr(self, name)) is not None}
+
+# %% ../nbs/34_model.ipynb #5bf653a4
 class Model(Retriever):
     "The whole model of a configuration (Sec. 3)."
     second = None   # a second thread for the text tower: see `35_threads`
@@ -266,14 +272,23 @@ class Model(Retriever):
                 clothing: tuple[Tensor, Tensor] | None = None,     # the same of the generated clothing text
                 other: tuple[Tensor, Tensor] | None = None         # the same of another caption
                ) -> Outputs:
-        "All that the losses of one batch need, in one call (which is what `DistributedDataParallel` wants)."
+        "All that the losses of one batch need."
+        return self.relate(self.encode(images, caption, identity, clothing, other), pids)
+
+    def encode(self, images: Tensor, caption: tuple, identity: tuple | None = None,
+               clothing: tuple | None = None, other: tuple | None = None) -> Outputs:
+        "The towers' part of `forward`: each item by itself. Arguments as there."
         given = dict(caption=caption, identity=identity, clothing=clothing, other=other)
         given = {name: text for name, text in given.items() if text is not None}
         image, features = self.encode_sides(images, list(given.values()))
         texts = dict(zip(given, features))
         clo = None if self.proj_clo is None else self.proj_clo(image.hat_clo)
-        pairs = FusedCandidates() if self.fusion is None else self.fuse_candidates(image, texts, pids)
-        return Outputs(image=image, **texts, clo=clo, **vars(pairs))
+        return Outputs(image=image, **texts, clo=clo)
+
+    def relate(self, out: Outputs, pids: Tensor) -> Outputs:   # pids [B]
+        "The fusion's part of `forward`: each text with images of the whole batch."
+        if self.fusion is None: return out
+        return replace(out, **vars(self.fuse_candidates(out.image, out.texts(), pids)))
 
     def encode_sides(self, images: Tensor, texts: list[tuple[Tensor, Tensor]]
                     ) -> tuple[ImageFeatures, list[TextFeatures]]:
@@ -292,14 +307,15 @@ class Model(Retriever):
         features = [self.encode_text(*text) for text in texts]
         return features if words else [f.cut(0) for f in features]
 
-    def fuse_candidates(self, image: ImageFeatures, texts: dict[str, TextFeatures], pids: Tensor
+    def fuse_candidates(self, image: ImageFeatures, texts: dict[str, TextFeatures], pids: Tensor,
+                        first: int = 0   # the image of text 0, where `texts` are a share of a batch
                        ) -> FusedCandidates:
         "The fusion of each text with its candidates. `fusion_text` names the text that it reads."
         c, main = self.config, texts['caption']
         if c.id_text == 'generated': main = texts.get('identity', main)
         query = main if c.fusion_text == 'query' else texts.get(c.fusion_text, main)
-        sim = dual(main, image)                                                          # [B, B]
-        rows, valid = candidates(sim, pids, c.fusion_negatives)                          # [B, 1+N]
+        sim = dual(main, image)                                                          # [B, G]
+        rows, valid = candidates(sim, pids, c.fusion_negatives, first)                   # [B, 1+N]
         if not c.fusion_grad: query, image = query.detach(), image.detach()
         i = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])   # [B(1+N)]
         pairs = fuse(self, query, i, image, rows.flatten())
@@ -311,7 +327,8 @@ class Model(Retriever):
     def shared_parameters(self) -> list[nn.Parameter]:
         "The image encoder's last dense layer: every loss passes through it (Sec. 4.2, open point 9)."
         dense = [m for m in self.vision.modules() if isinstance(m, nn.Linear)]
-        return list(dense[-1].parameters())
+        if not self.config.lr_vision: dense = [m for m in self.bdam.modules() if isinstance(m, nn.Linear)][:1]
+        return list(dense[-1].parameters())                    # of a frozen encoder: the layer behind it
 
 # %% ../nbs/34_model.ipynb #8a83b1f1
 def build_model(config: Config,
