@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline
            'all_epochs', 'train', 'progress_bar', 'parse_value', 'run_options', 'main', 'score_table', 'result_table',
            'plot_history']
 
-# %% ../nbs/53_runs.ipynb #ab7abcec
+# %% ../nbs/53_runs.ipynb #6fe2b11e
 import argparse
 import json
 import math
@@ -49,7 +49,7 @@ from .evaluate import evaluate
 from .trainer import (LossError, Trainer, pick_device, run_batches, single_threaded, train_epoch,
                                  two_cores)
 
-# %% ../nbs/53_runs.ipynb #945a5e79
+# %% ../nbs/53_runs.ipynb #6579708a
 @dataclass
 class Training:
     "A run at work."
@@ -63,10 +63,13 @@ class Training:
     @property
     def c(self) -> Config: return self.trainer.c
 
-# %% ../nbs/53_runs.ipynb #c561ea20
+# %% ../nbs/53_runs.ipynb #b47df298
 def check_data(c: Config, dataset: PedesDataset) -> None:
     "Raises `UserError` for an empty split, and for options that read descriptions where there are none."
-    for split in ('train', 'val', 'test'): dataset.split(split)            # an empty one raises
+    for split in ('train', 'val', 'test'):
+        if not len(dataset.split(split).captions):                         # an empty split raises
+            say = f'the split {split!r} has pictures but no captions, so there is no query'
+            raise UserError(f'{dataset.root}: {say}; add captions to the annotation file')
     check_pictures(dataset)
     if 'clo_text' in dataset.records: return
     lacks = f'and {dataset.name} has none: see describe.ipynb, or take'
@@ -76,7 +79,7 @@ def check_data(c: Config, dataset: PedesDataset) -> None:
         reads = f'{c.variant} with id_text={c.id_text} reads identity descriptions'
         raise UserError(f'{reads}, {lacks} id_text=caption')
 
-# %% ../nbs/53_runs.ipynb #7bee48ed
+# %% ../nbs/53_runs.ipynb #66132931
 def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDataset | None = None,
             world: World = ALONE) -> Training:
     "A run at its start: data, tokenizer, model and trainer, seeded."
@@ -96,7 +99,7 @@ def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDatase
     torch.utils.deterministic.fill_uninitialized_memory = False            # debugging aid, slow
     model = build_model(c, len(tokenizer), described)
     if two_cores(c, device) and world.size == 1: model.second = SecondThread()
-    if batches.note and progress: print(batches.note)
+    if progress: print(batches.plan(c.epochs), batches.note, sep='\n' if batches.note else '')
     return Training(folder, dataset, tokenizer, Trainer(c, model, batches, device, world))
 
 # %% ../nbs/53_runs.ipynb #d605be20
@@ -111,7 +114,7 @@ def headline(c: Config) -> str:
     "The score that selects the checkpoint: `fused` where there is a fusion that is trained, else `dual`."
     return 'fused' if c.fusion and c.c_fusion else 'dual'
 
-# %% ../nbs/53_runs.ipynb #b3ba1e8e
+# %% ../nbs/53_runs.ipynb #2b9e9cb2
 def named_scores(prefix: str, scores: dict[str, dict[str, float]]) -> dict[str, float]:
     "`summary` as columns of the history: `val_dual_R1` …"
     columns = {}
@@ -134,7 +137,7 @@ def validate(training: Training) -> dict[str, float]:
     if c.log_test: row |= named_scores('test', scores_of('test'))          # recorded only; selects nothing
     return row
 
-# %% ../nbs/53_runs.ipynb #6a534e51
+# %% ../nbs/53_runs.ipynb #a4eb9b5c
 def one_epoch(training: Training, bar: tqdm,
               after_step: Callable[[], None] | None = None   # called after each training step
              ) -> None:
@@ -226,7 +229,7 @@ def save_features(path: Path, model: Model, e: dict, pids: np.ndarray) -> None: 
     if model.fusion is not None: tensors |= {'fused': e['fused'], 'w': own_weights(model, e)}
     write_tensors(path, tensors, {'config_hash': config_hash(model.config)})
 
-# %% ../nbs/53_runs.ipynb #6df54596
+# %% ../nbs/53_runs.ipynb #bf3bac00
 def finish_run(training: Training) -> None:
     "Test the best checkpoint once, write what figures need, then `metrics.json`: the run is complete."
     folder, trainer, start = training.folder, training.trainer, time.perf_counter()
@@ -268,7 +271,7 @@ def same_run(folder: Path, h: str) -> bool:
     try: return json.loads((folder/'config.json').read_text())['config_hash'] == h
     except (OSError, ValueError, KeyError, TypeError): return False
 
-# %% ../nbs/53_runs.ipynb #1b562c83
+# %% ../nbs/53_runs.ipynb #bcc27c97
 def open_run(c: Config, runs: str | Path | None = None, overwrite: bool = False
             ) -> tuple[Path, dict | None]:   # the folder, and the metrics where it is complete already
     "The run's folder, with its options written. Raises `UserError` where a run of other options lies there."
@@ -286,7 +289,7 @@ def open_run(c: Config, runs: str | Path | None = None, overwrite: bool = False
     write_json(folder/'config.json', {'config_hash': h} | c.model_dump())
     return folder, None
 
-# %% ../nbs/53_runs.ipynb #a7c67f6f
+# %% ../nbs/53_runs.ipynb #a52b8570
 def resume(training: Training, progress: bool = True) -> None:
     "Go on from the folder's checkpoint, where there is one. Raises `UserError` for one that does not fit."
     trainer = training.trainer
@@ -299,7 +302,7 @@ def resume(training: Training, progress: bool = True) -> None:
     if path.name != LAST: print(f'{LAST} is not whole: taking {path.name}')
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
 
-# %% ../nbs/53_runs.ipynb #fb16b5cb
+# %% ../nbs/53_runs.ipynb #4fca26ec
 class StopRun(Exception):
     "A signal has asked the run to stop, and it is saved."
     def __init__(self, number: int): self.number = number
@@ -332,7 +335,7 @@ def all_epochs(training: Training, progress: bool) -> None:
             if trainer.world.is_main: write_json(where, e.found)
             raise UserError(f'{e}; {where} names all pictures of the batch') from None
 
-# %% ../nbs/53_runs.ipynb #1f018ac8
+# %% ../nbs/53_runs.ipynb #fbcabdd8
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete
@@ -367,7 +370,7 @@ def progress_bar(training: Training, progress: bool) -> tqdm:
     done, name = training.state.epoch*len(trainer.loader) + training.done, f'{c.variant} seed {c.seed}'
     return tqdm(total=trainer.steps, initial=done, desc=name, disable=not progress, mininterval=1)
 
-# %% ../nbs/53_runs.ipynb #c49cda56
+# %% ../nbs/53_runs.ipynb #16db91e9
 def parse_value(text: str):
     "A value as typed after `-p`: a number, true, false, none, or a string."
     words = {'true': True, 'false': False, 'none': None}
