@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline
            'all_epochs', 'train', 'progress_bar', 'parse_value', 'run_options', 'main', 'score_table', 'result_table',
            'plot_history']
 
-# %% ../nbs/53_runs.ipynb #6fe2b11e
+# %% ../nbs/53_runs.ipynb #2b789080
 import argparse
 import json
 import math
@@ -40,7 +40,7 @@ from .run_data import check_pictures, load_data, run_tokenizer
 from .model import Model, build_model, fuse
 from .threads import SecondThread
 from .pretrained import from_pretrained, save_pretrained
-from .distributed import ALONE, World, find_world, main_first
+from .distributed import ALONE, RunLog, World, find_world, main_first
 from .launch import launch
 from .checkpoints import (LAST, PREVIOUS, RunState, SavePlan, StopRequest, drop_checkpoints,
                                     resume_checkpoint, save_checkpoint, stop_now, stop_requests)
@@ -49,7 +49,7 @@ from .evaluate import evaluate
 from .trainer import (LossError, Trainer, pick_device, run_batches, single_threaded, train_epoch,
                                  two_cores)
 
-# %% ../nbs/53_runs.ipynb #6579708a
+# %% ../nbs/53_runs.ipynb #12bbcf8a
 @dataclass
 class Training:
     "A run at work."
@@ -59,6 +59,7 @@ class Training:
     trainer: Trainer                  # model, batches, optimizers, task weights
     state: RunState = field(default_factory=RunState)
     done: int = 0                     # steps of the epoch that is under way
+    log: RunLog | None = None         # where the history goes besides
 
     @property
     def c(self) -> Config: return self.trainer.c
@@ -137,7 +138,7 @@ def validate(training: Training) -> dict[str, float]:
     if c.log_test: row |= named_scores('test', scores_of('test'))          # recorded only; selects nothing
     return row
 
-# %% ../nbs/53_runs.ipynb #a4eb9b5c
+# %% ../nbs/53_runs.ipynb #7488d9d0
 def one_epoch(training: Training, bar: tqdm,
               after_step: Callable[[], None] | None = None   # called after each training step
              ) -> None:
@@ -150,6 +151,7 @@ def one_epoch(training: Training, bar: tqdm,
     state.epoch = number
     state.seconds += time.perf_counter() - start
     state.history.append(row)
+    if training.log is not None: training.log.row(row, trainer.step)
     if not trainer.world.is_main: return
     history = pd.DataFrame(state.history)
     with atomic_path(training.folder/'history.csv') as tmp: history.to_csv(tmp, index=False)
@@ -302,7 +304,7 @@ def resume(training: Training, progress: bool = True) -> None:
     if path.name != LAST: print(f'{LAST} is not whole: taking {path.name}')
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
 
-# %% ../nbs/53_runs.ipynb #4fca26ec
+# %% ../nbs/53_runs.ipynb #e0b970d2
 class StopRun(Exception):
     "A signal has asked the run to stop, and it is saved."
     def __init__(self, number: int): self.number = number
@@ -324,6 +326,7 @@ def all_epochs(training: Training, progress: bool) -> None:
     "Every epoch that is left. A signal ends it with `StopRun`, a loss that is not finite with `UserError`."
     trainer, plan = training.trainer, SavePlan(training.c.save_minutes, training.c.save_steps)
     epochs = math.ceil(trainer.steps/len(trainer.loader))
+    training.log = RunLog(training.c.log, training.folder, training.c.variant, trainer.world)
     with stop_requests() as request, progress_bar(training, progress) as bar:
         try:
             while training.state.epoch < epochs:
@@ -334,6 +337,7 @@ def all_epochs(training: Training, progress: bool) -> None:
             where = training.folder/'bad_step.json'
             if trainer.world.is_main: write_json(where, e.found)
             raise UserError(f'{e}; {where} names all pictures of the batch') from None
+        finally: training.log.close()
 
 # %% ../nbs/53_runs.ipynb #fbcabdd8
 def train(c: Config,                        # from `make_config`
