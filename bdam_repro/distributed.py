@@ -94,9 +94,9 @@ def main_first(world: World) -> Iterator[None]:
     yield
     if world.is_main: world.barrier()
 
-# %% ../nbs/44_distributed.ipynb #502980da
+# %% ../nbs/44_distributed.ipynb #9ba4e27d
 class RunLog:
-    "A tracker of accelerate, or nothing where `kind` is empty. Raises `UserError` where its package is missing."
+    "A tracker of accelerate; none where `kind` is empty. Raises `UserError` where its package is missing."
     def __init__(self, kind: str, folder: Path, name: str, world: World = ALONE):
         self.tracker = None
         if not kind or not world.is_main: return

@@ -324,7 +324,7 @@ def progress_text(log: LossLog, steps: int) -> str:
     means = ', '.join(f'{name} {total/steps:.2f}' for name, total in log.sums.items())
     return f'{log.images/log.seconds:.0f} images/s, loss {means}'
 
-# %% ../nbs/52_trainer.ipynb #c9858248
+# %% ../nbs/52_trainer.ipynb #5fbab636
 def steps_of(trainer: Trainer, bar: tqdm) -> Callable:   # `plain_steps` or `static_steps`
     "How steps are done. Records them before the first; where that fails, says so and stays plain."
     c = trainer.c
@@ -348,7 +348,7 @@ def static_steps(trainer: Trainer, epoch: int, last: int, tick: Callable[[], Non
     static, log, first = trainer.static, trainer.log, epoch*len(trainer.loader)
     log.every = STATIC_READ_EVERY
     trainer.seed()
-    plan = static.data.plan['images']                                      # [S, B], of this epoch once it runs
+    plan = static.data.plan['images']                                      # [S, B], once the epoch runs
     def after():
         i = trainer.step - first
         log.note(trainer.step, static.losses[i], lambda: static.data.rows[plan[i]], plan.shape[1])

@@ -1,17 +1,17 @@
-"""What a training step of the paper's sizes keeps for the backward pass, counted on a CPU: bytes per image, and of a batch.
+"""What a training step of the paper's sizes keeps for the backward pass, counted on a CPU.
 
     python benchmarks/memory.py            # a minute or two; prints a table and writes tables/memory.csv
 
-Every tensor that autograd saves is counted once, whatever shares it. This is what grows with the batch; weights, gradients and Adam's
-two moments come on top, and do not. No download: the encoders have the sizes of ViT-B/16 and BERT-base and random weights.
+Every tensor that autograd saves is counted once, whatever shares it. This is what grows with the batch;
+weights, gradients and Adam's two moments come on top, and do not. No download: the encoders have the sizes of
+ViT-B/16 and BERT-base and random weights.
 """
 import argparse
 
 import pandas as pd
 import torch
 
-from bdam_repro.config import ROOT, make_config
-from bdam_repro.files import atomic_path
+from bdam_repro.config import ROOT, atomic_path, make_config
 from bdam_repro.model import build_model
 from bdam_repro.trainer import run_autocast
 
@@ -58,15 +58,16 @@ def main():
         one, fixed, params = per_image(options)
         for accumulate in (1, 4):
             said = name if accumulate == 1 else f'{name}, accumulate={accumulate}'
-            rows.append({'options': said, 'MB per image': round(one/1e6, 1)}
-                        | {f'GiB, batch {n}': round((fixed + one*n/accumulate)/2**30, 1) for n in (32, 64, 128)})
+            row = {'options': said, 'MB per image': round(one/1e6, 1)}
+            for n in (32, 64, 128): row[f'GiB, batch {n}'] = round((fixed + one*n/accumulate)/2**30, 1)
+            rows.append(row)
         print(rows[-2], flush=True)
     table = pd.DataFrame(rows)
     print(table.to_string(index=False))
-    print(f'besides, for {params/1e6:.0f} M weights: {16*params/2**30:.1f} GiB for them, their gradients and Adam')
+    print(f'besides, for {params/1e6:.0f} M weights, their gradients and Adam: {16*params/2**30:.1f} GiB')
     with atomic_path(ROOT/'tables'/'memory.csv') as tmp: table.to_csv(tmp, index=False)
 
 
 if __name__ == '__main__':
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()
