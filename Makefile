@@ -18,7 +18,7 @@ help:
 	@echo 'make pretrain the two towers that tiny starts from, anew       (weights/; four minutes of one core)'
 	@echo 'make demo     search people by description, in the browser        (ARGS="--model runs/... --folder pictures/")'
 	@echo 'make test     lint, all notebooks, all tests'
-	@echo 'make soak     ten minutes of damaged answers and files          (SOAK_SECONDS=30 for less)'
+	@echo 'make soak     20 kills, 2 and 4 processes, ten minutes of damaged answers and files, SLURM where it is installed'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make readme   README.md from nbs/index.ipynb'
 	@echo 'make venv     the virtual environment alone                      (TORCH=... for another build of PyTorch)'
@@ -50,8 +50,11 @@ test: $(STAMP)
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# 20 kills: 5 of each kind. SLURM needs root, see the head of its script
 soak: $(STAMP)
+	BDAM_KILLS=5 BDAM_SOAK=1 $(ONE_THREAD) $(BIN)/python -m pytest tests/test_resume.py tests/test_distributed.py
 	$(ONE_THREAD) $(BIN)/python -m pytest -m soak tests/soak
+	if command -v slurmctld >/dev/null && [ "$$(id -u)" = 0 ]; then BIN=$(abspath $(BIN)) tests/slurm/run.sh; fi
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
