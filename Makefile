@@ -43,7 +43,7 @@ pretrain: $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/python -c 'import gradio' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[demo]'
-	@$(ONE_THREAD) $(BIN)/python -c 'from bdam_repro.demo import main; main()' $(ARGS)
+	@$(ONE_THREAD) $(BIN)/python -c 'from bdam_repro.demo import demo_main; demo_main()' $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
            'epoch_line', 'code_version', 'device_name', 'provenance', 'intervals', 'own_weights', 'save_features',
-           'finish_run', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'StopRun', 'after_step',
+           'finish_run', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step',
            'all_epochs', 'train', 'progress_bar', 'parse_value', 'run_options', 'main', 'score_table', 'result_table',
            'plot_history']
 
@@ -306,12 +306,12 @@ def resume(training: Training, progress: bool = True) -> None:
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
 
 # %% ../nbs/53_runs.ipynb #e0b970d2
-class StopRun(Exception):
+class StoppedBySignal(Exception):
     "A signal has asked the run to stop, and it is saved."
     def __init__(self, number: int): self.number = number
 
 def after_step(training: Training, plan: SavePlan, request: StopRequest) -> None:
-    "Save where it is due; save and raise `StopRun` where a signal came."
+    "Save where it is due; save and raise `StoppedBySignal` where a signal came."
     trainer = training.trainer
     by_step = plan.by_step(trainer.step)
     if by_step: trainer.log.read()
@@ -321,10 +321,10 @@ def after_step(training: Training, plan: SavePlan, request: StopRequest) -> None
     if not (number or due): return
     with plan.saving():
         if trainer.world.is_main: save_checkpoint(training.folder/LAST, trainer, training.state)
-    if number: raise StopRun(int(number))
+    if number: raise StoppedBySignal(int(number))
 
 def all_epochs(training: Training, progress: bool) -> None:
-    "Every epoch that is left. A signal ends it with `StopRun`, a loss that is not finite with `UserError`."
+    "Every epoch that is left. A signal ends it with `StoppedBySignal`, a loss that is not finite with `UserError`."
     trainer, plan = training.trainer, SavePlan(training.c.save_minutes, training.c.save_steps)
     epochs = math.ceil(trainer.steps/len(trainer.loader))
     training.log = RunLog(training.c.log, training.folder, training.c.variant, trainer.world)
@@ -333,7 +333,7 @@ def all_epochs(training: Training, progress: bool) -> None:
             while training.state.epoch < epochs:
                 one_epoch(training, bar, partial(after_step, training, plan, request))
                 if request.number and training.state.epoch < epochs and trainer.world.size == 1:
-                    raise StopRun(request.number)
+                    raise StoppedBySignal(request.number)
         except LossError as e:
             where = training.folder/'bad_step.json'
             if trainer.world.is_main: write_json(where, e.found)
@@ -363,7 +363,7 @@ def train(c: Config,                        # from `make_config`
     training = prepare(c, folder, progress, dataset, world)
     resume(training, progress)
     try: all_epochs(training, progress)
-    except StopRun as stop:
+    except StoppedBySignal as stop:
         step, steps = training.trainer.step, training.trainer.steps
         stop_now(stop.number, f'stopped and saved after step {step} of {steps}: run the same again to go on')
     finish_run(training)
