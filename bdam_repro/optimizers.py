@@ -29,8 +29,8 @@ def orthogonalize(x: Tensor,      # [N, a, b], a <= b
 def lie_flat(x: Tensor) -> Tensor:   # [h, w] -> the same or its transpose, at least as wide as tall
     return x.mT if x.shape[0] > x.shape[1] else x
 
-# %% ../nbs/42_optimizers.ipynb #48b00a67
-def follow(pairs: list[tuple[Tensor, Tensor]],   # parameters, updates [h, w]; one shape or its transpose
+# %% ../nbs/42_optimizers.ipynb #20ac941f
+def follow(pairs: list[tuple[Tensor, Tensor]],   # parameter and update [h, w]; a shape or its transpose
            lr: float | Tensor) -> None:
     "Step along the orthogonalized updates, all at once; a tall one is stepped √(h/w) as far."
     wide = [pair for pair in pairs if pair[1].shape[0] <= pair[1].shape[1]]

@@ -56,9 +56,9 @@ def test_the_same_losses_and_weights_in_20_steps(case, data):
 
 
 class NoLooking(TorchDispatchMode):
-    "Refuses what a CUDA graph cannot record: a value that is read, a shape that depends on values, host data."
-    REFUSED = ('local_scalar_dense', 'nonzero', 'unique', 'masked_select', 'equal', 'is_nonzero', 'lift_fresh',
-               'repeat_interleave', 'multinomial', 'index_copy', 'scatter_add', 'index_add')
+    "Refuses what a CUDA graph cannot record: a value that is read, a shape that depends on it, host data."
+    REFUSED = ('local_scalar_dense', 'nonzero', 'unique', 'masked_select', 'equal', 'is_nonzero',
+               'lift_fresh', 'repeat_interleave', 'multinomial', 'index_copy', 'scatter_add', 'index_add')
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         name = f.overloadpacket.__name__.strip('_') if hasattr(f, 'overloadpacket') else str(f)
