@@ -1,4 +1,4 @@
-# make train | test | lab | readme | help
+# make train | demo | test | lab | readme | help
 VENV   ?= .venv
 BIN    ?= $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,11 +10,12 @@ ARGS   ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help venv train test soak lab readme clean
+.PHONY: help venv train demo test soak lab readme clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train    draw SynthPEDES, train the full model, test it     (ARGS="-p variant baseline -p seed 1")'
+	@echo 'make demo     search people by description, in the browser        (ARGS="--model runs/... --folder pictures/")'
 	@echo 'make test     lint, all notebooks, all tests'
 	@echo 'make soak     ten minutes of damaged answers and files          (SOAK_SECONDS=30 for less)'
 	@echo 'make lab      the notebooks in JupyterLab'
@@ -35,6 +36,10 @@ venv: $(STAMP)
 train: $(STAMP)
 	@mkdir -p runs
 	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -p dataset synth $(ARGS)
+
+demo: $(STAMP)
+	@$(BIN)/python -c 'import gradio' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[demo]'
+	@$(ONE_THREAD) $(BIN)/python -c 'from bdam_repro.demo import main; main()' $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/ruff check .

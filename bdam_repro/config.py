@@ -68,7 +68,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True,
                               allow_inf_nan=False, protected_namespaces=())
 
-# %% ../nbs/00_config.ipynb #a2de464c
+# %% ../nbs/00_config.ipynb #c87d70db
 class RunOptions(Options):
     dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt(
         'synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
@@ -81,7 +81,7 @@ class RunOptions(Options):
     folder: str = opt('', "the dataset's folder in `data_root`; empty: its official name")
     device: str = opt('auto', "'auto', 'cpu', 'cuda'")
     graph: Literal['auto', 'on', 'off'] = opt(
-        'auto', "a training step as one CUDA graph; auto: on a GPU, for encoders built from a size")
+        'auto', "a training step as one CUDA graph; auto: on a GPU, for models of up to 20 million parameters")
     workers: int = opt(4, 'processes that decode images, where these do not fit in memory', ge=0)
     cache_gb: float = opt(1.0, 'decoded images are kept in memory up to this size', ge=0)
 
