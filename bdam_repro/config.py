@@ -144,13 +144,20 @@ class BdamOptions(Options):
     bdam_gate: bool = opt(True, 'g ⊙ f_id, (1−g) ⊙ f_clo; off: both as they are', 'on (3.2)')
     keep_cls: bool = opt(False, '[CLS] among the tokens of the branches', 'dropped (3.2)')
 
-# %% ../nbs/00_config.ipynb #49108db9
+# %% ../nbs/00_config.ipynb #a411c81b
 class FusionOptions(Options):
     fusion: bool = opt(True, 'fuse image and text, re-score the best of `dual`')
-    fusion_kind: Literal['mamba', 'none', 'simple', 'transformer'] = opt(
-        'mamba', 'the layers after the gate', 'mamba (3.4)')
+    fusion_kind: Literal['mamba', 'none', 'simple', 'transformer', 'product', 'cross'] = opt(
+        'mamba', 'the layers after the gate; product and cross compare where the others add, see `33_fusion`',
+        'mamba (3.4)')
     fusion_input: Literal['pooled', 'tokens'] = opt(
-        'pooled', 'one vector a pair, or one sequence of patches and words', 'pooled (3.4)')
+        'pooled', 'one vector per pair, or one sequence of patches and words', 'pooled (3.4)')
+    fusion_order: Literal['image', 'text'] = opt('image', 'of the tokens: which come first', 'not printed')
+    fusion_scan: Literal['forward', 'both'] = opt('forward', 'Mamba over the tokens from one end, or from both',
+                                                  'not printed')
+    fusion_read: Literal['all', 'second'] = opt(
+        'all', 'the mean over all tokens, or over those of the modality that comes second', 'not printed')
+    fusion_norm: bool = opt(True, 'a LayerNorm before each layer', 'none (3.4)')
     fusion_layers: int = opt(2, 'layers', '2 (4.2)', ge=1)
     fusion_dim: int = opt(256, 'width', '256 (4.2)', ge=8)
     fusion_heads: int = opt(4, 'attention heads, where transformer', ge=1)
@@ -164,6 +171,9 @@ class FusionOptions(Options):
     fusion_loss: Literal['match', 'triplet', 'infonce'] = opt('match', 'what trains f_final', 'none (3.5)')
     fusion_grad: bool = opt(False, "the fusion's loss trains the towers too, see `34_model`; the audit has "
                             "what it costs on `tiny`", 'not printed')
+    fusion_start: float = opt(0.0, "share of the training before the fusion's loss reaches the towers, where "
+                              'fusion_grad', 'not printed', ge=0, lt=1)
+    fusion_apart: bool = opt(False, "the fusion's loss keeps weight 1, outside GradNorm", 'not printed')
     fusion_negatives: int = opt(3, 'hardest wrong images a text is fused with in training', ge=1)
     rerank: int = opt(32, 'K: how many of `dual` the fusion re-scores', ge=1)
     rerank_weight: float = opt(1.0, 'λ of dual/τ + λ · match', ge=0)
@@ -313,7 +323,7 @@ def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
     except ValidationError as e: raise UserError(_say(e)) from None
     return check_config(config)
 
-# %% ../nbs/00_config.ipynb #3fb74933
+# %% ../nbs/00_config.ipynb #155f829d
 def check_config(config: Config) -> Config:  # the same one
     "What no single field can see. Raises `UserError`."
     def need(ok, say):
@@ -322,6 +332,8 @@ def check_config(config: Config) -> Config:  # the same one
     need(c.dim % c.bdam_heads == 0, f'dim={c.dim} must be a multiple of bdam_heads={c.bdam_heads}')
     need(c.fusion_dim % c.fusion_heads == 0,
          f'fusion_dim={c.fusion_dim} must be a multiple of fusion_heads={c.fusion_heads}')
+    wanted = {'product': 'pooled', 'cross': 'tokens'}.get(c.fusion_kind, c.fusion_input)
+    need(c.fusion_input == wanted, f'fusion_kind={c.fusion_kind} needs fusion_input={wanted}')
     need(c.ids_per_batch > 1, 'a batch of one identity has no negatives: raise ids_per_batch')
     need(c.warmup < c.epochs, f'warmup={c.warmup} must be shorter than epochs={c.epochs}')
     need(c.c_align + c.c_fusion * c.fusion > 0,

@@ -152,7 +152,7 @@ class LossRatios(TaskWeights):
         self.mean = torch.where(here, self.ema*self.mean + (1 - self.ema)*L, self.mean)
         return (self.mean + self.eps) / (self.first + self.eps)
 
-# %% ../nbs/41_gradnorm.ipynb #9c8e045a
+# %% ../nbs/41_gradnorm.ipynb #2787f2c7
 class GradNorm(LossRatios):
     "Task weights moved by GradNorm (Sec. 3.5, 4.2): call `step`, then backward of `total`."
     def __init__(self,
@@ -167,7 +167,7 @@ class GradNorm(LossRatios):
                  ema: float = .9,  # averaging of losses over updates; 0: the last one alone
                  eps: float = 1e-3,  # a loss below this counts as solved: (L + ε)/(L0 + ε)
                  optimizer: str = 'adam',  # 'adam' | 'sgd', on s
-                 apart: Sequence[str] = ()  # tasks that shall not reach the shared layer: no warning
+                 apart: Sequence[str] = ()  # tasks that keep their weight, whether they reach the layer or not
                 ):
         "Raises `UserError` for settings that make no sense."
         super().__init__(names, ema, eps)
@@ -184,7 +184,8 @@ class GradNorm(LossRatios):
         self._known(losses)
         self.calls += 1
         if (self.calls - 1) % self.every: return False
-        g, L, here = measure_tasks(self.names, losses, params, reduce, scale)
+        weighed = {name: loss for name, loss in losses.items() if name not in self.apart}
+        g, L, here = measure_tasks(self.names, weighed, params, reduce, scale)
         moved = bool(here.any() and g.isfinite().all() and L.isfinite().all())
         if moved: self._update(g, L, here)
         self.skipped += not moved

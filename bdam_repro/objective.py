@@ -85,7 +85,7 @@ def batch_losses(out: Outputs, batch: Batch, c: Config) -> dict[str, Tensor]:
     if c.fusion and c.c_fusion: terms['fusion'] = c.c_fusion*fusion_loss(out, c)
     return terms
 
-# %% ../nbs/43_objective.ipynb #11169ee7
+# %% ../nbs/43_objective.ipynb #03014383
 def forward(model: nn.Module, batch: Batch, c: Config) -> Outputs:
     "The model's outputs of a batch; a text that no term of this configuration reads is not encoded."
     fused = c.fusion_text if c.fusion else None
@@ -97,7 +97,7 @@ def forward(model: nn.Module, batch: Batch, c: Config) -> Outputs:
     return model(batch.images, batch.pids, (batch.caption_ids, batch.caption_mask),
                  identity=text(batch.id_ids, batch.id_mask, reads_identity),
                  clothing=text(batch.clo_ids, batch.clo_mask, reads_clothing),
-                 other=text(batch.other_ids, batch.other_mask, reads_other))
+                 other=text(batch.other_ids, batch.other_mask, reads_other), fusion_grad=c.fusion_grad)
 
 # %% ../nbs/43_objective.ipynb #8184f876
 class LiteralWeights(TaskWeights):
@@ -114,12 +114,12 @@ class LiteralWeights(TaskWeights):
         if self.first is None: self.first = torch.stack(L).detach().clamp_min(1e-8)
         return literal_total(L, self.s, self.params, self.first, self.alpha, self.log_reg)
 
-# %% ../nbs/43_objective.ipynb #eeda4c05
+# %% ../nbs/43_objective.ipynb #f8cfd31d
 def make_weights(names: list[str], c: Config, model: Model, opts: list[torch.optim.Optimizer]) -> TaskWeights:
     "The task weights that the configuration asks for. One task needs none."
     if c.balance == 'fixed' or len(names) < 2: return TaskWeights(names)   # all 1
     if c.balance == 'literal': return LiteralWeights(names, c, opts, model.shared_parameters())
-    apart = () if c.fusion_grad else ('fusion',)      # its gradient does not reach the shared layer: weight 1
+    apart = () if c.fusion_grad and not c.fusion_apart else ('fusion',)    # its weight stays 1
     return GradNorm(names, c.gradnorm_alpha, c.gradnorm_lr, c.gradnorm_every, ref=c.gradnorm_ref,
                     log_reg=c.log_reg, apart=apart)
 

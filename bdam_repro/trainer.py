@@ -94,11 +94,12 @@ def shuffled(batch: Batch, seed: int) -> Batch:
         if dealt[name] is not None: dealt[name] = dealt[name][order]
     return Batch(**dealt)
 
-# %% ../nbs/52_trainer.ipynb #2b247073
+# %% ../nbs/52_trainer.ipynb #ce921f72
 def options_at(c: Config, done: float) -> Config:   # `done`: share of the training, 0 to 1
-    "The options with the τ of this moment."
+    "The options of this moment: its τ, and whether the fusion's loss reaches the towers yet."
     tau = c.tau*c.tau_decay**done
-    return c.model_copy(update={'tau': tau, 'tau_decay': c.tau_end/tau})   # so tau_end = tau·tau_decay stays
+    now = {'tau': tau, 'tau_decay': c.tau_end/tau}                         # so tau_end = tau·tau_decay stays
+    return c.model_copy(update=now | {'fusion_grad': c.fusion_grad and done >= c.fusion_start})
 
 # %% ../nbs/52_trainer.ipynb #b74fb23a
 class Trainer:
