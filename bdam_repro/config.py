@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ROOT', 'PRESETS', 'VARIANTS', 'UserError', 'find_root', 'atomic_path', 'opt', 'Options', 'RunOptions', 'DataOptions',
            'SynthOptions', 'EncoderOptions', 'BdamOptions', 'FusionOptions', 'LossOptions', 'TrainOptions', 'Config',
-           'make_config', 'check_config', 'config_hash', 'run_dir', 'given_names', 'in_test', 'from_globals', 'options']
+           'make_config', 'check_config', 'config_hash', 'run_dir', 'given_names', 'in_test', 'check_extra',
+           'from_globals', 'options']
 
-# %% ../nbs/00_config.ipynb #000004
+# %% ../nbs/00_config.ipynb #d3833394
 import difflib
 import hashlib
 import json
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 # %% ../nbs/00_config.ipynb #000006
 class UserError(ValueError):
@@ -144,7 +145,7 @@ class BdamOptions(Options):
     bdam_gate: bool = opt(True, 'g ⊙ f_id, (1−g) ⊙ f_clo; off: both as they are', 'on (3.2)')
     keep_cls: bool = opt(False, '[CLS] among the tokens of the branches', 'dropped (3.2)')
 
-# %% ../nbs/00_config.ipynb #a411c81b
+# %% ../nbs/00_config.ipynb #0ba954c1
 class FusionOptions(Options):
     fusion: bool = opt(True, 'fuse image and text, re-score the best of `dual`')
     fusion_kind: Literal['mamba', 'none', 'simple', 'transformer', 'product', 'cross'] = opt(
@@ -323,7 +324,7 @@ def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
     except ValidationError as e: raise UserError(_say(e)) from None
     return check_config(config)
 
-# %% ../nbs/00_config.ipynb #155f829d
+# %% ../nbs/00_config.ipynb #523349ea
 def check_config(config: Config) -> Config:  # the same one
     "What no single field can see. Raises `UserError`."
     def need(ok, say):
@@ -373,11 +374,26 @@ def in_test() -> bool:
     "Whether `nbdev_test` runs this notebook: it sets `IN_TEST`, papermill and JupyterLab do not."
     return bool(os.environ.get('IN_TEST'))
 
-# %% ../nbs/00_config.ipynb #1e53ed35
+# %% ../nbs/00_config.ipynb #ca7471a9
+def check_extra(names: dict[str, Any],     # the notebook's `globals()`
+                extra: tuple[str, ...]     # its parameters that are no option
+               ) -> None:
+    "Hold them to the types of the parameters cell: papermill passes `-p overwrite false` as a word."
+    for name in extra:
+        kind, value = names.get('__annotations__', {}).get(name), names.get(name)
+        if kind is None or value is None: continue
+        try: TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as e:
+            hint = ' (True or False)' if kind is bool else ''
+            say = f"parameter {name}={value!r}: {e.errors()[0]['msg'].lower()}{hint}"
+            raise UserError(say) from None
+
+# %% ../nbs/00_config.ipynb #bd832372
 def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
+    check_extra(names, extra)
     given = {k: v for k, v in given_names(names).items() if k not in extra
              and (k in Config.model_fields or not isinstance(v, (list, tuple, dict)))}
     for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name

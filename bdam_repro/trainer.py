@@ -6,7 +6,7 @@
 __all__ = ['TEXT_FIELDS', 'run_batches', 'pick_device', 'pick_dtype', 'run_autocast', 'attention_kernel', 'two_cores',
            'single_threaded', 'shuffled', 'options_at', 'Trainer', 'train_epoch']
 
-# %% ../nbs/52_trainer.ipynb #14a1cbc8
+# %% ../nbs/52_trainer.ipynb #b63a2755
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from .config import Config, UserError
 from .pedes import PedesDataset
-from .batches import Batch, Loader, train_batches
+from .batches import Batch, Loader, combine_seeds, train_batches
 from .model import Model
-from .optimizers import lr_at, make_optimizers
+from .optimizers import clip_by_part, lr_at, make_optimizers
 from .objective import batch_losses, forward, make_weights
 
 # %% ../nbs/52_trainer.ipynb #c2a953b8
@@ -94,14 +94,14 @@ def shuffled(batch: Batch, seed: int) -> Batch:
         if dealt[name] is not None: dealt[name] = dealt[name][order]
     return Batch(**dealt)
 
-# %% ../nbs/52_trainer.ipynb #ce921f72
+# %% ../nbs/52_trainer.ipynb #4a2d81c1
 def options_at(c: Config, done: float) -> Config:   # `done`: share of the training, 0 to 1
     "The options of this moment: its τ, and whether the fusion's loss reaches the towers yet."
     tau = c.tau*c.tau_decay**done
     now = {'tau': tau, 'tau_decay': c.tau_end/tau}                         # so tau_end = tau·tau_decay stays
     return c.model_copy(update=now | {'fusion_grad': c.fusion_grad and done >= c.fusion_start})
 
-# %% ../nbs/52_trainer.ipynb #b74fb23a
+# %% ../nbs/52_trainer.ipynb #455b9359
 class Trainer:
     "A model in training: its batches, optimizers, task weights and precision."
     def __init__(self, c: Config, model: Model, loader: Loader, device: torch.device):
@@ -115,7 +115,6 @@ class Trainer:
         self.base_lr = [group['lr'] for group in self.param_groups()]
 
     def param_groups(self) -> list[dict]: return [group for opt in self.opts for group in opt.param_groups]
-
     def amp(self) -> torch.autocast: return run_autocast(self.device, self.dtype)
 
     def term_names(self) -> list[str]:
@@ -138,6 +137,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         "One step; the terms as numbers. Raises `UserError` when the loss is not finite."
         self.set_lr()
+        torch.manual_seed(combine_seeds(self.c.seed, self.step))           # of dropout
         terms = self.losses(batch.to(self.device))
         self.weights.step(terms, self.model.shared_parameters(), scale=self.scaler.get_scale())
         total = self.weights.total(terms)
@@ -155,7 +155,7 @@ class Trainer:
     def update(self) -> None:
         "Clip, then let every optimizer step. Where there is a second thread, the first steps there."
         for opt in self.opts: self.scaler.unscale_(opt)
-        if self.c.grad_clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
+        if self.c.grad_clip: clip_by_part(self.param_groups(), self.c.grad_clip)
         first, *others = [partial(self.scaler.step, opt) for opt in self.opts]
         pending = self.model.second.start(first) if self.model.second else first()
         for step in others: step()
