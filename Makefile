@@ -10,11 +10,12 @@ ARGS   ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help venv train test lab readme clean
+.PHONY: help venv train fusion test lab readme clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train    draw SynthPEDES, train the full model, test it     (ARGS="-p variant baseline -p seed 1")'
+	@echo 'make fusion   every fusion on the frozen towers of runs          (ARGS="-p run runs/synth/tiny/full/seed0 -p seeds 3")'
 	@echo 'make test     lint, all notebooks, all tests'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make readme   README.md from nbs/index.ipynb'
@@ -34,6 +35,10 @@ venv: $(STAMP)
 train: $(STAMP)
 	@mkdir -p runs
 	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -p dataset synth $(ARGS)
+
+fusion: $(STAMP)
+	@mkdir -p runs
+	$(ONE_THREAD) $(BIN)/papermill nbs/fusion.ipynb runs/fusion.ipynb $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/ruff check .
