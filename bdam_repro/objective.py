@@ -35,10 +35,12 @@ def align_loss(out: Outputs, pids: Tensor, c: Config) -> Tensor:
         losses.append(loss)
     return sum(losses)/len(losses)
 
-# %% ../nbs/43_objective.ipynb #44cc32f0
-def triplet_loss(out: Outputs, pids: Tensor, c: Config) -> Tensor:
+# %% ../nbs/43_objective.ipynb #3826ccfe
+def triplet_loss(out: Outputs, pids: Tensor, c: Config,
+                 fixed: bool = False   # see `batch_losses`
+                ) -> Tensor:
     "Eq. 4 on the L2-normalized identity features."
-    return batch_triplet(F.normalize(out.image.f_id.float(), dim=-1), pids, c.margin, c.mining)
+    return batch_triplet(F.normalize(out.image.f_id.float(), dim=-1), pids, c.margin, c.mining, fixed)
 
 # %% ../nbs/43_objective.ipynb #5d2ecf72
 def clothing_loss(out: Outputs, clo_ids: Tensor, c: Config) -> Tensor:   # clo_ids [B], equal for equal texts
@@ -50,23 +52,28 @@ def clothing_loss(out: Outputs, clo_ids: Tensor, c: Config) -> Tensor:   # clo_i
     if c.clothing == 'both': return matching + clothing_adversarial(out.clo, t, c.tau, c.p_pos, clo_ids)
     return matching + clothing_matching(grad_reverse(out.image.f_id), t, c.tau, clo_ids)
 
-# %% ../nbs/43_objective.ipynb #2ea0b00c
-def fusion_loss(out: Outputs, c: Config) -> Tensor:
+# %% ../nbs/43_objective.ipynb #7077ed44
+def fusion_loss(out: Outputs, c: Config, fixed: bool = False) -> Tensor:
     "The loss of f_final (open point 4): the right image wins among the candidates, or Eq. 4 from the text."
     if c.fusion_loss != 'triplet': return match_loss(out.cos/c.tau_end + c.rerank_weight*out.match)
     f = F.normalize(out.fused.float(), dim=-1)                             # [B, 1+N, D]
     anchor = F.normalize(out.anchor.float(), dim=-1)                       # [B, D]
     has_wrong = out.valid[:, 1]                                            # [B]
+    if fixed:
+        near, far = ((anchor - f[:, k]).square().sum(1) for k in (0, 1))
+        return (F.relu(near - far + c.margin)*has_wrong).sum()/has_wrong.sum().clamp_min(1)
     right, hardest = f[has_wrong, 0], f[has_wrong, 1]
     return triplet(anchor[has_wrong], right, hardest, c.margin)
 
-# %% ../nbs/43_objective.ipynb #78d1b9c6
-def batch_losses(out: Outputs, batch: Batch, c: Config) -> dict[str, Tensor]:
+# %% ../nbs/43_objective.ipynb #9f5e7761
+def batch_losses(out: Outputs, batch: Batch, c: Config,
+                 fixed: bool = False   # no shape depends on the data, as a CUDA graph needs it
+                ) -> dict[str, Tensor]:
     "Every term of Eq. 6 that this configuration has, times its coefficient."
     terms = {}
     if c.c_align: terms['align'] = c.c_align*align_loss(out, batch.pids, c)
     if c.c_triplet and c.align_loss == 'infonce':
-        terms['triplet'] = c.c_triplet*triplet_loss(out, batch.pids, c)
+        terms['triplet'] = c.c_triplet*triplet_loss(out, batch.pids, c, fixed)
     if out.clo is not None and out.clothing is not None:
         terms['clothing'] = c.c_clothing*clothing_loss(out, text_ids(batch.clo_ids), c)
     if c.bdam and c.c_decouple:
@@ -74,11 +81,11 @@ def batch_losses(out: Outputs, batch: Batch, c: Config) -> dict[str, Tensor]:
     if c.c_gate and c.bdam and c.bdam_gate:
         terms['gate'] = c.c_gate*gate_regularization(out.image.g, c.gate_reg)
     if c.fusion and c.c_fusion:
-        terms['fusion'] = c.c_fusion*fusion_loss(out, c)
+        terms['fusion'] = c.c_fusion*fusion_loss(out, c, fixed)
         if c.c_gate and c.fusion_gate: terms['fusion'] += c.c_gate*gate_regularization(out.w, c.gate_reg)
     return terms
 
-# %% ../nbs/43_objective.ipynb #f70b4dad
+# %% ../nbs/43_objective.ipynb #216e3ada
 def forward(model: nn.Module, batch: Batch, c: Config) -> Outputs:
     "The model's outputs of a batch; a text that no term of this configuration reads is not encoded."
     fused = c.fusion_text if c.fusion else None
@@ -108,7 +115,7 @@ class LiteralWeights(TaskWeights):
         if self.first is None: self.first = torch.stack(L).detach().clamp_min(1e-8)
         return literal_total(L, self.s, self.params, self.first, self.alpha, self.log_reg)
 
-# %% ../nbs/43_objective.ipynb #b65cf4d3
+# %% ../nbs/43_objective.ipynb #1ebfcf69
 def make_weights(names: list[str], c: Config, model: Model, opts: list[torch.optim.Optimizer]) -> TaskWeights:
     "The task weights that the configuration asks for. One task needs none."
     if c.balance == 'fixed' or len(names) < 2: return TaskWeights(names)   # all 1
