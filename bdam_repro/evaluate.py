@@ -65,7 +65,7 @@ def embed_images(model: Model, dataset: PedesDataset, split: str,
         rows_of.append(rows)
     return join_rows(parts), torch.cat(rows_of).numpy()
 
-# %% ../nbs/51_evaluate.ipynb #42f27d26
+# %% ../nbs/51_evaluate.ipynb #2d0c95d1
 def evaluate(model: Model, dataset: PedesDataset, tokenizer, split: str,
              amp=None       # a context of the precision to compute in; None: full precision
             ) -> dict:      # see below
@@ -79,8 +79,8 @@ def evaluate(model: Model, dataset: PedesDataset, tokenizer, split: str,
         q, q_rows = embed_texts(model, dataset, tokenizer, split)
         g, g_rows = embed_images(model, dataset, split)
         pids = dataset.records['pid'].to_numpy()
-        results, fused = {'dual': rank_metrics(q.t, g.f_id, pids[q_rows], pids[g_rows])}, None
-        top, cos = topk(q.t, g.f_id, min(model.config.rerank, len(g)))
+        results, fused = {'dual': rank_metrics(q.t, g.v, pids[q_rows], pids[g_rows])}, None
+        top, cos = topk(q.t, g.v, min(model.config.rerank, len(g)))
         if model.fusion is not None:
             device = q.t.device
             fused = rescore(model, q, g, top.to(device), cos.float().to(device)).cpu()

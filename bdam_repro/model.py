@@ -47,7 +47,7 @@ class Rows:
         columns = [getattr(self, x.name).split(sizes) for x in fields(self)]
         return [type(self)(*row) for row in zip(*columns)]
 
-# %% ../nbs/34_model.ipynb #19c2e7e6
+# %% ../nbs/34_model.ipynb #2f93d3d7
 @dataclass
 class TextFeatures(Rows):
     "A query. `encode_text` makes it from words alone."
@@ -72,6 +72,10 @@ class ImageFeatures(Rows):
     hat_clo: Tensor  # [B, D] clothing feature before the gate (Eq. 1)
     g: Tensor        # [B, D] gate
     patches: Tensor  # [B, L, D] gated identity tokens
+    v: Tensor = None # [B, D] v of Eq. 3, which `dual` scores; None: f_id
+
+    def __post_init__(self):
+        if self.v is None: self.v = self.f_id
 
 # %% ../nbs/34_model.ipynb #15fde592
 class Pool(nn.Module):
@@ -112,7 +116,7 @@ def make_fusion(c: Config,
                        gate=c.fusion_gate, mlp=c.fusion_align, d_state=c.d_state, d_conv=c.d_conv,
                        heads=c.fusion_heads, dropout=c.dropout, match=c.fusion_loss == 'match')
 
-# %% ../nbs/34_model.ipynb #1fc17e0e
+# %% ../nbs/34_model.ipynb #d5ef82d4
 class Retriever(nn.Module):
     "Two encoders, BDAM and the fusion (Sec. 3.1-3.4)."
     def __init__(self,
@@ -130,8 +134,11 @@ class Retriever(nn.Module):
         else: self.bdam = Pool(vision.dim, c.dim)
         clothing = c.bdam and c.c_clothing > 0
         self.proj_clo = nn.Linear(c.dim, c.dim) if clothing else None    # hat_clo into the text's space (3.2)
+        self.proj_v = None
+        if c.image_feature == 'encoder':                       # v before BDAM, in the width of the text
+            self.proj_v = nn.Identity() if vision.dim == c.dim else nn.Linear(vision.dim, c.dim)
         self.fusion = None
-        for name in ('proj_t', 'bdam', 'proj_clo'):
+        for name in ('proj_t', 'bdam', 'proj_clo', 'proj_v'):
             if (part := getattr(self, name)) is not None: start_layers(part, c.seed, name)
         if c.fusion:
             with own_start(c.seed, 'fusion'): self.fusion = make_fusion(c, text.dim)
@@ -154,10 +161,13 @@ class Retriever(nn.Module):
     def encode_image(self, images: Tensor  # [B, 3, H, W] uint8, or float in 0..1
                     ) -> ImageFeatures:
         "A gallery entry, from pixels alone."
-        d = self.bdam(self.vision(images))
-        return ImageFeatures(d.f_id, d.f_clo, d.hat_clo, d.g, d.tokens)
+        f_i = self.vision(images)                              # [B, 1+L, D_img]
+        d, v = self.bdam(f_i), None
+        if self.config.image_feature == 'pooled': v = d.hat_id
+        if self.config.image_feature == 'encoder': v = self.proj_v(f_i[:, 1:].mean(1))
+        return ImageFeatures(d.f_id, d.f_clo, d.hat_clo, d.g, d.tokens, v)
 
-# %% ../nbs/34_model.ipynb #30b32b6b
+# %% ../nbs/34_model.ipynb #1090bd9c
 def check_sides(q, g) -> None:
     "Refuses to score anything but a text against an image: the protocol as a type error."
     if type(q) is not TextFeatures or type(g) is not ImageFeatures:
@@ -167,9 +177,9 @@ def check_sides(q, g) -> None:
 def dual(q: TextFeatures,   # Q queries
          g: ImageFeatures   # G gallery entries
         ) -> Tensor:        # [Q, G] cosines
-    "Cosine of text feature and gated identity feature. Raises `TypeError` for other types."
+    "Cosine of text feature and v, the gated identity feature by default. Raises `TypeError` for other types."
     check_sides(q, g)
-    return F.normalize(q.t.float(), dim=-1) @ F.normalize(g.f_id.float(), dim=-1).T
+    return F.normalize(q.t.float(), dim=-1) @ F.normalize(g.v.float(), dim=-1).T
 
 # %% ../nbs/34_model.ipynb #47c68efa
 def fuse(model: Retriever,
