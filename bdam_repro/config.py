@@ -150,7 +150,7 @@ class BdamOptions(Options):
     bdam_gate: bool = opt(True, 'g ⊙ f_id, (1−g) ⊙ f_clo; off: both as they are', 'on (3.2)')
     keep_cls: bool = opt(False, '[CLS] among the tokens of the branches', 'dropped (3.2)')
 
-# %% ../nbs/00_config.ipynb #07e16017
+# %% ../nbs/00_config.ipynb #c05a4759
 class FusionOptions(Options):
     fusion: bool = opt(True, 'fuse image and text, re-score the best of `dual`')
     fusion_kind: Literal['mamba', 'none', 'simple', 'transformer', 'product', 'cross'] = opt(
@@ -159,8 +159,8 @@ class FusionOptions(Options):
     fusion_input: Literal['pooled', 'tokens'] = opt(
         'pooled', 'one vector per pair, or one sequence of patches and words', 'pooled (3.4)')
     fusion_order: Literal['image', 'text'] = opt('image', 'of the tokens: which come first', 'not printed')
-    fusion_scan: Literal['forward', 'both'] = opt('forward', 'Mamba over the tokens from one end, or from both',
-                                                  'not printed')
+    fusion_scan: Literal['forward', 'both'] = opt(
+        'forward', 'Mamba over the tokens from one end, or from both', 'not printed')
     fusion_read: Literal['all', 'second'] = opt(
         'all', 'the mean over all tokens, or over those of the modality that comes second', 'not printed')
     fusion_norm: bool = opt(True, 'a LayerNorm before each layer', 'none (3.4)')
@@ -184,13 +184,13 @@ class FusionOptions(Options):
     rerank: int = opt(32, 'K: how many of `dual` the fusion re-scores', ge=1)
     rerank_weight: float = opt(1.0, 'λ of dual/τ + λ · match', ge=0)
 
-# %% ../nbs/00_config.ipynb #fd85b9f8
+# %% ../nbs/00_config.ipynb #10e33427
 class LossOptions(Options):
     align_loss: Literal['infonce', 'sdm', 'tal'] = opt(
         'infonce', 'image-text alignment: Eq. 3, or the baselines SDM and TAL', 'InfoNCE (3.5)')
     image_feature: Literal['gated', 'pooled', 'encoder'] = opt(
-        'gated', 'v of Eq. 3, and what `dual` scores: the identity feature behind the gate, before it, or the '
-        'mean of the encoder\'s patches', '"identity feature from the visual encoder" (3.5)')
+        'gated', 'v of Eq. 3, and what `dual` scores: the identity feature behind the gate, before it, or '
+        "the mean of the encoder's patches", '"identity feature from the visual encoder" (3.5)')
     triplet_feature: Literal['normalized', 'raw'] = opt('normalized', 'what Eq. 4 measures distances of',
                                                         'raw (3.5)')
     tau: float = opt(0.05, 'τ of Eq. 1 and 3', 'not printed', gt=0)
@@ -216,7 +216,7 @@ class LossOptions(Options):
     c_gate: float = opt(1.0, 'coefficient of the gate regularization', ge=0)
     c_fusion: float = opt(1.0, "coefficient of the fusion's loss", ge=0)
 
-# %% ../nbs/00_config.ipynb #355ced48
+# %% ../nbs/00_config.ipynb #062ab00b
 class TrainOptions(Options):
     balance: Literal['gradnorm', 'literal', 'fixed'] = opt(
         'gradnorm', "task weights: GradNorm's closed form, Eq. 5-6 as printed, or 1", 'GradNorm (3.5)')
@@ -224,7 +224,8 @@ class TrainOptions(Options):
     gradnorm_lr: float = opt(0.025, 'step of the task weights', '0.025 (4.2)', gt=0)
     gradnorm_every: int = opt(5, 'training steps between two of GradNorm', ge=1)
     gradnorm_ema: float = opt(0.9, 'averaging of the losses over updates; 0: none', 'not printed', ge=0, lt=1)
-    gradnorm_eps: float = opt(1e-3, 'a loss below this counts as solved: (L + ε)/(L⁰ + ε)', 'not printed', ge=0)
+    gradnorm_eps: float = opt(1e-3, 'a loss below this counts as solved: (L + ε)/(L⁰ + ε)', 'not printed',
+                              ge=0)
     gradnorm_ref: Literal['mean', 'first'] = opt('mean', 'G_ref', 'first task (3.5)')
     log_reg: float = opt(1e-3, 'λ of Eq. 6', '1e-3 (4.2)', ge=0)
     epochs: int = opt(60, 'epochs', 'not printed', ge=1)
@@ -283,14 +284,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         optimizer='muon', lr=1e-3, warmup=0, workers=0, rerank=8),
 }
 
-# %% ../nbs/00_config.ipynb #4d6f1518
+# %% ../nbs/00_config.ipynb #10b38c59
 LITERAL = dict(
-    id_text='generated', image_feature='encoder', symmetric=False, positives='diagonal', tau_decay=1.0,   # Eq. 3
-    triplet_feature='raw',                                                                                # Eq. 4
-    clothing='literal', p_pos='softmax', hsic_kernel='linear',                                            # Eq. 1-2
-    fusion_input='pooled', fusion_text='identity', fusion_norm=False, fusion_loss='triplet', fusion_grad=True,  # 3.4
-    balance='literal', gradnorm_ref='first', gradnorm_every=1,                                            # Eq. 5-6
-    optimizer='adam', lr=1e-4, weight_decay=1e-3, decay_all=True, schedule='cosine', dropout=0.1,         # 4.2
+    # Eq. 1 and 2
+    clothing='literal', p_pos='softmax', hsic_kernel='linear',
+    # Eq. 3 and 4
+    id_text='generated', image_feature='encoder', symmetric=False, positives='diagonal', tau_decay=1.0,
+    triplet_feature='raw',
+    # 3.4
+    fusion_input='pooled', fusion_text='identity', fusion_norm=False, fusion_loss='triplet', fusion_grad=True,
+    # Eq. 5 and 6
+    balance='literal', gradnorm_ref='first', gradnorm_every=1,
+    # 4.2
+    optimizer='adam', lr=1e-4, weight_decay=1e-3, decay_all=True, schedule='cosine', dropout=0.1,
     grad_clip=0.0)
 PRESETS |= {'literal': LITERAL, 'tiny-literal': PRESETS['tiny'] | LITERAL | dict(two_captions=False)}
 

@@ -38,12 +38,12 @@ from .ranked import Run, load_run
 from .runs import code_version, device_name
 from .trainer import pick_device, pick_dtype, run_autocast
 
-# %% ../nbs/56_frozen.ipynb #d6c973ce
+# %% ../nbs/56_frozen.ipynb #4c66dc01
 @dataclass
 class Frozen:
     "A split behind towers that are done."
     q: TextFeatures    # Q captions
-    g: ImageFeatures   # G images; of these only `f_id` and `patches` are kept
+    g: ImageFeatures   # G images; of these only `f_id`, `v` and `patches` are kept
     own: Tensor        # [Q] the image of each caption
     q_pids: Tensor     # [Q] identities
     g_pids: Tensor     # [G]
@@ -54,25 +54,26 @@ class Frozen:
     def unit_t(self) -> Tensor: return F.normalize(self.q.t, dim=-1)       # [Q, D]
 
     @cached_property
-    def unit_f_id(self) -> Tensor: return F.normalize(self.g.f_id, dim=-1) # [G, D]
+    def unit_v(self) -> Tensor: return F.normalize(self.g.v, dim=-1)       # [G, D]
 
     def cos(self, i: Tensor, j: Tensor) -> Tensor:   # [P] captions, [P] images -> [P]
         "`dual` of pairs."
-        return (self.unit_t[i]*self.unit_f_id[j]).sum(-1)
+        return (self.unit_t[i]*self.unit_v[j]).sum(-1)
 
     def first_captions(self, n: int) -> 'Frozen':
         "The same gallery, asked by about n captions spread over all of them."
         i = torch.arange(0, len(self), max(1, len(self)//n), device=self.own.device)
         return Frozen(self.q[i], self.g, self.own[i], self.q_pids[i], self.g_pids)
 
-# %% ../nbs/56_frozen.ipynb #2e3ee401
+# %% ../nbs/56_frozen.ipynb #a0ddb638
 def precision(run: Run) -> torch.autocast:
     "The context in which the run computed."
     device = pick_device(run.config)
     return run_autocast(device, pick_dtype(run.config, device))
 
 @torch.no_grad()
-def freeze_texts(run: Run, split: str, words: bool) -> tuple[TextFeatures, np.ndarray]:   # and the row of each
+def freeze_texts(run: Run, split: str, words: bool
+                ) -> tuple[TextFeatures, np.ndarray]:   # and the dataset's row of each
     "The captions of a split behind the text tower."
     c, device, parts, rows_of = run.config, pick_device(run.config), [], []
     for rows, ids, mask in text_batches(run.dataset, run.tokenizer, c.max_length, 256, split):
@@ -90,7 +91,8 @@ def freeze_images(run: Run, split: str, patches: bool) -> tuple[ImageFeatures, n
     size = c.image_height, c.image_width
     for rows, images in image_batches(run.dataset, size, 256, split, columns=c.columns):
         with precision(run): g = run.model.encode_image(images.to(device))
-        kept = {f.name: getattr(g, f.name)[:, :0] for f in fields(g)} | dict(f_id=g.f_id.float())
+        kept = {f.name: getattr(g, f.name)[:, :0] for f in fields(g)}
+        kept |= dict(f_id=g.f_id.float(), v=g.v.float())
         if patches: kept['patches'] = g.patches.half()
         parts.append(ImageFeatures(**kept))
         rows_of.append(rows)
@@ -110,7 +112,7 @@ def freeze(run: Run,
     own = torch.tensor([row_in_gallery[row] for row in q_rows])
     return Frozen(q, g, *(x.to(device) for x in (own, pids[q_rows], pids[g_rows])))
 
-# %% ../nbs/56_frozen.ipynb #41c4864a
+# %% ../nbs/56_frozen.ipynb #4aedc8fe
 @dataclass
 class Mined:
     "The best K of `dual` of each training caption, in a gallery of some of the people."
@@ -132,14 +134,15 @@ def mine(split: Frozen,
     for block in everyone[order].chunk(max(1, round(len(everyone)/people))):
         gallery = torch.isin(split.g_pids, block).nonzero()[:, 0]                    # [g]
         for i in torch.isin(split.q_pids, block).nonzero()[:, 0].split(chunk):
-            sim = split.unit_t[i] @ split.unit_f_id[gallery].T                       # [q, g]
+            sim = split.unit_t[i] @ split.unit_v[gallery].T                       # [q, g]
             top[i] = gallery[sim.topk(k).indices]
     right = split.g_pids[top] == split.q_pids[:, None]
     useful = (right.any(1) & ~right.all(1)).nonzero()[:, 0]
-    if not len(useful): raise UserError(f'no training caption has a right image among its best {k}: raise rerank')
+    if not len(useful):
+        raise UserError(f'no training caption has a right image among its best {k}: raise rerank')
     return Mined(useful, top[useful], right[useful])
 
-# %% ../nbs/56_frozen.ipynb #9a88325e
+# %% ../nbs/56_frozen.ipynb #47efb3d9
 def pick_candidates(split: Frozen,
                     batch: int,              # B, captions of the step
                     n: int,                  # wrong images of each
@@ -151,7 +154,7 @@ def pick_candidates(split: Frozen,
     row = torch.randint(total, (batch,), generator=draws).to(device)
     if mined is None:
         right = split.own[row]
-        sim = split.unit_t[row] @ split.unit_f_id[right].T                           # [B, B]
+        sim = split.unit_t[row] @ split.unit_v[right].T                           # [B, B]
         rows, valid = candidates(sim, split.q_pids[row], n)
         return row, right[rows], valid
     top, is_right = mined.top[row], mined.right[row]                                 # [B, K]
@@ -161,7 +164,7 @@ def pick_candidates(split: Frozen,
     images = top.gather(1, torch.cat([first, wrong.indices], 1))
     return mined.captions[row], images, torch.cat([first >= 0, wrong.values >= 0], 1)
 
-# %% ../nbs/56_frozen.ipynb #0600cfed
+# %% ../nbs/56_frozen.ipynb #e7455335
 def pair_logits(fusion: MambaFusion, c: Config, split: Frozen,
                 i: Tensor, j: Tensor   # [P] captions, [P] images
                ) -> Tensor:            # [P] match scores m
@@ -176,10 +179,11 @@ def pair_logits(fusion: MambaFusion, c: Config, split: Frozen,
 class Budget:
     "What every fusion gets."
     steps: int = 1000
-    batch: int = 64          # captions per step
+    batch: int = 32          # captions per step
+    wrong: int = 3           # wrong images of each
     lr: float = 1e-3         # of AdamW, half a cosine behind a short warm-up
     captions: int = 4000     # of the validation, to choose λ
-    rerank: int = 16         # K: how many of `dual` are re-scored, in training and test
+    rerank: int = 10         # K: how many of `dual` are re-scored, in training and test
 
 def train_fusion(split: Frozen, mined: Mined | None, c: Config, seed: int, budget: Budget,
                  word_dim: int) -> tuple[MambaFusion, list[float]]:   # and the loss of each step
@@ -190,7 +194,7 @@ def train_fusion(split: Frozen, mined: Mined | None, c: Config, seed: int, budge
     opt, losses = torch.optim.AdamW(fusion.parameters(), lr=budget.lr, weight_decay=.01), []
     for step in range(budget.steps):
         opt.param_groups[0]['lr'] = budget.lr*lr_at(step, budget.steps, budget.steps//20)
-        i, images, valid = pick_candidates(split, budget.batch, c.fusion_negatives, mined, draws)
+        i, images, valid = pick_candidates(split, budget.batch, budget.wrong, mined, draws)
         each, images = i.repeat_interleave(images.shape[1]), images.flatten()
         m = pair_logits(fusion, c, split, each, images)
         score = split.cos(each, images)/c.tau_end + c.rerank_weight*m
@@ -201,7 +205,7 @@ def train_fusion(split: Frozen, mined: Mined | None, c: Config, seed: int, budge
         losses.append(loss.item())
     return fusion.eval(), losses
 
-# %% ../nbs/56_frozen.ipynb #efd650c4
+# %% ../nbs/56_frozen.ipynb #76b7982f
 LAMBDAS = (0., .125, .25, .5, 1., 2., 4.)
 
 @dataclass
@@ -216,14 +220,15 @@ class Candidates:
     def of(cls, split: Frozen, k: int) -> 'Candidates':
         "Rank the split by `dual`."
         q_pids, g_pids = split.q_pids.cpu().numpy(), split.g_pids.cpu().numpy()
-        dual = rank_metrics(split.q.t, split.g.f_id, q_pids, g_pids)
-        top, cos = topk(split.q.t, split.g.f_id, min(k, len(g_pids)))
+        dual = rank_metrics(split.q.t, split.g.v, q_pids, g_pids)
+        top, cos = topk(split.q.t, split.g.v, min(k, len(g_pids)))
         return cls(split, dual, top, cos.float())
 
     def first_right(self, m: Tensor, c: Config, weight: float) -> float:   # m [Q, K]
         "R-1 of that ranking, in percent, without the rest of the metrics."
         first = (self.cos/c.tau_end + weight*m).argmax(1)                  # [Q]
-        right = self.split.g_pids.cpu()[self.top.cpu().gather(1, first[:, None])[:, 0]] == self.split.q_pids.cpu()
+        image = self.top.gather(1, first[:, None])[:, 0].cpu()             # [Q]
+        right = self.split.g_pids.cpu()[image] == self.split.q_pids.cpu()
         return 100*right.float().mean().item()
 
     def rescored(self, m: Tensor, c: Config, weight: float) -> RetrievalResult:   # m [Q, K]
@@ -246,7 +251,7 @@ def choose_weight(fusion: MambaFusion, c: Config, val: Candidates) -> float:
     m = candidate_logits(fusion, c, val)
     return max(LAMBDAS, key=lambda weight: (val.first_right(m, c, weight), -weight))
 
-# %% ../nbs/56_frozen.ipynb #85ddd11d
+# %% ../nbs/56_frozen.ipynb #d20b7c26
 class Entry(NamedTuple):
     "A fusion to be measured."
     fusion: str                     # its name in the table
@@ -261,7 +266,8 @@ ENTRIES = (
     Entry('w/o gate', 'pooled', dict(fusion_gate=False)),
     Entry('w/o alignment', 'pooled', dict(fusion_align=False)),
     Entry('Simple', 'pooled', dict(fusion_kind='simple')),                     # Figure 5
-    *(Entry(f'Transformer ×{n}', 'pooled', dict(fusion_kind='transformer', fusion_layers=n)) for n in (1, 2, 4)),
+    *(Entry(f'Transformer ×{n}', 'pooled', dict(fusion_kind='transformer', fusion_layers=n))
+      for n in (1, 2, 4)),
     Entry('Product', 'pooled', dict(fusion_kind='product')),                   # rival
     Entry('Mamba', 'tokens', _TOKENS),                                         # readings of 3.4
     Entry('Mamba', 'tokens, words first', _TOKENS | dict(fusion_order='text')),
@@ -295,7 +301,7 @@ def choose_entries(only: str = ''   # parts of names, by commas; empty: all
     if unknown: raise UserError(f'no fusion is named {unknown[0]!r}: take parts of {"; ".join(names)}')
     return [e for name, e in names.items() if not parts or any(part in name for part in parts)]
 
-# %% ../nbs/56_frozen.ipynb #bf594563
+# %% ../nbs/56_frozen.ipynb #0fb60518
 @dataclass
 class FrozenRun:
     "The features of a run, and what is computed from them once."
@@ -314,7 +320,8 @@ class FrozenRun:
         "The three splits of a finished run."
         train, val, test = (freeze(run, split, tokens) for split in ('train', 'val', 'test'))
         c, few = run.config, val.first_captions(budget.captions)
-        towers, name = f'{c.dataset}/{c.preset}/{run.folder.parent.name}', f'seed{c.seed}-{weights_digest(run)}'
+        towers = f'{c.dataset}/{c.preset}/{run.folder.parent.name}'
+        name = f'seed{c.seed}-{weights_digest(run)}'
         return cls(towers, name, c, run.model.text.dim, train, mine(train, budget.rerank),
                    Candidates.of(few, budget.rerank), Candidates.of(test, budget.rerank),
                    device_name(pick_device(c)))
@@ -322,7 +329,8 @@ class FrozenRun:
 def find_runs(patterns: str   # folders with wildcards, by commas, relative to the repository
              ) -> list[Path]:
     "Finished runs. Raises `UserError` where there is none."
-    found = [ROOT/folder for pattern in patterns.split(',') for folder in sorted(glob(str(ROOT/pattern.strip())))]
+    found = []
+    for pattern in patterns.split(','): found += map(Path, sorted(glob(str(ROOT/pattern.strip()))))
     done = [folder for folder in found if (folder/'metrics.json').is_file()]
     if not done: raise UserError(f'no finished run in {patterns}: train one first, see train.ipynb')
     return done
@@ -331,6 +339,7 @@ def weights_digest(run: Run) -> str:   # 8 hexadecimal digits
     "Which towers these are."
     return hashlib.sha256((run.folder/'best.safetensors').read_bytes()).hexdigest()[:8]
 
+# %% ../nbs/56_frozen.ipynb #5ab7921a
 def busy_seconds(device: torch.device) -> float:
     "Of this process on a CPU, where others may run beside it; of the wall on a GPU."
     if device.type != 'cuda': return time.process_time()
@@ -351,8 +360,9 @@ def measure_entry(frozen: FrozenRun, entry: Entry, seed: int, budget: Budget) ->
     gains = {f'gain_{metric}': best[metric] - dual[metric] for metric in ('R1', 'mAP')}
     return row | gains | dict(
         dual_R1=dual['R1'], dual_mAP=dual['mAP'], weight=weight, gain_R1_at_1=plain['R1'] - dual['R1'],
-        loss=float(np.mean(losses[-50:])), seconds=seconds, parameters=sum(p.numel() for p in fusion.parameters()),
-        queries=len(test.split), device=frozen.device, code=code_version())
+        loss=float(np.mean(losses[-50:])), seconds=seconds,
+        parameters=sum(p.numel() for p in fusion.parameters()), queries=len(test.split),
+        device=frozen.device, code=code_version())
 
 # %% ../nbs/56_frozen.ipynb #ed397612
 _KEY = ['towers', 'run', 'fusion', 'reading', 'negatives', 'seed', 'steps']
@@ -389,7 +399,7 @@ def measure_fusions_of(folders: Iterable[str | Path],   # finished runs
                 with atomic_path(path) as tmp: measured.to_csv(tmp, index=False)
     return measured
 
-# %% ../nbs/56_frozen.ipynb #63f1b5c3
+# %% ../nbs/56_frozen.ipynb #15af4775
 def t_mean(values: Iterable[float]) -> tuple[float, float, float]:   # mean, lower, upper
     "Mean and 95 % t interval; NaN bounds for a single value."
     x = np.asarray(list(values), dtype=float)
@@ -413,10 +423,11 @@ def fusion_table(measured: pd.DataFrame) -> pd.DataFrame:   # rows of `measure_f
 def measured_on(part: pd.DataFrame) -> str:   # rows of one kind of towers
     "What a table of fusions was measured on."
     dual, runs = part.groupby('run')['dual_R1'].first(), part['run'].nunique()
-    return (f'Fusions trained on the frozen features of {part["towers"].iloc[0]}: what each adds to `dual`, in '
-            f'percentage points, mean and 95 % t interval over {"runs" if runs > 1 else "seeds of the fusion"}. '
-            f'`dual` has R-1 {dual.mean():.1f} on {int(part["queries"].iloc[0]):,} captions of the test people; '
-            f'λ is chosen on validation. {int(part["steps"].iloc[0]):,} steps each on '
+    first, over = part.iloc[0], 'runs' if runs > 1 else 'seeds of the fusion'
+    return (f'Fusions trained on the frozen features of {first["towers"]}: what each adds to `dual`, in '
+            f'percentage points, mean and 95 % t interval over {over}. '
+            f'`dual` has R-1 {dual.mean():.1f} on {int(first["queries"]):,} captions of the test people; '
+            f'λ is chosen on validation. {int(first["steps"]):,} steps each on '
             f'{"; ".join(sorted(set(part["device"])))}. Code {", ".join(sorted(set(part["code"])))}.')
 
 def fusion_lines(part: pd.DataFrame) -> list[str]:   # rows of one kind of towers

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['align', 'ModalityGate', 'reverse_real', 'BothWays', 'Residual', 'WordsToPatches', 'mixer_layer', 'mixer_layers',
-           'masked_mean', 'pack_real', 'product_features', 'product_perceptron', 'Fused', 'MambaFusion']
+           'masked_mean', 'pack_real', 'product_features', 'product_perceptron', 'Fused', 'mix_tokens', 'read_patches',
+           'FusionEnds', 'MambaFusion']
 
 # %% ../nbs/33_fusion.ipynb #330004
 from dataclasses import dataclass
@@ -144,8 +145,47 @@ class Fused:
     w: Tensor             # [B, 2] weights of image and text
     logit: Tensor | None  # [B] match score m: text and image are of one person; None without a match head
 
-# %% ../nbs/33_fusion.ipynb #e3238efb
-class MambaFusion(nn.Module):
+# %% ../nbs/33_fusion.ipynb #31d4cd95
+def mix_tokens(layers: nn.ModuleList, f_img: Tensor, f_txt: Tensor,   # [B, L, D], [B, M, D] weighted tokens
+               mask: Tensor,        # [B, M] bool, True on words
+               order: str = 'image', read: str = 'all'   # see the table above
+              ) -> Tensor:          # [B, D]
+    "Patches and words in one sequence through the layers, then a mean over places."
+    parts = [(f_img, mask.new_ones(f_img.shape[:2])), (f_txt, mask)]
+    if order == 'text': parts.reverse()
+    (first, keep_first), (second, keep_second) = parts
+    keep = torch.cat([keep_first, keep_second], 1)                            # [B, L+M] real tokens
+    pooled = keep
+    if read == 'second': pooled = torch.cat([torch.zeros_like(keep_first), keep_second], 1)
+    f_fusion = torch.cat([first, second], 1)*keep[..., None]                  # [B, L+M, D]
+    if order == 'text': keep, f_fusion, pooled = pack_real(keep, f_fusion, pooled)
+    for layer in layers: f_fusion = layer(f_fusion, mask=keep)
+    return masked_mean(f_fusion, pooled[..., None])
+
+def read_patches(layers: nn.ModuleList, f_img: Tensor, f_txt: Tensor, mask: Tensor   # as in `mix_tokens`
+                ) -> Tensor:                                                         # [B, D]
+    "The words read from the patches in every layer, then a mean over the words."
+    for layer in layers: f_txt = layer(f_txt, f_img, mask)
+    return masked_mean(f_txt, mask[..., None])
+
+# %% ../nbs/33_fusion.ipynb #d8a4b36a
+class FusionEnds(nn.Module):
+    "The modality weights before the layers, the projection and the match score behind them."
+    gate: ModalityGate | None
+    match: nn.Linear | None
+
+    def weigh(self, f_img: Tensor, f_txt: Tensor) -> Tensor:   # [B, D] each -> w [B, 2]
+        "The modality weights; one half each where the gate is off."
+        return f_img.new_full((len(f_img), 2), .5) if self.gate is None else self.gate(f_img, f_txt)
+
+    def finish(self, f_fusion: Tensor, w: Tensor) -> Fused:    # f_fusion [B, D], behind the last layer
+        "Projection to f_final, and the match score read from it."
+        f_final = self.out(self.norm(f_fusion))                                # [B, D_out]
+        logit = None if self.match is None else self.match(f_final).squeeze(-1)
+        return Fused(f_final, w, logit)
+
+# %% ../nbs/33_fusion.ipynb #7fdfa259
+class MambaFusion(FusionEnds):
     "Align, weigh, mix, project (Sec. 3.4). There is no way in for the clothing feature."
     def __init__(self,
                  img_dim: int,            # width of f_id^gate
@@ -157,7 +197,7 @@ class MambaFusion(nn.Module):
                  kind: str = 'mamba',     # see `mixer_layers`
                  order: str = 'image',    # of the tokens: 'image' or 'text' first
                  scan: str = 'forward',   # Mamba's direction over the tokens, or 'both'
-                 read: str = 'all',       # f_fusion is the mean over 'all' tokens, or over the 'second' modality
+                 read: str = 'all',       # f_fusion is the mean over 'all' tokens, or the 'second' modality's
                  norm: bool = True,       # LayerNorm before each Mamba; off as printed
                  gate: bool = True,       # off: one half each
                  mlp: bool = True,        # alignment by an MLP; off: linear
@@ -175,16 +215,6 @@ class MambaFusion(nn.Module):
         self.product = product_perceptron(dim, dropout) if kind == 'product' else None
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, out_dim)
         self.match = nn.Linear(out_dim, 1, bias=False) if match else None
-
-    def weigh(self, f_img: Tensor, f_txt: Tensor) -> Tensor:   # [B, D] each -> w [B, 2]
-        "The modality weights; one half each where the gate is off."
-        return f_img.new_full((len(f_img), 2), .5) if self.gate is None else self.gate(f_img, f_txt)
-
-    def finish(self, f_fusion: Tensor, w: Tensor) -> Fused:    # f_fusion [B, D], behind the last layer
-        "Projection to f_final, and the match score read from it."
-        f_final = self.out(self.norm(f_fusion))                                # [B, D_out]
-        logit = None if self.match is None else self.match(f_final).squeeze(-1)
-        return Fused(f_final, w, logit)
 
     def forward(self,
                 f_id: Tensor,   # [B, img_dim] gated identity feature
@@ -208,25 +238,6 @@ class MambaFusion(nn.Module):
         f_img, f_txt = self.align_img(patches), self.align_txt(words)          # [B, L, D], [B, M, D]
         w = self.weigh(f_img.mean(1), masked_mean(f_txt, mask[..., None]))     # [B, 2]
         f_img, f_txt = w[:, :1, None]*f_img, w[:, 1:, None]*f_txt
-        if self.kind == 'cross': f_fusion = self.read_patches(f_img, f_txt, mask)
-        else: f_fusion = self.mix_tokens(f_img, f_txt, mask)
+        if self.kind == 'cross': f_fusion = read_patches(self.layers, f_img, f_txt, mask)
+        else: f_fusion = mix_tokens(self.layers, f_img, f_txt, mask, self.order, self.read)
         return self.finish(f_fusion, w)
-
-    def mix_tokens(self, f_img: Tensor, f_txt: Tensor, mask: Tensor   # [B, L, D], [B, M, D], [B, M]
-                  ) -> Tensor:                                        # [B, D]
-        "One sequence of patches and words through the layers, then a mean."
-        every = mask.new_ones(f_img.shape[:2])                                 # [B, L]
-        parts = [(f_img, every), (f_txt, mask)]
-        if self.order == 'text': parts.reverse()
-        (first, keep_first), (second, keep_second) = parts
-        keep = torch.cat([keep_first, keep_second], 1)                         # [B, L+M] real tokens
-        pooled = torch.cat([torch.zeros_like(keep_first), keep_second], 1) if self.read == 'second' else keep
-        f_fusion = torch.cat([first, second], 1)*keep[..., None]               # [B, L+M, D]
-        if self.order == 'text': keep, f_fusion, pooled = pack_real(keep, f_fusion, pooled)
-        for layer in self.layers: f_fusion = layer(f_fusion, mask=keep)
-        return masked_mean(f_fusion, pooled[..., None])
-
-    def read_patches(self, f_img: Tensor, f_txt: Tensor, mask: Tensor) -> Tensor:   # as in `mix_tokens`
-        "The words read from the patches in every layer (`cross`), then a mean over the words."
-        for layer in self.layers: f_txt = layer(f_txt, f_img, mask)
-        return masked_mean(f_txt, mask[..., None])

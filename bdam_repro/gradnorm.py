@@ -105,7 +105,7 @@ class TaskWeights:
         for k in self.moving: setattr(self, k, copy.deepcopy(state[k]))
         self.s.copy_(state['s'])
 
-# %% ../nbs/41_gradnorm.ipynb #a74d446b
+# %% ../nbs/41_gradnorm.ipynb #e614e548
 def measure_tasks(names: Sequence[str],  # the K tasks
             losses: dict[str, Tensor],  # scalars by name
             params: Sequence[Tensor],  # the final shared layer
@@ -126,9 +126,7 @@ def task_gradients(names: Sequence[str], losses: dict[str, Tensor], params: Sequ
     M = torch.zeros(len(names), P + 2, device=params[0].device, dtype=dtype)
     for row, k in zip(M, names):
         v = grad_vector(losses[k], params, scale) if k in losses else None
-        if v is None: continue
-        row[:P], row[P] = v, losses[k].detach()
-        row[P + 1].fill_(1)
+        if v is not None: row[:P], row[P], row[P + 1] = v, losses[k].detach(), 1
     return M
 
 def task_norms(M: Tensor  # of `task_gradients`
@@ -166,7 +164,7 @@ class LossRatios(TaskWeights):
         self.mean = torch.where(here, self.ema*self.mean + (1 - self.ema)*L, self.mean)
         return (self.mean + self.eps) / (self.first + self.eps)
 
-# %% ../nbs/41_gradnorm.ipynb #a5258deb
+# %% ../nbs/41_gradnorm.ipynb #95c45064
 class GradNorm(LossRatios):
     "Task weights moved by GradNorm (Sec. 3.5, 4.2): call `step`, then backward of `total`."
     def __init__(self,
@@ -181,7 +179,7 @@ class GradNorm(LossRatios):
                  ema: float = .9,  # averaging of losses over updates; 0: the last one alone
                  eps: float = 1e-3,  # a loss below this counts as solved: (L + ε)/(L0 + ε)
                  optimizer: str = 'adam',  # 'adam' | 'sgd', on s
-                 apart: Sequence[str] = ()  # tasks that keep their weight, whether they reach the layer or not
+                 apart: Sequence[str] = ()  # tasks that keep their weight, even where they reach the layer
                 ):
         "Raises `UserError` for settings that make no sense."
         super().__init__(names, ema, eps)

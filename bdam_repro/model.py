@@ -116,7 +116,7 @@ def make_fusion(c: Config,
                        gate=c.fusion_gate, mlp=c.fusion_align, d_state=c.d_state, d_conv=c.d_conv,
                        heads=c.fusion_heads, dropout=c.dropout, match=c.fusion_loss == 'match')
 
-# %% ../nbs/34_model.ipynb #d5ef82d4
+# %% ../nbs/34_model.ipynb #9419267c
 class Retriever(nn.Module):
     "Two encoders, BDAM and the fusion (Sec. 3.1-3.4)."
     def __init__(self,
@@ -157,6 +157,11 @@ class Retriever(nn.Module):
         if self.config.text_pool == 'cls': sentence = self.text.pool(words, mask)
         else: sentence = masked_mean(words, mask[..., None])
         return TextFeatures(self.proj_t(sentence), words, mask)
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        "The image encoder's last dense layer: every loss passes through it (Sec. 4.2, open point 9)."
+        dense = [m for m in self.vision.modules() if isinstance(m, nn.Linear)]
+        return list(dense[-1].parameters())
 
     def encode_image(self, images: Tensor  # [B, 3, H, W] uint8, or float in 0..1
                     ) -> ImageFeatures:
@@ -299,7 +304,7 @@ class Outputs(FusedCandidates):
     other: TextFeatures | None = None      # another caption of the same image
     clo: Tensor | None = None              # [B, D] clothing feature in the text's space (Eq. 1)
 
-# %% ../nbs/34_model.ipynb #6e843f35
+# %% ../nbs/34_model.ipynb #2ad47f70
 class Model(Retriever):
     "The whole model of a configuration (Sec. 3)."
     second = None   # a second thread for the text tower: see `35_threads`
@@ -319,7 +324,6 @@ class Model(Retriever):
         image, features = self.encode_sides(images, list(given.values()))
         texts = dict(zip(given, features))
         clo = None if self.proj_clo is None else self.proj_clo(image.hat_clo)
-        if fusion_grad is None: fusion_grad = self.config.fusion_grad
         pairs = FusedCandidates()
         if self.fusion is not None: pairs = self.fuse_candidates(image, texts, pids, fusion_grad)
         return Outputs(image=image, **texts, clo=clo, **vars(pairs))
@@ -343,7 +347,7 @@ class Model(Retriever):
         return features if words else [f.cut(0) for f in features]
 
     def fuse_candidates(self, image: ImageFeatures, texts: dict[str, TextFeatures], pids: Tensor,
-                        grad: bool   # whether the towers get a gradient from it
+                        grad: bool | None = None   # whether the towers get its gradient; None: as configured
                        ) -> FusedCandidates:
         "The fusion of each text with its candidates. `fusion_text` names the text that it reads."
         c, main = self.config, texts['caption']
@@ -351,18 +355,13 @@ class Model(Retriever):
         query = main if c.fusion_text == 'query' else texts.get(c.fusion_text, main)
         sim = dual(main, image)                                                          # [B, B]
         rows, valid = candidates(sim, pids, c.fusion_negatives)                          # [B, 1+N]
-        if not grad: query, image = query.detach(), image.detach()
+        if not (c.fusion_grad if grad is None else grad): query, image = query.detach(), image.detach()
         i = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows).flatten()   # [B(1+N)]
         pairs = fuse(self, query, i, image, rows.flatten())
         match = match_score(self, query.t[i], pairs).view_as(rows).masked_fill(~valid, -torch.inf)
         f_final, w = pairs.f_final.unflatten(0, rows.shape), pairs.w.unflatten(0, rows.shape)
         cos = sim.detach().gather(1, rows)
         return FusedCandidates(match=match, cos=cos, fused=f_final, valid=valid, anchor=query.t, w=w[:, 0])
-
-    def shared_parameters(self) -> list[nn.Parameter]:
-        "The image encoder's last dense layer: every loss passes through it (Sec. 4.2, open point 9)."
-        dense = [m for m in self.vision.modules() if isinstance(m, nn.Linear)]
-        return list(dense[-1].parameters())
 
 # %% ../nbs/34_model.ipynb #55f05384
 def build_model(config: Config,

@@ -183,7 +183,7 @@ _PROTOCOL = (
               'lasting traits that 3.3 asks for; hair, since it does not come off with the coat'),
 )
 
-# %% ../nbs/01_paper.ipynb #9fd1092f
+# %% ../nbs/01_paper.ipynb #31ab59f9
 _MODEL = (
     OpenPoint(3, '3.4', 'one weighted sum of two vectors is a sequence of length 1, on which the recurrence '
               'of Mamba does nothing',
@@ -219,7 +219,8 @@ _MODEL = (
               ('expand 2, none', 'expand 2, pre-norm'), 'expand 2, a LayerNorm before each layer',
               'the defaults of Mamba; a residual stack without norm trains badly', ('fusion_norm',)),
     OpenPoint(46, '3.4', 'where Mamba reads tokens: which modality comes first, in which direction it scans, '
-              'which places are pooled', ('patches first', 'words first', 'both directions', 'read from the words'),
+              'which places are pooled',
+              ('patches first', 'words first', 'both directions', 'read from the words'),
               'patches first, one direction, the mean over all tokens',
               'then every word has seen every patch', ('fusion_order', 'fusion_scan', 'fusion_read')),
     OpenPoint(21, '4.3, Fig. 3', 'the gate is B×D: the histogram is over entries, dimensions or samples; '
