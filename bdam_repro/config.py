@@ -68,7 +68,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True,
                               allow_inf_nan=False, protected_namespaces=())
 
-# %% ../nbs/00_config.ipynb #ce9b52c5
+# %% ../nbs/00_config.ipynb #a133b9cc
 class RunOptions(Options):
     dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt(
         'synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
@@ -81,7 +81,7 @@ class RunOptions(Options):
     folder: str = opt('', "the dataset's folder in `data_root`; empty: its official name")
     device: str = opt('auto', "'auto', 'cpu', 'cuda'")
     graph: Literal['auto', 'on', 'off'] = opt(
-        'auto', "a training step as one CUDA graph; auto: on a GPU, for encoders built from a size")
+        'auto', "a training step as one CUDA graph; auto: on a GPU, for models of up to 20 million parameters")
     workers: int = opt(4, 'processes that decode images, where these do not fit in memory', ge=0)
     cache_gb: float = opt(1.0, 'decoded images are kept in memory up to this size', ge=0)
 
@@ -150,7 +150,7 @@ class BdamOptions(Options):
     bdam_gate: bool = opt(True, 'g ⊙ f_id, (1−g) ⊙ f_clo; off: both as they are', 'on (3.2)')
     keep_cls: bool = opt(False, '[CLS] among the tokens of the branches', 'dropped (3.2)')
 
-# %% ../nbs/00_config.ipynb #c05a4759
+# %% ../nbs/00_config.ipynb #bb0110f6
 class FusionOptions(Options):
     fusion: bool = opt(True, 'fuse image and text, re-score the best of `dual`')
     fusion_kind: Literal['mamba', 'none', 'simple', 'transformer', 'product', 'cross'] = opt(
@@ -184,7 +184,7 @@ class FusionOptions(Options):
     rerank: int = opt(32, 'K: how many of `dual` the fusion re-scores', ge=1)
     rerank_weight: float = opt(1.0, 'λ of dual/τ + λ · match', ge=0)
 
-# %% ../nbs/00_config.ipynb #10e33427
+# %% ../nbs/00_config.ipynb #cd97094b
 class LossOptions(Options):
     align_loss: Literal['infonce', 'sdm', 'tal'] = opt(
         'infonce', 'image-text alignment: Eq. 3, or the baselines SDM and TAL', 'InfoNCE (3.5)')
@@ -216,7 +216,7 @@ class LossOptions(Options):
     c_gate: float = opt(1.0, 'coefficient of the gate regularization', ge=0)
     c_fusion: float = opt(1.0, "coefficient of the fusion's loss", ge=0)
 
-# %% ../nbs/00_config.ipynb #062ab00b
+# %% ../nbs/00_config.ipynb #e1c859f5
 class TrainOptions(Options):
     balance: Literal['gradnorm', 'literal', 'fixed'] = opt(
         'gradnorm', "task weights: GradNorm's closed form, Eq. 5-6 as printed, or 1", 'GradNorm (3.5)')
@@ -284,7 +284,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         optimizer='muon', lr=1e-3, warmup=0, workers=0, rerank=8),
 }
 
-# %% ../nbs/00_config.ipynb #10b38c59
+# %% ../nbs/00_config.ipynb #8fbf742b
 LITERAL = dict(
     # Eq. 1 and 2
     clothing='literal', p_pos='softmax', hsic_kernel='linear',
@@ -359,7 +359,7 @@ def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
     except ValidationError as e: raise UserError(_say(e)) from None
     return check_config(config)
 
-# %% ../nbs/00_config.ipynb #38b7574a
+# %% ../nbs/00_config.ipynb #2c5fda33
 def check_config(config: Config) -> Config:  # the same one
     "What no single field can see. Raises `UserError`."
     def need(ok, say):
