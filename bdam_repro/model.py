@@ -8,7 +8,7 @@ __all__ = ['Rows', 'TextFeatures', 'ImageFeatures', 'Pool', 'own_start', 'start_
            'invalid_pair_scores', 'candidates', 'encode_by_length', 'encode_together', 'FusedCandidates', 'Outputs',
            'Model', 'build_model']
 
-# %% ../nbs/34_model.ipynb #c7ce45c5
+# %% ../nbs/34_model.ipynb #48347c84
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import Config
-from .encoders import TextEncoder, VisionEncoder
+from .encoders import TextEncoder, VisionEncoder, text_config, vision_config
 from .bdam import BDAM, Decoupled
 from .fusion import Fused, MambaFusion, masked_mean
 
@@ -363,7 +363,7 @@ class Model(Retriever):
         cos = sim.detach().gather(1, rows)
         return FusedCandidates(match=match, cos=cos, fused=f_final, valid=valid, anchor=query.t, w=w[:, 0])
 
-# %% ../nbs/34_model.ipynb #55f05384
+# %% ../nbs/34_model.ipynb #eb50f131
 def build_model(config: Config,
                 vocab_size: int | None = None,   # of the tokenizer; None: `config.vocab_size` (random start)
                 descriptions: bool = True        # off: no clothing text to train `proj_clo`, so there is none
@@ -372,10 +372,12 @@ def build_model(config: Config,
     c = config
     if vocab_size is None and isinstance(c.text, dict): vocab_size = c.vocab_size
     size = (c.image_height, c.image_width)
+    v, t = c.vision, c.text
+    if c.start == 'random': v, t = vision_config(v, size), text_config(t, vocab_size, c.max_length)
     with own_start(c.seed, 'vision'):
-        vision = VisionEncoder(c.vision, size, dropout=c.dropout, checkpoint=c.grad_checkpoint)
+        vision = VisionEncoder(v, size, dropout=c.dropout, checkpoint=c.grad_checkpoint)
     with own_start(c.seed, 'text'):
-        text = TextEncoder(c.text, vocab_size, c.max_length, dropout=c.dropout, checkpoint=c.grad_checkpoint)
+        text = TextEncoder(t, vocab_size, c.max_length, dropout=c.dropout, checkpoint=c.grad_checkpoint)
     model = Model(c, vision, text)
     if not descriptions: model.proj_clo = None
     return model

@@ -120,7 +120,7 @@ def test_scores_take_a_text_and_an_image_and_nothing_else():
     class Sneaky(TextFeatures): "A subclass could carry an image along."
     with pytest.raises(TypeError, match='Sneaky'): dual(Sneaky(q.t, q.words, q.mask), g)
     assert {f.name for f in fields(TextFeatures)} == {'t', 'words', 'mask'}
-    assert {f.name for f in fields(ImageFeatures)} == {'f_id', 'f_clo', 'hat_clo', 'g', 'patches'}
+    assert {f.name for f in fields(ImageFeatures)} == {'f_id', 'f_clo', 'hat_clo', 'g', 'patches', 'v'}
 
 
 @pytest.mark.parametrize('reading', READINGS)
