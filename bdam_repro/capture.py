@@ -225,7 +225,7 @@ class StaticStep(StepParts):
             self.graphs[name] = graph
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-# %% ../nbs/46_capture.ipynb #25ef6c3c
+# %% ../nbs/46_capture.ipynb #f304e89b
 def why_not_static(c: Config, loader: Loader, device: torch.device) -> str:   # empty: nothing is in the way
     "What keeps a run's steps from having fixed shapes, or from being recorded."
     reasons = {'it runs on a CPU': device.type != 'cuda',
@@ -234,6 +234,7 @@ def why_not_static(c: Config, loader: Loader, device: torch.device) -> str:   # 
                f'mining={c.mining}': c.mining == 'random',
                'grad_checkpoint': c.grad_checkpoint,
                'shuffle_captions': c.shuffle_captions,
+               f'fusion_start={c.fusion_start}': c.fusion_grad and c.fusion_start > 0,
                'the images do not fit in cache_gb': not loader.data.images.cached}
     return next((reason for reason, holds in reasons.items() if holds), '')
 

@@ -105,11 +105,12 @@ def by_part(model: nn.Module, params: list[Tensor], lr: float, c: Config, **opti
         if own: groups.append({'params': own, 'part': part, 'lr': lr*rate, **options})
     return groups
 
-# %% ../nbs/42_optimizers.ipynb #976eeacf
+# %% ../nbs/42_optimizers.ipynb #2db253dd
 def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
     "Adam (4.2) or AdamW, weight decay on matrices only; or Muon for the matrices and AdamW for the rest."
     for name, p in model.named_parameters():
         if rate_of(name, c) == 0: p.requires_grad_(False)
+    decay_rest = c.weight_decay if c.decay_all else 0.
     matrices, rest = split_parameters(model, c.optimizer == 'muon')
     on_gpu = matrices[0].is_cuda
     if c.optimizer == 'muon':
@@ -118,9 +119,9 @@ def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
         decay = c.weight_decay
         muon = [Muon(by_part(model, half, c.muon_lr, c), c.muon_lr, weight_decay=decay) for half in halves]
         vectors = by_part(model, rest, c.lr, c)
-        return [*muon, torch.optim.AdamW(vectors, lr=c.lr, weight_decay=0., fused=on_gpu)]
+        return [*muon, torch.optim.AdamW(vectors, lr=c.lr, weight_decay=decay_rest, fused=on_gpu)]
     groups = by_part(model, matrices, c.lr, c, weight_decay=c.weight_decay)
-    groups += by_part(model, rest, c.lr, c, weight_decay=0.)
+    groups += by_part(model, rest, c.lr, c, weight_decay=decay_rest)
     kind = torch.optim.AdamW if c.optimizer == 'adamw' else torch.optim.Adam
     return [kind(groups, lr=c.lr, fused=on_gpu)]
 

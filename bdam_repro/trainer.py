@@ -101,11 +101,12 @@ def shuffled(batch: Batch, seed: int) -> Batch:
         if dealt[name] is not None: dealt[name] = dealt[name][order]
     return Batch(**dealt)
 
-# %% ../nbs/52_trainer.ipynb #2b247073
+# %% ../nbs/52_trainer.ipynb #6fed33c3
 def options_at(c: Config, done: float) -> Config:   # `done`: share of the training, 0 to 1
-    "The options with the τ of this moment."
+    "The options of this moment: its τ, and whether the fusion's loss reaches the towers yet."
     tau = c.tau*c.tau_decay**done
-    return c.model_copy(update={'tau': tau, 'tau_decay': c.tau_end/tau})   # so tau_end = tau·tau_decay stays
+    now = {'tau': tau, 'tau_decay': c.tau_end/tau}                         # so tau_end = tau·tau_decay stays
+    return c.model_copy(update=now | {'fusion_grad': c.fusion_grad and done >= c.fusion_start})
 
 # %% ../nbs/52_trainer.ipynb #a85ad142
 class LossError(UserError):
@@ -210,7 +211,7 @@ class TrainerBase:
         "The terms of what the towers, here and on all other processes, made of their shares of a batch."
         c, whole = options_at(self.c, self.step/self.steps), join_batch(self.world, batch)
         with self.amp(), attention_kernel(c):
-            return batch_losses(join_outputs(self.world, self.model, out, whole.pids), whole, c)
+            return batch_losses(join_outputs(self.world, self.model, out, whole.pids, c.fusion_grad), whole, c)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]: return self.terms(self.encode(batch), batch)
 
