@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'hit_within', 'ap_of_tie', 'inp_of_tie', 'Positives', 'RetrievalResult', 'inp_per_query', 'per_query',
-           'match_pairs', 'check_pids', 'check_finite', 'unit', 'count_above', 'count_fast', 'match_scores',
+           'match_pairs', 'check_pids', 'check_finite', 'unit', 'count_above', 'count_fast', 'own_scores',
            'place_matches', 'check_features', 'rank_metrics', 'metrics_from_scores', 'chance', 'topk',
            'check_candidates', 'rerank_metrics', 'retrieval_metrics', 'check_values', 'draw_seeds', 'resample',
            'interval', 'bootstrap_ci', 'paired_bootstrap']
@@ -219,8 +219,8 @@ def count_fast(s: torch.Tensor,  # scores [B, G]
                         torch.get_num_threads(), pointer(counts[0]), pointer(counts[1]))
     return counts[0], counts[1]
 
-# %% ../nbs/50_metrics.ipynb #170edfc9
-def match_scores(u: torch.Tensor,                 # directions of queries [B, D]
+# %% ../nbs/50_metrics.ipynb #7e5c4185
+def own_scores(u: torch.Tensor,                 # directions of queries [B, D]
                  items: np.ndarray,               # gallery numbers of their matches [B, P]
                  directions: Callable[[np.ndarray], torch.Tensor]   # gallery numbers [n] -> directions [n, D]
                 ) -> torch.Tensor:                # [B, P]
@@ -265,7 +265,7 @@ def check_features(q, g, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     if chunk < 1: raise UserError(f'chunk must be at least 1, not {chunk}')
     return q, g
 
-# %% ../nbs/50_metrics.ipynb #c9ac22e9
+# %% ../nbs/50_metrics.ipynb #bd0b10c8
 def rank_metrics(q: torch.Tensor,         # query features [Q, D]; L2-normalized inside
                  g: torch.Tensor,         # gallery features [G, D]; L2-normalized inside
                  q_pids,                  # identity of each query [Q]
@@ -283,7 +283,7 @@ def rank_metrics(q: torch.Tensor,         # query features [Q, D]; L2-normalized
 
     def scorer(rows, items):
         u = unit(q[rows], device)
-        pairs = match_scores(u, items, lambda near: unit(g[near], device))
+        pairs = own_scores(u, items, lambda near: unit(g[near], device))
         return pairs, (u @ unit(part, device).T for part in g.split(512))
 
     return per_query(place_matches(q_pids, g_pids, chunk, scorer))
