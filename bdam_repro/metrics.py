@@ -154,13 +154,13 @@ def check_pids(q_pids, g_pids, Q: int, G: int) -> tuple[np.ndarray, np.ndarray]:
         out.append(pids.astype(np.int64))
     return tuple(out)
 
-# %% ../nbs/50_metrics.ipynb #5a70d7cc
+# %% ../nbs/50_metrics.ipynb #ec8c6de2
 def check_finite(name: str, x) -> torch.Tensor:
     "A 2-D floating tensor without NaN or inf, or `UserError` that names the first bad row."
     x = torch.as_tensor(x).detach()
     if x.ndim != 2: raise UserError(f'{name} must be 2-D, not of shape {tuple(x.shape)}')
     if not x.is_floating_point(): x = x.double()
-    bad = ~torch.isfinite(x).all(1)
+    bad = torch.cat([~torch.isfinite(rows).all(1) for rows in x.split(65536)])    # its temporaries stay small
     if bad.any():
         row, n = int(bad.nonzero()[0]), int(bad.sum())
         share = f'{n} of {len(x)} rows do'
@@ -219,7 +219,7 @@ def count_fast(s: torch.Tensor,  # scores [B, G]
                         torch.get_num_threads(), pointer(counts[0]), pointer(counts[1]))
     return counts[0], counts[1]
 
-# %% ../nbs/50_metrics.ipynb #7e5c4185
+# %% ../nbs/50_metrics.ipynb #b41410ae
 def own_scores(u: torch.Tensor,                 # directions of queries [B, D]
                  items: np.ndarray,               # gallery numbers of their matches [B, P]
                  directions: Callable[[np.ndarray], torch.Tensor]   # gallery numbers [n] -> directions [n, D]
@@ -229,11 +229,10 @@ def own_scores(u: torch.Tensor,                 # directions of queries [B, D]
     for at in range(0, len(u), B):
         near, column = np.unique(items[at:at + B], return_inverse=True)
         s = u[at:at + B] @ directions(near).T                        # [B, n]
-        column = torch.as_tensor(column.reshape(-1, items.shape[1]), device=s.device)
-        out.append(s.gather(1, column))
+        out.append(s.gather(1, torch.as_tensor(column.reshape(-1, items.shape[1]), device=s.device)))
     return torch.cat(out)
 
-# %% ../nbs/50_metrics.ipynb #0845c19d
+# %% ../nbs/50_metrics.ipynb #ed3294a8
 def place_matches(q_pids: np.ndarray,    # [Q]
                   g_pids: np.ndarray,    # [G]
                   chunk: int,            # queries per tile
@@ -250,9 +249,11 @@ def place_matches(q_pids: np.ndarray,    # [Q]
         at = start[rows, None] + np.where(valid, j, 0)
         p, tiles = scorer(rows, item[at])
         own = count_fast(p.masked_fill(~torch.as_tensor(valid, device=p.device), -torch.inf), p)
-        gt, ge = (sum(c) for c in zip(*(count_fast(s, p) for s in tiles)))
-        gt, ge = ((n - o).cpu().numpy() for n, o in zip((gt, ge), own))
-        above[at[valid]], tied[at[valid]] = gt[valid], (ge - gt)[valid]
+        gt, ge = (-o for o in own)
+        for s in tiles:
+            more = count_fast(s, p)
+            gt, ge = gt + more[0], ge + more[1]
+        above[at[valid]], tied[at[valid]] = (n.cpu().numpy()[valid] for n in (gt, ge - gt))
     return Positives(query, item, above, tied, q_pids, g_pids)
 
 # %% ../nbs/50_metrics.ipynb #11decc91
