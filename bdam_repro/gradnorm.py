@@ -105,7 +105,7 @@ class TaskWeights:
         for k in self.moving: setattr(self, k, copy.deepcopy(state[k]))
         self.s.copy_(state['s'])
 
-# %% ../nbs/41_gradnorm.ipynb #76d8d9c3
+# %% ../nbs/41_gradnorm.ipynb #a74d446b
 def measure_tasks(names: Sequence[str],  # the K tasks
             losses: dict[str, Tensor],  # scalars by name
             params: Sequence[Tensor],  # the final shared layer
@@ -126,7 +126,9 @@ def task_gradients(names: Sequence[str], losses: dict[str, Tensor], params: Sequ
     M = torch.zeros(len(names), P + 2, device=params[0].device, dtype=dtype)
     for row, k in zip(M, names):
         v = grad_vector(losses[k], params, scale) if k in losses else None
-        if v is not None: row[:P], row[P], row[P + 1] = v, losses[k].detach(), 1
+        if v is None: continue
+        row[:P], row[P] = v, losses[k].detach()
+        row[P + 1].fill_(1)
     return M
 
 def task_norms(M: Tensor  # of `task_gradients`

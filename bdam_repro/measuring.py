@@ -171,7 +171,7 @@ def number(x: float) -> str:
     x = float(f'{x:.3g}')
     return f'{x:,.{max(0, 2 - int(np.floor(np.log10(abs(x)))))}f}' if x else '0'
 
-# %% ../nbs/77_measuring.ipynb #e2cc7b74
+# %% ../nbs/77_measuring.ipynb #4a928fea
 def comparison_table(rows: Sequence[Comparison]) -> str:
     "The comparisons as markdown."
     said = [{'work': r.work, 'size': r.size, 'seconds': f'{number(r.seconds)} ({r.side})',
@@ -192,6 +192,7 @@ def keep_rows(file: Path, kind: type, key: str, new: Sequence) -> list:
     old = pd.read_csv(file, keep_default_na=False).to_dict('records') if file.is_file() else []
     fresh = {getattr(r, key) for r in new}
     rows = [kind(**r) for r in old if r[key] not in fresh] + list(new)
+    if not rows: return rows                                          # nothing yet: no file
     with atomic_path(file) as tmp:
         pd.DataFrame([asdict(r) for r in rows]).to_csv(tmp, index=False, float_format='%.6g')
     return rows

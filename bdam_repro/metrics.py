@@ -266,12 +266,12 @@ def check_features(q, g, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     if chunk < 1: raise UserError(f'chunk must be at least 1, not {chunk}')
     return q, g
 
-# %% ../nbs/50_metrics.ipynb #bd0b10c8
+# %% ../nbs/50_metrics.ipynb #e010bd40
 def rank_metrics(q: torch.Tensor,         # query features [Q, D]; L2-normalized inside
                  g: torch.Tensor,         # gallery features [G, D]; L2-normalized inside
                  q_pids,                  # identity of each query [Q]
                  g_pids,                  # identity of each gallery image [G]
-                 chunk: int = 4096,       # queries per tile; a tile has 512 gallery columns
+                 chunk: int = 2048,       # queries per tile; a tile has 512 gallery columns
                  device: str | torch.device | None = None  # where to multiply; None: the features' own
                 ) -> RetrievalResult:
     """The `dual` ranking (cosine), query by query; memory is that of one tile, never Q × G.
@@ -370,12 +370,12 @@ def rerank_metrics(result: RetrievalResult,  # of `dual`, over the same queries 
                                above=join(gt, above + ahead), tied=join(ge - gt, tied - ahead),
                                q_pids=P.q_pids, g_pids=P.g_pids))
 
-# %% ../nbs/50_metrics.ipynb #5f2b8611
+# %% ../nbs/50_metrics.ipynb #e3601421
 def retrieval_metrics(q: torch.Tensor,         # query features [Q, D]; L2-normalized inside (cosine)
                       g: torch.Tensor,         # gallery features [G, D]; L2-normalized inside
                       q_pids,                  # identity of each query [Q]
                       g_pids,                  # identity of each gallery image [G]
-                      chunk: int = 4096,       # queries per tile
+                      chunk: int = 2048,       # queries per tile
                       device: str | torch.device | None = None,  # where to multiply; None: the features' own
                       rerank: tuple | None = None                # candidates and new scores, [Q, K] each
                      ) -> dict[str, float]:    # R1, R5, R10, mAP, mINP in percent

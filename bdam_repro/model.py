@@ -7,7 +7,7 @@ __all__ = ['Rows', 'TextFeatures', 'ImageFeatures', 'Pool', 'own_start', 'start_
            'fuse', 'match_score', 'rescore', 'InvalidPairs', 'invalid_pairs', 'invalid_pair_scores', 'candidates',
            'encode_by_length', 'encode_together', 'FusedCandidates', 'Outputs', 'Model', 'build_model']
 
-# %% ../nbs/34_model.ipynb #c7ce45c5
+# %% ../nbs/34_model.ipynb #48347c84
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import Config
-from .encoders import TextEncoder, VisionEncoder
+from .encoders import TextEncoder, VisionEncoder, text_config, vision_config
 from .bdam import BDAM, Decoupled
 from .fusion import Fused, MambaFusion, masked_mean
 
@@ -89,7 +89,7 @@ class Pool(nn.Module):
 # %% ../nbs/34_model.ipynb #31dcf943
 @contextmanager
 def own_start(seed: int, part: str) -> Iterator[None]:
-    "Inside the `with`, PyTorch draws from a generator of (seed, part). Afterwards it goes on as if nothing had been."
+    "Inside the `with`, PyTorch draws from a generator of (seed, part); afterwards it goes on as before."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random.Random(f'{seed} {part}').getrandbits(63))
         yield
@@ -343,7 +343,7 @@ class Model(Retriever):
         dense = [m for m in self.vision.modules() if isinstance(m, nn.Linear)]
         return list(dense[-1].parameters())
 
-# %% ../nbs/34_model.ipynb #55f05384
+# %% ../nbs/34_model.ipynb #eb50f131
 def build_model(config: Config,
                 vocab_size: int | None = None,   # of the tokenizer; None: `config.vocab_size` (random start)
                 descriptions: bool = True        # off: no clothing text to train `proj_clo`, so there is none
@@ -352,10 +352,12 @@ def build_model(config: Config,
     c = config
     if vocab_size is None and isinstance(c.text, dict): vocab_size = c.vocab_size
     size = (c.image_height, c.image_width)
+    v, t = c.vision, c.text
+    if c.start == 'random': v, t = vision_config(v, size), text_config(t, vocab_size, c.max_length)
     with own_start(c.seed, 'vision'):
-        vision = VisionEncoder(c.vision, size, dropout=c.dropout, checkpoint=c.grad_checkpoint)
+        vision = VisionEncoder(v, size, dropout=c.dropout, checkpoint=c.grad_checkpoint)
     with own_start(c.seed, 'text'):
-        text = TextEncoder(c.text, vocab_size, c.max_length, dropout=c.dropout, checkpoint=c.grad_checkpoint)
+        text = TextEncoder(t, vocab_size, c.max_length, dropout=c.dropout, checkpoint=c.grad_checkpoint)
     model = Model(c, vision, text)
     if not descriptions: model.proj_clo = None
     return model

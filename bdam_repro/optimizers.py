@@ -30,7 +30,7 @@ def lie_flat(x: Tensor) -> Tensor:   # [h, w] -> the same or its transpose, at l
     return x.mT if x.shape[0] > x.shape[1] else x
 
 # %% ../nbs/42_optimizers.ipynb #48b00a67
-def follow(pairs: list[tuple[Tensor, Tensor]],   # parameters and updates [h, w], of one shape or its transpose
+def follow(pairs: list[tuple[Tensor, Tensor]],   # parameters, updates [h, w]; one shape or its transpose
            lr: float | Tensor) -> None:
     "Step along the orthogonalized updates, all at once; a tall one is stepped √(h/w) as far."
     wide = [pair for pair in pairs if pair[1].shape[0] <= pair[1].shape[1]]

@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'RunState', 'Training', 'check_data', 'prepare', 'save_ch
            'provenance', 'intervals', 'own_weights', 'save_features', 'finish_run', 'run_metrics', 'finished',
            'same_run', 'open_run', 'resume', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
 
-# %% ../nbs/53_runs.ipynb #561b373e
+# %% ../nbs/53_runs.ipynb #961e3e27
 import json
 import platform
 import shutil
@@ -31,7 +31,7 @@ from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
 from .run_data import load_data, run_tokenizer
 from .model import Model, build_model, fuse
-from .threads import SecondThread
+from .threads import SecondThread, one_at_a_time
 from .pretrained import from_pretrained, save_pretrained
 from .optimizers import load_optimizers, optimizer_tensors
 from .objective import load_weights, weights_state
@@ -76,7 +76,8 @@ def check_data(c: Config, dataset: PedesDataset) -> None:
         reads = f'{c.variant} with id_text={c.id_text} reads identity descriptions'
         raise UserError(f'{reads}, {lacks} id_text=caption')
 
-# %% ../nbs/53_runs.ipynb #c713ff06
+# %% ../nbs/53_runs.ipynb #06baae70
+@one_at_a_time
 def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDataset | None = None) -> Training:
     "A run at its start: data, tokenizer, model and trainer, seeded."
     device = pick_device(c)

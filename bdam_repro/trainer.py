@@ -102,7 +102,7 @@ def options_at(c: Config, done: float) -> Config:   # `done`: share of the train
     tau = c.tau*c.tau_decay**done
     return c.model_copy(update={'tau': tau, 'tau_decay': c.tau_end/tau})   # so tau_end = tau·tau_decay stays
 
-# %% ../nbs/52_trainer.ipynb #ae5bc204
+# %% ../nbs/52_trainer.ipynb #ad45726a
 class Trainer:
     "A model in training: its batches, optimizers, task weights and precision."
     def __init__(self, c: Config, model: Model, loader: Loader, device: torch.device):
@@ -114,7 +114,7 @@ class Trainer:
         self.names = self.term_names()
         self.weights = make_weights(self.names, c, model, self.opts)       # may join the last optimizer
         self.base_lr = [group['lr'] for group in self.param_groups()]
-        self.static, self.may_record = None, wants_graph(c)                # see `epoch_in_graph`
+        self.static, self.may_record = None, wants_graph(c, model)                # see `epoch_in_graph`
 
     def param_groups(self) -> list[dict]: return [group for opt in self.opts for group in opt.param_groups]
     def amp(self) -> torch.autocast: return run_autocast(self.device, self.dtype)
