@@ -27,11 +27,10 @@ from tqdm import tqdm
 from bdam_repro.batches import Batch
 from bdam_repro.capture import StaticStep
 from bdam_repro.config import make_config
-from bdam_repro.fusion import mixer_layers
 from bdam_repro.evaluate import evaluate
+from bdam_repro.fusion import mixer_layers
 from bdam_repro.mamba import mamba_ssm_kernels
 from bdam_repro.model import build_model
-from bdam_repro.objective import batch_losses, forward
 from bdam_repro.run_data import load_data, run_tokenizer
 from bdam_repro.trainer import Trainer, run_batches, train_epoch
 
