@@ -56,7 +56,7 @@ class Recipe:
         "The options that `make_optimizers` reads."
         return make_config(optimizer='muon', lr=self.lr, muon_lr=self.muon_lr, weight_decay=.02)
 
-# %% ../nbs/78_pretrain.ipynb #db790d2c
+# %% ../nbs/78_pretrain.ipynb #b157fe03
 def other_people(r: Recipe, root: str | Path, progress: bool = False) -> PedesDataset:
     "People whom no run trains or tests on, with captions, descriptions and factors."
     n = r.people + r.held_out
@@ -64,7 +64,7 @@ def other_people(r: Recipe, root: str | Path, progress: bool = False) -> PedesDa
     folder = make_synth(root, n_ids=n, images_per_id=r.pictures, seed=r.seed, folder=name, val_ids=0,
                         test_ids=r.held_out, progress=progress)
     rewrite_descriptions(folder, seed=r.seed, style='random')
-    return load_pedes('synth', root, folder=name)
+    return load_pedes('synth', root, folder=name, val_fraction=0.)
 
 def corpus(others: PedesDataset, split: str = 'train') -> list[str]:
     "All sentences about them, once each: captions, identity and clothing descriptions."
