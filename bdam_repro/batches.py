@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'wordpiece_vocab', 'save_tokenizer', 'load_tokenizer', 'train_tokenizer', 'encode_texts', 'trim',
            'Batch', 'combine_seeds', 'uniform_share', 'CaptionChoice', 'with_stand_ins', 'Draw', 'Loader', 'split_rows',
-           'train_batches', 'image_batches', 'text_batches']
+           'kept_tokens', 'train_batches', 'image_batches', 'text_batches']
 
-# %% ../nbs/17_batches.ipynb #eea3a036
+# %% ../nbs/17_batches.ipynb #6a2df913
 import json
 import os
 import shutil
@@ -29,7 +29,7 @@ from .config import UserError
 from .hub import TOKENIZER_FILES, hub_folder
 from .sampler import PairSampler, PKSampler
 from .pedes import PedesDataset
-from .images import KEEP, Changes, ImageStore, change_images, draw_changes, remember
+from .images import KEEP, Changes, ImageStore, change_images, draw_changes, kept, remember
 
 # %% ../nbs/17_batches.ipynb #66ba1708
 SPECIAL_TOKENS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
@@ -212,7 +212,7 @@ class Draw:
     others: np.ndarray | None    # [B] the same for the second captions
     changes: Changes | None      # of the images; None: none
 
-# %% ../nbs/17_batches.ipynb #67707cfb
+# %% ../nbs/17_batches.ipynb #f57b8f91
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
     def __init__(self, records: pd.DataFrame,                         # of one split
@@ -254,9 +254,8 @@ class _TrainData(Dataset):
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.epoch, step))
         if isinstance(self.sampler, PairSampler): i, taken = self.sampler.image_of[drawn], drawn
         else: i, taken = drawn, self.choice.one(drawn, uniform_share(len(drawn), generator, part))
-        another, changes = None, None
-        if self.two_captions:
-            another = self.choice.another(i, taken, uniform_share(len(i), generator, part))
+        another = changes = None
+        if self.two_captions: another = self.choice.another(i, taken, uniform_share(len(i), generator, part))
         if self.augmentation is not False:
             options = {} if self.augmentation is True else self.augmentation
             changes = draw_changes(len(i), self.images.size, generator, **options, part=part)
@@ -264,8 +263,7 @@ class _TrainData(Dataset):
 
     def _batch(self, step: int) -> Batch:
         d = self.draw(step)
-        i = d.images
-        texts = {'caption': self.captions[d.captions]}
+        i, texts = d.images, {'caption': self.captions[d.captions]}
         if d.others is not None: texts['other'] = self.captions[d.others]
         texts |= {name: tokens[i] for name, tokens in self.described.items()}
         images = self.images[self.rows[i]]
@@ -339,12 +337,18 @@ class Loader:
             yield batch
             self.total = time.perf_counter() - start
 
-# %% ../nbs/17_batches.ipynb #6d7df19b
+# %% ../nbs/17_batches.ipynb #a739897c
 def split_rows(dataset: PedesDataset, split: str) -> np.ndarray:  # positions in `dataset.records`
     "The rows of one split. Raises `UserError` when it is empty."
     rows = np.flatnonzero(dataset.records['split'].to_numpy() == split)
     if not len(rows): raise UserError(f"{dataset.name} has no images in its split '{split}' ({dataset.root})")
     return rows
+
+def kept_tokens(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
+                max_length: int, memory: Path | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    "`encode_texts`, once per process where the dataset has a `memory`."
+    of = hash(tuple(texts)), max_length, tokenizer.pad_token_id, hash(tokenizer.backend_tokenizer.to_str())
+    return kept(dataset, ('tokens', *of), lambda: encode_texts(tokenizer, texts, max_length, memory))
 
 def train_batches(dataset: PedesDataset,
                   tokenizer: PreTrainedTokenizerBase,
@@ -378,18 +382,19 @@ def train_batches(dataset: PedesDataset,
 
     def encode(texts, name):
         memory = dataset.root/'.prepared'/f'{name}.safetensors' if len(texts) > KEEP else None
-        return encode_texts(tokenizer, texts, max_length, memory)
+        return kept_tokens(dataset, tokenizer, texts, max_length, memory)
 
     if epoch_of not in ('identities', 'pairs'):
         raise UserError(f"epoch_of={epoch_of!r} is none of 'identities', 'pairs'")
     pids, dealing = records['pid'].to_numpy(), (p, k, seed, rank, world)
     if epoch_of == 'pairs': sampler = PairSampler(pids, n_captions[n_captions > 0], *dealing)
     else: sampler = PKSampler(pids, *dealing)
-    images = ImageStore(dataset, size, rows, cache, budget, columns)
+    images = kept(dataset, ('images', split, len(rows), size, columns, cache, budget),
+                  lambda: ImageStore(dataset, size, rows, cache, budget, columns))
     data = _TrainData(records, rows, images, sampler, encode, seed, described, two_captions, augmentation)
     return Loader(data, workers)
 
-# %% ../nbs/17_batches.ipynb #b5521a19
+# %% ../nbs/17_batches.ipynb #69960780
 def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256, split: str = 'test',
                   images: ImageStore | None = None,  # a store from an earlier call, to decode only once
                   columns: float = 1.,  # see `decode_image`
@@ -397,7 +402,10 @@ def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]
     "The gallery: every image of a split once, in order, without any text."
     rows, (rank, world) = split_rows(dataset, split), share
-    images = images or ImageStore(dataset, size, rows, cache=False, columns=columns)
+    if images is None and getattr(dataset, 'memory', None) is not None:
+        images = kept(dataset, ('gallery', split, size, columns),
+                      lambda: ImageStore(dataset, size, rows, cache=True, columns=columns))
+    images = images or ImageStore(dataset, size, rows, columns=columns)
     parts = np.split(rows, range(batch, len(rows), batch))
     for part in parts[rank::world]: yield torch.from_numpy(part), images[part]
 
@@ -410,7 +418,7 @@ def text_batches(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase,
     captions = dataset.records['captions'].iloc[rows]
     counts = [len(texts) for texts in captions]
     owner = torch.from_numpy(np.repeat(rows, counts))
-    ids, mask = encode_texts(tokenizer, [text for texts in captions for text in texts], max_length)
+    ids, mask = kept_tokens(dataset, tokenizer, [text for texts in captions for text in texts], max_length)
     rank, world = share
     for part in range(rank*batch, len(ids), world*batch):
         here = slice(part, part + batch)

@@ -6,7 +6,7 @@
 __all__ = ['DESCRIBERS', 'sample_sheet', 'failures_by_cause', 'coverage_table', 'purity_table', 'lengths_by_style', 'money_table',
            'choose_describer', 'DescribeParameters', 'check_parameters', 'mllm_options', 'describe_dataset']
 
-# %% ../nbs/28_describers.ipynb #edb9d86f
+# %% ../nbs/28_describers.ipynb #6c8abb40
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -19,17 +19,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .config import ROOT, UserError, given_names
 from .pedes import PedesDataset
+from .picture_files import to_rgb
+from .servers import make_client
 from .lexicon import LEXICON, Policy, spoken_of
 from .journal import Report
 from .offline import describe_split, describe_synth, rows_to_describe
-from .mllm import DescribeSettings, check_styles, make_client
-from .describe import Estimate, OnlineSettings, describe, print_estimate
+from .mllm import DescribeSettings, check_styles
+from .describe import CostEstimate, OnlineSettings, describe, print_estimate
 from .batchmode import describe_batch
 
-# %% ../nbs/28_describers.ipynb #771fe25b
+# %% ../nbs/28_describers.ipynb #651456b2
 def _show_row(left, right, row, images_dir: Path) -> None:
     "One image and its texts on two axes."
-    with Image.open(images_dir/row.image) as im: left.imshow(im.convert('RGB'))
+    with Image.open(images_dir/row.image) as im: left.imshow(to_rgb(im))
     style = 'none' if pd.isna(row.style) else int(row.style)
     lines = [fill(f'identity: {row.identity}', 75), fill(f'clothing: {row.clothing}', 75), f'style: {style}']
     right.text(0, .5, '\n'.join(lines).replace('$', r'\$'), va='center', fontsize=8)
@@ -51,13 +53,14 @@ def sample_sheet(table: pd.DataFrame,     # of `read_journal`
     plt.close(fig)
     return fig
 
-# %% ../nbs/28_describers.ipynb #dac1778c
+# %% ../nbs/28_describers.ipynb #13fde34d
 def failures_by_cause(table: pd.DataFrame  # of `read_journal`
                      ) -> pd.DataFrame:    # one row per cause: images, share of all, one example
     "Why images have no description."
     failed = table[table['status'] == 'failed']
-    cause = failed['reason'].str.split(':').str[0].rename('cause')
-    examples = failed.groupby(cause)['reason'].agg(images='size', example='first')
+    reasons = failed['reason'].astype(object).fillna('unknown').astype(str)
+    cause = reasons.str.split(':').str[0].rename('cause')
+    examples = reasons.groupby(cause).agg(images='size', example='first')
     out = examples.sort_values('images', ascending=False)
     out.insert(1, 'share', out['images'] / max(len(table), 1))
     return out
@@ -127,7 +130,7 @@ def choose_describer(describer: str,      # one of `DESCRIBERS`, or 'auto'
     if model: return 'mllm'
     return 'synth' if dataset == 'synth' else 'split'
 
-# %% ../nbs/28_describers.ipynb #a77a7e38
+# %% ../nbs/28_describers.ipynb #a620f3be
 class DescribeParameters(BaseModel):
     "The parameters of `describe.ipynb`, which says what they mean."
     model_config = ConfigDict(extra='forbid')
@@ -142,6 +145,7 @@ class DescribeParameters(BaseModel):
     tpm: int | None = None
     timeout: float = 300.0
     temperature: float | None = 0.7
+    max_tokens: int = 400
     retries: int = 3
     retry_failed: bool = False
     price_in: float | None = None
@@ -163,12 +167,12 @@ def check_parameters(names: Mapping[str, object]  # the notebook's `globals()`
     if first['type'] == 'extra_forbidden': raise UserError(f'unknown parameter {name!r}; known are {known}.')
     raise UserError(f'parameter {name} is {first["input"]!r}: {first["msg"].lower()}.')
 
-# %% ../nbs/28_describers.ipynb #ac280be5
+# %% ../nbs/28_describers.ipynb #58a78659
 def _read_styles(path: str | None) -> list[list[str]] | None:
     "The example captions of each style in a JSON file: a list of lists, or a mapping. Raises `UserError`."
     if path is None: return None
-    try: styles = json.loads((ROOT/path).read_text())
-    except (OSError, ValueError) as e:
+    try: styles = json.loads((ROOT/path).read_text(encoding='utf-8-sig'))
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path}: no JSON list of lists of captions ({type(e).__name__});'
                         ' write one with the style notebook.') from None
     if isinstance(styles, dict): styles = list(styles.values())
@@ -193,7 +197,7 @@ def _out_path(ds: PedesDataset, p: DescribeParameters, describer: str) -> Path:
 
 def describe_dataset(ds: PedesDataset,         # a loaded dataset
                      p: DescribeParameters
-                    ) -> tuple[Report | Estimate, Path]:  # what was done (or would be), the JSONL
+                    ) -> tuple[Report | CostEstimate, Path]:  # what was done (or would be), the JSONL
     "Describe a dataset as the parameters say. Raises `UserError`."
     describer = choose_describer(p.describer, ds.name, p.model)
     out = _out_path(ds, p, describer)
@@ -204,6 +208,6 @@ def describe_dataset(ds: PedesDataset,         # a loaded dataset
         return call(ds.records, client, out, **options), out
     if p.dry_run:
         images = len(rows_to_describe(ds.records, p.limit))
-        return print_estimate(Estimate(images, 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
+        return print_estimate(CostEstimate(images, 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
     if describer == 'split': return describe_split(ds.records, out, limit=p.limit, ethnicity=p.ethnicity), out
     return describe_synth(ds.root, out, error_rate=p.error_rate, seed=p.seed, limit=p.limit), out

@@ -166,9 +166,11 @@ def mean_gradients(world: World, params: list[Tensor], size: int = 25_000_000) -
         bucket, n = [], 0
 
 # %% ../nbs/44_distributed.ipynb #84708b60
-def join_outputs(world: World, model: Model, out: Outputs, pids: Tensor) -> Outputs:   # pids [B] of all
+def join_outputs(world: World, model: Model, out: Outputs, pids: Tensor,   # pids [B] of all
+                 fusion_grad: bool | None = None   # whether the towers get the fusion's gradient
+                ) -> Outputs:
     "What `Model.forward` would return for the batch of all processes."
-    if world.size == 1: return model.relate(out, pids)
+    if world.size == 1: return model.relate(out, pids, fusion_grad)
     texts, image = out.texts(), out.image
     if not model.reads_words: image = replace(image, patches=image.patches[:, :0])
     own = [getattr(image, x.name) for x in fields(image)] + [text.t for text in texts.values()]
@@ -179,7 +181,8 @@ def join_outputs(world: World, model: Model, out: Outputs, pids: Tensor) -> Outp
                     **{name: TextFeatures(t, text.words[:0], text.mask[:0])
                        for (name, text), t in zip(texts.items(), joined[n:])})
     if model.fusion is None: return whole
-    pairs = model.fuse_candidates(whole.image, texts, pids, first=world.rank*len(image))
+    first = world.rank*len(image)
+    pairs = model.fuse_candidates(whole.image, texts, pids, first, fusion_grad)
     return replace(whole, **gather_fields(world, pairs))
 
 def gather_fields(world: World, x: FusedCandidates) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ def rescore_shared(world: World, model: Model, q: TextFeatures, g: ImageFeatures
     def scores(block): return rescore(model, q[block], g, top[block], cos[block]).cpu()
     return torch.cat(world.collect([scores(block) for block in blocks[world.rank::world.size]]))
 
-# %% ../nbs/51_evaluate.ipynb #4094b2d5
+# %% ../nbs/51_evaluate.ipynb #b645287c
 def evaluate(model: Model, dataset: PedesDataset, tokenizer, split: str,
              amp=None,      # a context of the precision to compute in; None: full precision
              world: World = ALONE
@@ -99,8 +99,8 @@ def evaluate(model: Model, dataset: PedesDataset, tokenizer, split: str,
         q, q_rows = embed_texts(model, dataset, tokenizer, split, world=world)
         g, g_rows = embed_images(model, dataset, split, world=world)
         pids = dataset.records['pid'].to_numpy()
-        results, fused = {'dual': rank_metrics(q.t, g.f_id, pids[q_rows], pids[g_rows])}, None
-        top, cos = topk(q.t, g.f_id, min(model.config.rerank, len(g)))
+        results, fused = {'dual': rank_metrics(q.t, g.v, pids[q_rows], pids[g_rows])}, None
+        top, cos = topk(q.t, g.v, min(model.config.rerank, len(g)))
         if model.fusion is not None:
             device = q.t.device
             fused = rescore_shared(world, model, q, g, top.to(device), cos.float().to(device))

@@ -170,7 +170,7 @@ class LossRatios(TaskWeights):
         self.mean = torch.where(here, self.ema*self.mean + (1 - self.ema)*L, self.mean)
         return (self.mean + self.eps) / (self.first + self.eps)
 
-# %% ../nbs/41_gradnorm.ipynb #f7625ae3
+# %% ../nbs/41_gradnorm.ipynb #be975b98
 class GradNorm(LossRatios):
     "Task weights moved by GradNorm (Sec. 3.5, 4.2): call `step`, then backward of `total`."
     def __init__(self,
@@ -185,7 +185,7 @@ class GradNorm(LossRatios):
                  ema: float = .9,  # averaging of losses over updates; 0: the last one alone
                  eps: float = 1e-3,  # a loss below this counts as solved: (L + ε)/(L0 + ε)
                  optimizer: str = 'adam',  # 'adam' | 'sgd', on s
-                 apart: Sequence[str] = ()  # tasks that shall not reach the shared layer: no warning
+                 apart: Sequence[str] = ()  # tasks that keep their weight, even where they reach the layer
                 ):
         "Raises `UserError` for settings that make no sense."
         super().__init__(names, ema, eps)
@@ -210,6 +210,7 @@ class GradNorm(LossRatios):
 
     def move(self, g: Tensor, L: Tensor, here: Tensor) -> bool:
         "Move the weights by a measurement (of `measure_tasks`) that is finite. True where they moved."
+        here = here & torch.tensor([name not in self.apart for name in self.names])
         moved = bool(here.any() and g.isfinite().all() and L.isfinite().all())
         if moved: self._update(g, L, here)
         self.skipped += not moved

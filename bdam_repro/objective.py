@@ -18,7 +18,7 @@ from .losses import (batch_triplet, clothing_adversarial, clothing_matching, gat
                                grad_reverse, hsic, info_nce, match_loss, sdm, tal, text_ids, triplet)
 from .gradnorm import GradNorm, TaskWeights, literal_total
 
-# %% ../nbs/43_objective.ipynb #4320d3cf
+# %% ../nbs/43_objective.ipynb #878a3c3e
 def identity_texts(out: Outputs, c: Config) -> list[TextFeatures]:
     "The texts that stand for t_i of Eq. 3: the human captions, the generated description, or all of them."
     captions = [] if c.id_text == 'generated' else [out.caption, out.other]
@@ -26,21 +26,23 @@ def identity_texts(out: Outputs, c: Config) -> list[TextFeatures]:
     return [text for text in captions + generated if text is not None]
 
 def align_loss(out: Outputs, pids: Tensor, c: Config) -> Tensor:
-    "Eq. 3 between f_id and each text of t_i, or the loss of a published baseline in its place."
-    f_id, losses = out.image.f_id, []
+    "Eq. 3 between v and each text of t_i, or the loss of a published baseline in its place."
+    v, losses = out.image.v, []
     for text in identity_texts(out, c):
-        if c.align_loss == 'sdm': loss = sdm(f_id, text.t, pids, c.tau)
-        elif c.align_loss == 'tal': loss = tal(f_id, text.t, pids, c.margin, c.tau)
-        else: loss = info_nce(f_id, text.t, c.tau, pids, c.symmetric, c.positives)
+        if c.align_loss == 'sdm': loss = sdm(v, text.t, pids, c.tau)
+        elif c.align_loss == 'tal': loss = tal(v, text.t, pids, c.margin, c.tau)
+        else: loss = info_nce(v, text.t, c.tau, pids, c.symmetric, c.positives)
         losses.append(loss)
     return sum(losses)/len(losses)
 
-# %% ../nbs/43_objective.ipynb #3826ccfe
+# %% ../nbs/43_objective.ipynb #e4ac21b5
 def triplet_loss(out: Outputs, pids: Tensor, c: Config,
                  fixed: bool = False   # see `batch_losses`
                 ) -> Tensor:
-    "Eq. 4 on the L2-normalized identity features."
-    return batch_triplet(F.normalize(out.image.f_id.float(), dim=-1), pids, c.margin, c.mining, fixed)
+    "Eq. 4 on the identity features, L2-normalized or as they are (open point 35)."
+    f_id = out.image.f_id.float()
+    if c.triplet_feature == 'normalized': f_id = F.normalize(f_id, dim=-1)
+    return batch_triplet(f_id, pids, c.margin, c.mining, fixed)
 
 # %% ../nbs/43_objective.ipynb #5d2ecf72
 def clothing_loss(out: Outputs, clo_ids: Tensor, c: Config) -> Tensor:   # clo_ids [B], equal for equal texts
@@ -85,7 +87,7 @@ def batch_losses(out: Outputs, batch: Batch, c: Config,
         if c.c_gate and c.fusion_gate: terms['fusion'] += c.c_gate*gate_regularization(out.w, c.gate_reg)
     return terms
 
-# %% ../nbs/43_objective.ipynb #8e37468f
+# %% ../nbs/43_objective.ipynb #322cb5aa
 def encode_batch(model: Model, batch: Batch, c: Config) -> Outputs:
     "The towers' outputs of a batch; a text that no term of this configuration reads is not encoded."
     fused = c.fusion_text if c.fusion else None
@@ -101,7 +103,7 @@ def encode_batch(model: Model, batch: Batch, c: Config) -> Outputs:
 
 def forward(model: Model, batch: Batch, c: Config) -> Outputs:
     "All that the losses of a batch need: the towers, then the fusion of each text with its candidates."
-    return model.relate(encode_batch(model, batch, c), batch.pids)
+    return model.relate(encode_batch(model, batch, c), batch.pids, c.fusion_grad)
 
 # %% ../nbs/43_objective.ipynb #78b2d0f4
 class LiteralWeights(TaskWeights):
@@ -119,14 +121,14 @@ class LiteralWeights(TaskWeights):
         if self.first is None: self.first = torch.stack(L).detach().clamp_min(1e-8)
         return literal_total(L, self.s, self.params, self.first, self.alpha, self.log_reg)
 
-# %% ../nbs/43_objective.ipynb #eeda4c05
+# %% ../nbs/43_objective.ipynb #7eaf7f63
 def make_weights(names: list[str], c: Config, model: Model, opts: list[torch.optim.Optimizer]) -> TaskWeights:
     "The task weights that the configuration asks for. One task needs none."
     if c.balance == 'fixed' or len(names) < 2: return TaskWeights(names)   # all 1
     if c.balance == 'literal': return LiteralWeights(names, c, opts, model.shared_parameters())
-    apart = () if c.fusion_grad else ('fusion',)      # its gradient does not reach the shared layer: weight 1
+    apart = () if c.fusion_grad and not c.fusion_apart else ('fusion',)    # its weight stays 1
     return GradNorm(names, c.gradnorm_alpha, c.gradnorm_lr, c.gradnorm_every, ref=c.gradnorm_ref,
-                    log_reg=c.log_reg, apart=apart)
+                    log_reg=c.log_reg, ema=c.gradnorm_ema, eps=c.gradnorm_eps, apart=apart)
 
 # %% ../nbs/43_objective.ipynb #6cb3e8ec
 def weights_state(weights: TaskWeights) -> tuple[dict[str, Tensor], dict]:   # named tensors, and plain values

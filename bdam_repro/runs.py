@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
            'epoch_line', 'code_version', 'device_name', 'provenance', 'intervals', 'own_weights', 'save_features',
-           'finish_run', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'RunStopped', 'after_step',
+           'finish_run', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step',
            'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
 
-# %% ../nbs/53_runs.ipynb #ed216e1c
+# %% ../nbs/53_runs.ipynb #ef8448f9
 import json
 import math
 import platform
@@ -34,7 +34,7 @@ from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
 from .run_data import check_pictures, load_data, run_tokenizer
 from .model import Model, build_model, fuse
-from .threads import SecondThread
+from .threads import SecondThread, one_at_a_time
 from .pretrained import from_pretrained, save_pretrained
 from .distributed import ALONE, RunLog, World, find_world, main_first
 from .launch import launch
@@ -76,7 +76,8 @@ def check_data(c: Config, dataset: PedesDataset) -> None:
         reads = f'{c.variant} with id_text={c.id_text} reads identity descriptions'
         raise UserError(f'{reads}, {lacks} id_text=caption')
 
-# %% ../nbs/53_runs.ipynb #66132931
+# %% ../nbs/53_runs.ipynb #063634c5
+@one_at_a_time
 def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDataset | None = None,
             world: World = ALONE) -> Training:
     "A run at its start: data, tokenizer, model and trainer, seeded."
@@ -300,13 +301,13 @@ def resume(training: Training, progress: bool = True) -> None:
     if path.name != LAST: print(f'{LAST} is not whole: taking {path.name}')
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
 
-# %% ../nbs/53_runs.ipynb #75b0c88b
-class RunStopped(Exception):
+# %% ../nbs/53_runs.ipynb #3ba01cbd
+class StoppedBySignal(Exception):
     "A signal has asked the run to stop, and it is saved."
     def __init__(self, number: int): self.number = number
 
 def after_step(training: Training, plan: SavePlan, request: StopRequest) -> None:
-    "Save where it is due; save and raise `RunStopped` where a signal came."
+    "Save where it is due; save and raise `StoppedBySignal` where a signal came."
     trainer = training.trainer
     by_step = plan.by_step(trainer.step)
     if by_step: trainer.log.read()
@@ -316,10 +317,10 @@ def after_step(training: Training, plan: SavePlan, request: StopRequest) -> None
     if not (number or due): return
     with plan.saving():
         if trainer.world.is_main: save_checkpoint(training.folder/LAST, trainer, training.state)
-    if number: raise RunStopped(int(number))
+    if number: raise StoppedBySignal(int(number))
 
 def all_epochs(training: Training, progress: bool) -> None:
-    "Every epoch that is left. A signal ends it with `RunStopped`, a loss that is not finite with `UserError`."
+    "Every epoch that is left. Raises `StoppedBySignal`, and `UserError` for a loss that is not finite."
     trainer, plan = training.trainer, SavePlan(training.c.save_minutes, training.c.save_steps)
     epochs = math.ceil(trainer.steps/len(trainer.loader))
     training.log = RunLog(training.c.log, training.folder, training.c.variant, trainer.world)
@@ -328,14 +329,14 @@ def all_epochs(training: Training, progress: bool) -> None:
             while training.state.epoch < epochs:
                 one_epoch(training, bar, partial(after_step, training, plan, request))
                 if request.number and training.state.epoch < epochs and trainer.world.size == 1:
-                    raise RunStopped(request.number)
+                    raise StoppedBySignal(request.number)
         except LossError as e:
             where = training.folder/'bad_step.json'
             if trainer.world.is_main: write_json(where, e.found)
             raise UserError(f'{e}; {where} names all pictures of the batch') from None
         finally: training.log.close()
 
-# %% ../nbs/53_runs.ipynb #6ca52963
+# %% ../nbs/53_runs.ipynb #fbcabdd8
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete
@@ -358,7 +359,7 @@ def train(c: Config,                        # from `make_config`
     training = prepare(c, folder, progress, dataset, world)
     resume(training, progress)
     try: all_epochs(training, progress)
-    except RunStopped as stop:
+    except StoppedBySignal as stop:
         step, steps = training.trainer.step, training.trainer.steps
         stop_now(stop.number, f'stopped and saved after step {step} of {steps}: run the same again to go on')
     finish_run(training)

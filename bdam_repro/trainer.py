@@ -101,11 +101,12 @@ def shuffled(batch: Batch, seed: int) -> Batch:
         if dealt[name] is not None: dealt[name] = dealt[name][order]
     return Batch(**dealt)
 
-# %% ../nbs/52_trainer.ipynb #2b247073
+# %% ../nbs/52_trainer.ipynb #6fed33c3
 def options_at(c: Config, done: float) -> Config:   # `done`: share of the training, 0 to 1
-    "The options with the τ of this moment."
+    "The options of this moment: its τ, and whether the fusion's loss reaches the towers yet."
     tau = c.tau*c.tau_decay**done
-    return c.model_copy(update={'tau': tau, 'tau_decay': c.tau_end/tau})   # so tau_end = tau·tau_decay stays
+    now = {'tau': tau, 'tau_decay': c.tau_end/tau}                         # so tau_end = tau·tau_decay stays
+    return c.model_copy(update=now | {'fusion_grad': c.fusion_grad and done >= c.fusion_start})
 
 # %% ../nbs/52_trainer.ipynb #a85ad142
 class LossError(UserError):
@@ -170,7 +171,7 @@ def memory_advice(c: Config, share: int) -> Iterator[None]:   # `share`: images 
         raise UserError(f'out of memory with {share//c.accumulate} images at a time: try '
                         f'{", ".join(helps)}; 45_accumulate has what each saves') from e
 
-# %% ../nbs/52_trainer.ipynb #55a35a60
+# %% ../nbs/52_trainer.ipynb #4b429fd2
 READ_EVERY, STATIC_READ_EVERY = 20, 200   # steps between two readings of the losses on a GPU
 
 class TrainerBase:
@@ -186,7 +187,7 @@ class TrainerBase:
         self.weights = make_weights(self.names, c, model, self.opts)       # may join the last optimizer
         self.base_lr = [group['lr'] for group in self.param_groups()]
         self.log = LossLog(self.names, 1 if device.type == 'cpu' else READ_EVERY, loader.files)
-        self.static, self.may_record = None, wants_graph(c)                # see `epoch_in_graph`
+        self.static, self.may_record = None, wants_graph(c, model)         # see `epoch_in_graph`
 
     def param_groups(self) -> list[dict]: return [group for opt in self.opts for group in opt.param_groups]
     def amp(self) -> torch.autocast: return run_autocast(self.device, self.dtype)
@@ -210,7 +211,7 @@ class TrainerBase:
         "The terms of what the towers, here and on all other processes, made of their shares of a batch."
         c, whole = options_at(self.c, self.step/self.steps), join_batch(self.world, batch)
         with self.amp(), attention_kernel(c):
-            return batch_losses(join_outputs(self.world, self.model, out, whole.pids), whole, c)
+            return batch_losses(join_outputs(self.world, self.model, out, whole.pids, c.fusion_grad), whole, c)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]: return self.terms(self.encode(batch), batch)
 
