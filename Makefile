@@ -10,22 +10,15 @@ ARGS   ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-<<<<<<< HEAD
-.PHONY: help venv train pretrain test lab readme clean
-=======
-.PHONY: help venv train demo test soak lab readme clean
->>>>>>> a10f35bee01e99a6db078dafaea4c87ac7e15b7b
+.PHONY: help venv train pretrain demo test soak lab readme clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train    draw SynthPEDES, train the full model, test it     (ARGS="-p variant baseline -p seed 1")'
-<<<<<<< HEAD
 	@echo 'make pretrain the two towers that tiny starts from, anew       (weights/; four minutes of one core)'
-=======
 	@echo 'make demo     search people by description, in the browser        (ARGS="--model runs/... --folder pictures/")'
->>>>>>> a10f35bee01e99a6db078dafaea4c87ac7e15b7b
 	@echo 'make test     lint, all notebooks, all tests'
-	@echo 'make soak     ten minutes of damaged answers and files          (SOAK_SECONDS=30 for less)'
+	@echo 'make soak     20 kills, 2 and 4 processes, ten minutes of damaged answers and files, SLURM where it is installed'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make readme   README.md from nbs/index.ipynb'
 	@echo 'make venv     the virtual environment alone                      (TORCH=... for another build of PyTorch)'
@@ -45,22 +38,23 @@ train: $(STAMP)
 	@mkdir -p runs
 	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -p dataset synth $(ARGS)
 
-<<<<<<< HEAD
 pretrain: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -c "from bdam_repro.pretrain import pretrain; pretrain('data', 'weights')"
-=======
+
 demo: $(STAMP)
 	@$(BIN)/python -c 'import gradio' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[demo]'
 	@$(ONE_THREAD) $(BIN)/python -c 'from bdam_repro.demo import main; main()' $(ARGS)
->>>>>>> a10f35bee01e99a6db078dafaea4c87ac7e15b7b
 
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# 20 kills: 5 of each kind. SLURM needs root, see the head of its script
 soak: $(STAMP)
+	BDAM_KILLS=5 BDAM_SOAK=1 $(ONE_THREAD) $(BIN)/python -m pytest tests/test_resume.py tests/test_distributed.py
 	$(ONE_THREAD) $(BIN)/python -m pytest -m soak tests/soak
+	if command -v slurmctld >/dev/null && [ "$$(id -u)" = 0 ]; then BIN=$(abspath $(BIN)) tests/slurm/run.sh; fi
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb

@@ -68,7 +68,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True,
                               allow_inf_nan=False, protected_namespaces=())
 
-# %% ../nbs/00_config.ipynb #2d63c3c9
+# %% ../nbs/00_config.ipynb #260ad487
 class RunOptions(Options):
     dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt(
         'synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
@@ -81,11 +81,15 @@ class RunOptions(Options):
     folder: str = opt('', "the dataset's folder in `data_root`; empty: its official name")
     device: str = opt('auto', "'auto', 'cpu', 'cuda'")
     graph: Literal['auto', 'on', 'off'] = opt(
-        'auto', "a training step as one CUDA graph; auto: on a GPU, for models of up to 20 million parameters")
+        'auto', "a training step as one CUDA graph; auto: on a GPU, for up to 20 million parameters")
     workers: int = opt(4, 'processes that decode images, where these do not fit in memory', ge=0)
     cache_gb: float = opt(1.0, 'decoded images are kept in memory up to this size', ge=0)
+    processes: int = opt(1, 'processes that share each batch: one per GPU', ge=1)
+    save_minutes: float = opt(2.0, 'minutes between two checkpoints within an epoch; 0: none', ge=0)
+    save_steps: int = opt(0, 'steps between two checkpoints, besides; 0: none', ge=0)
+    log: Literal['', 'tensorboard', 'wandb', 'mlflow'] = opt('', 'where the history is logged besides')
 
-# %% ../nbs/00_config.ipynb #1f6efb09
+# %% ../nbs/00_config.ipynb #3d9abc42
 class DataOptions(Options):
     image_height: int = opt(224, 'pixels', '224 (4.2)', ge=16)
     image_width: int = opt(224, 'pixels; people are 1:2, the paper squeezes them into a square', '224 (4.2)',
@@ -106,6 +110,7 @@ class DataOptions(Options):
     id_text: Literal['caption', 'generated', 'both'] = opt(
         'both', 't_i of Eq. 3: the human caption (what queries are), the '
         'generated identity description, or both', 'ambiguous (3.3)')
+    limit: int = opt(0, 'only the first so many people of each split, for a first try; 0: all', ge=0)
     two_captions: bool = opt(False, 'a batch has a second caption of each image, where there is one',
                              'not printed')
     descriptions: str = opt(
@@ -204,7 +209,7 @@ class LossOptions(Options):
     c_gate: float = opt(1.0, 'coefficient of the gate regularization', ge=0)
     c_fusion: float = opt(1.0, "coefficient of the fusion's loss", ge=0)
 
-# %% ../nbs/00_config.ipynb #eb823e1c
+# %% ../nbs/00_config.ipynb #6135de98
 class TrainOptions(Options):
     balance: Literal['gradnorm', 'literal', 'fixed'] = opt(
         'gradnorm', "task weights: GradNorm's closed form, Eq. 5-6 as printed, or 1", 'GradNorm (3.5)')
@@ -230,6 +235,11 @@ class TrainOptions(Options):
     amp: Literal['auto', 'bf16', 'fp16', 'off'] = opt(
         'auto', 'mixed precision; auto: bf16 where the device is quick at it')
     eval_every: int = opt(1, 'epochs between two validations', ge=1)
+    max_steps: int = opt(0, 'end after so many steps, for a first try; 0: after `epochs`', ge=0)
+    accumulate: int = opt(1, 'parts of a batch that go through the towers one after the other: less memory, '
+                          'the same losses', ge=1)
+    lr_vision: float = opt(1.0, "factor of the image tower's learning rate; 0: frozen", ge=0)
+    lr_text: float = opt(1.0, "factor of the text tower's learning rate; 0: frozen", ge=0)
     log_test: bool = opt(False, 'note the test of every epoch too, for the audit of the protocol (point '
                          '17): nothing reads it')
     shuffle_captions: bool = opt(False, 'chance check: train on captions of other people')
@@ -255,7 +265,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         vision='weights/vit-tiny', text='weights/bert-tiny', text_pool='mean', dim=96,
         bdam_depth=2, bdam_heads=3,
         fusion_dim=64, fusion_negatives=7, tau=0.07, tau_decay=0.3, mining='all',
-        erase=0.0, dropout=0.0, epochs=6, eval_every=2, optimizer='muon', lr=0.0042, muon_lr=0.0063, weight_decay=0.02,
+        erase=0.0, dropout=0.0, epochs=6, eval_every=2, optimizer='muon', lr=0.0042, muon_lr=0.0063,
+        weight_decay=0.02,
         schedule='hold', warmup=0.25, amp='off',
         gradnorm_every=10, workers=0),
     'smoke': dict(
@@ -333,7 +344,7 @@ def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
     except ValidationError as e: raise UserError(_say(e)) from None
     return check_config(config)
 
-# %% ../nbs/00_config.ipynb #3fb74933
+# %% ../nbs/00_config.ipynb #bb389f5b
 def check_config(config: Config) -> Config:  # the same one
     "What no single field can see. Raises `UserError`."
     def need(ok, say):
@@ -348,12 +359,20 @@ def check_config(config: Config) -> Config:  # the same one
          'nothing relates image and text: c_align is 0 and there is no fusion loss')
     need(not c.fusion or c.c_fusion > 0,
          'a fusion that no loss trains (c_fusion=0) scores at random: set fusion=False')
+    need(c.accumulate == 1 or c.balance != 'literal',
+         'balance=literal differentiates twice, through the whole batch at once: take accumulate=1')
+    need(c.processes == 1 or c.balance != 'literal',
+         'balance=literal differentiates twice, within one process: take processes=1')
+    need((c.ids_per_batch*c.images_per_id) % (c.processes*c.accumulate) == 0,
+         f'a batch of {c.ids_per_batch*c.images_per_id} images does not split into processes*accumulate = '
+         f'{c.processes*c.accumulate} equal parts')
     need(c.clothes_change is False or c.dataset == 'synth',
          f'clothes_change exists for dataset synth only, not {c.dataset}')
     return config
 
-# %% ../nbs/00_config.ipynb #aa2b7edb
-_NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag'}
+# %% ../nbs/00_config.ipynb #c7fc8305
+_NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag',
+              'processes', 'save_minutes', 'save_steps', 'log', 'accumulate'}
 
 _LATER = {'start': 'pretrained'}    # options that are younger than kept runs, and the value that these had
 

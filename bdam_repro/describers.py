@@ -24,7 +24,7 @@ from .lexicon import LEXICON, Policy, spoken_of
 from .journal import Report
 from .offline import describe_split, describe_synth, rows_to_describe
 from .mllm import DescribeSettings, check_styles
-from .describe import Estimate, OnlineSettings, describe, print_estimate
+from .describe import CostEstimate, OnlineSettings, describe, print_estimate
 from .batchmode import describe_batch
 
 # %% ../nbs/28_describers.ipynb #771fe25b
@@ -196,7 +196,7 @@ def _out_path(ds: PedesDataset, p: DescribeParameters, describer: str) -> Path:
 
 def describe_dataset(ds: PedesDataset,         # a loaded dataset
                      p: DescribeParameters
-                    ) -> tuple[Report | Estimate, Path]:  # what was done (or would be), the JSONL
+                    ) -> tuple[Report | CostEstimate, Path]:  # what was done (or would be), the JSONL
     "Describe a dataset as the parameters say. Raises `UserError`."
     describer = choose_describer(p.describer, ds.name, p.model)
     out = _out_path(ds, p, describer)
@@ -207,6 +207,6 @@ def describe_dataset(ds: PedesDataset,         # a loaded dataset
         return call(ds.records, client, out, **options), out
     if p.dry_run:
         images = len(rows_to_describe(ds.records, p.limit))
-        return print_estimate(Estimate(images, 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
+        return print_estimate(CostEstimate(images, 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
     if describer == 'split': return describe_split(ds.records, out, limit=p.limit, ethnicity=p.ethnicity), out
     return describe_synth(ds.root, out, error_rate=p.error_rate, seed=p.seed, limit=p.limit), out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'RIVALS', 'EXTRA_ROWS', 'LAYOUT_TAGS', 'DATASET_NAMES', 'FIGURE5_VARIANTS', 'NOISE', 'CLOTHES', 'DATA',
-           'OPTIONS', 'EPOCHS', 'READINGS', 'LONGER', 'LOG_TEST', 'TAGS', 'DECIDING', 'NEXT', 'SEEDS', 'TableRow',
+           'OPTIONS', 'TINY_EPOCHS', 'READINGS', 'LONGER', 'LOG_TEST', 'TAGS', 'DECIDING', 'NEXT', 'SEEDS', 'TableRow',
            'table_rows', 'grid', 'layout_options', 'data_tag', 'Reading', 'tag_of', 'subsets', 'changed_options',
            'reading_run', 'reading_reference', 'audit_grid', 'factorial_grid', 'tier_of', 'grid_by_worth',
            'finished_seconds', 'past_seconds', 'estimate_hours']
@@ -138,7 +138,7 @@ def tag_of(options: dict[str, Any], between: str = '-') -> str:
     return between.join(f'{k}={v}' for k, v in options.items())
 
 # %% ../nbs/65_grid.ipynb #a81f0dd5
-EPOCHS = PRESETS['tiny']['epochs']
+TINY_EPOCHS = PRESETS['tiny']['epochs']
 _CHOICES = [(n, option, values) for n, options in OPTIONS.items() for option, values in options.items()]
 _ONE_OPTION = [Reading(n, {option: value}) for n, option, values in _CHOICES for value in values]
 _SEVERAL = (
@@ -146,7 +146,7 @@ _SEVERAL = (
     Reading(6, dict(p_pos='softmax'), given=dict(clothing='literal')),
     Reading(6, dict(p_pos='sigmoid'), given=dict(clothing='literal')),
     Reading(11, dict(ids_per_batch=16, images_per_id=4)),       # an epoch is twice as long then: compare it
-    Reading(20, dict(epochs=2*EPOCHS)),                         # with twice as many epochs
+    Reading(20, dict(epochs=2*TINY_EPOCHS)),                         # with twice as many epochs
     Reading(20, dict(start='random')),                          # the towers of `tiny` without their weights
     Reading(12, {}, variant='bdam_shallow', than='bdam'),
     Reading(22, dict(c_clothing=0.0, c_decouple=0.0, c_gate=0.0)),
@@ -160,7 +160,7 @@ _SEVERAL = (
 READINGS: tuple[Reading, ...] = (*_ONE_OPTION, *_SEVERAL)
 
 # %% ../nbs/65_grid.ipynb #a14681fb
-LONGER = f'epochs={2*EPOCHS}'     # twice as long as `tiny`: does what helps still help?
+LONGER = f'epochs={2*TINY_EPOCHS}'     # twice as long as `tiny`: does what helps still help?
 LOG_TEST = 'log_test=True'       # the same model, tested every epoch: what would choosing by the test gain?
 
 def subsets(options: dict[str, Any]) -> list[dict[str, Any]]:

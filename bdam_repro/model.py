@@ -7,11 +7,11 @@ __all__ = ['Rows', 'TextFeatures', 'ImageFeatures', 'Pool', 'own_start', 'start_
            'fuse', 'match_score', 'rescore', 'InvalidPairs', 'invalid_pairs', 'invalid_pair_scores', 'candidates',
            'encode_by_length', 'encode_together', 'FusedCandidates', 'Outputs', 'Model', 'build_model']
 
-# %% ../nbs/34_model.ipynb #48347c84
+# %% ../nbs/34_model.ipynb #c1004412
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -89,7 +89,7 @@ class Pool(nn.Module):
 # %% ../nbs/34_model.ipynb #31dcf943
 @contextmanager
 def own_start(seed: int, part: str) -> Iterator[None]:
-    "Inside the `with`, PyTorch draws from a generator of (seed, part). Afterwards it goes on as if nothing had been."
+    "Inside the `with`, PyTorch draws from a generator of (seed, part); afterwards it goes on as before."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random.Random(f'{seed} {part}').getrandbits(63))
         yield
@@ -220,16 +220,17 @@ def invalid_pair_scores(model: Retriever,
     a, b = invalid_pairs(model, q, q_image), invalid_pairs(model, g_text, g)
     return F.normalize(a.f_final, dim=-1) @ F.normalize(b.f_final, dim=-1).T
 
-# %% ../nbs/34_model.ipynb #f44af52e
-def candidates(sim: Tensor,   # [B, B] dual scores, texts × images
-               pids: Tensor,  # [B] identities
-               n: int         # wrong images per text
+# %% ../nbs/34_model.ipynb #7104036e
+def candidates(sim: Tensor,   # [B, G] dual scores, texts × images
+               pids: Tensor,  # [G] identities of the images
+               n: int,        # wrong images per text
+               first: int = 0 # the image of text 0; those of the other texts follow it
               ) -> tuple[Tensor, Tensor]:  # rows [B, 1+N], the right image first; valid [B, 1+N] bool
     "The right image and the hardest wrong ones. `valid` is False where a batch has fewer than N wrong ones."
-    same = pids[:, None] == pids[None]                                       # [B, B]
+    right = torch.arange(first, first + len(sim), device=pids.device)[:, None]   # [B, 1]
+    same = pids[right] == pids[None]                                         # [B, G]
     n = min(n, len(pids) - 1)
     wrong = sim.detach().masked_fill(same, -torch.inf).topk(n, dim=1)        # [B, N]
-    right = torch.arange(len(pids), device=pids.device)[:, None]             # [B, 1]
     valid = [torch.ones_like(right, dtype=torch.bool), wrong.values.isfinite()]
     return torch.cat([right, wrong.indices], 1), torch.cat(valid, 1)
 
@@ -261,7 +262,7 @@ def encode_together(model: Retriever, texts: list[tuple[Tensor, Tensor]],   # id
     features = model.encode_text(ids, mask)
     return (features if words else features.cut(0)).split([len(ids) for ids, _ in texts])
 
-# %% ../nbs/34_model.ipynb #d66f2d40
+# %% ../nbs/34_model.ipynb #4d2fff77
 @dataclass
 class FusedCandidates:
     "The fusion of each text with its candidates, the right image first. All None without a fusion."
@@ -282,7 +283,12 @@ class Outputs(FusedCandidates):
     other: TextFeatures | None = None      # another caption of the same image
     clo: Tensor | None = None              # [B, D] clothing feature in the text's space (Eq. 1)
 
-# %% ../nbs/34_model.ipynb #aceda32b
+    def texts(self) -> dict[str, TextFeatures]:
+        "The texts that there are, by name."
+        names = ('caption', 'identity', 'clothing', 'other')
+        return {name: text for name in names if (text := getattr(self, name)) is not None}
+
+# %% ../nbs/34_model.ipynb #68632632
 class Model(Retriever):
     "The whole model of a configuration (Sec. 3)."
     second = None   # a second thread for the text tower: see `35_threads`
@@ -295,14 +301,23 @@ class Model(Retriever):
                 clothing: tuple[Tensor, Tensor] | None = None,     # the same of the generated clothing text
                 other: tuple[Tensor, Tensor] | None = None         # the same of another caption
                ) -> Outputs:
-        "All that the losses of one batch need, in one call (which is what `DistributedDataParallel` wants)."
+        "All that the losses of one batch need."
+        return self.relate(self.encode(images, caption, identity, clothing, other), pids)
+
+    def encode(self, images: Tensor, caption: tuple, identity: tuple | None = None,
+               clothing: tuple | None = None, other: tuple | None = None) -> Outputs:
+        "The towers' part of `forward`: each item by itself. Arguments as there."
         given = dict(caption=caption, identity=identity, clothing=clothing, other=other)
         given = {name: text for name, text in given.items() if text is not None}
         image, features = self.encode_sides(images, list(given.values()))
         texts = dict(zip(given, features))
         clo = None if self.proj_clo is None else self.proj_clo(image.hat_clo)
-        pairs = FusedCandidates() if self.fusion is None else self.fuse_candidates(image, texts, pids)
-        return Outputs(image=image, **texts, clo=clo, **vars(pairs))
+        return Outputs(image=image, **texts, clo=clo)
+
+    def relate(self, out: Outputs, pids: Tensor) -> Outputs:   # pids [B]
+        "The fusion's part of `forward`: each text with images of the whole batch."
+        if self.fusion is None: return out
+        return replace(out, **vars(self.fuse_candidates(out.image, out.texts(), pids)))
 
     def encode_sides(self, images: Tensor, texts: list[tuple[Tensor, Tensor]]
                     ) -> tuple[ImageFeatures, list[TextFeatures]]:
@@ -322,14 +337,15 @@ class Model(Retriever):
         features = [self.encode_text(*text) for text in texts]
         return features if words else [f.cut(0) for f in features]
 
-    def fuse_candidates(self, image: ImageFeatures, texts: dict[str, TextFeatures], pids: Tensor
+    def fuse_candidates(self, image: ImageFeatures, texts: dict[str, TextFeatures], pids: Tensor,
+                        first: int = 0   # the image of text 0, where `texts` are a share of a batch
                        ) -> FusedCandidates:
         "The fusion of each text with its candidates. `fusion_text` names the text that it reads."
         c, main = self.config, texts['caption']
         if c.id_text == 'generated': main = texts.get('identity', main)
         query = main if c.fusion_text == 'query' else texts.get(c.fusion_text, main)
-        sim = dual(main, image)                                                          # [B, B]
-        rows, valid = candidates(sim, pids, c.fusion_negatives)                          # [B, 1+N]
+        sim = dual(main, image)                                                          # [B, G]
+        rows, valid = candidates(sim, pids, c.fusion_negatives, first)                   # [B, 1+N]
         if not c.fusion_grad: query, image = query.detach(), image.detach()
         i = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows).flatten()   # [B(1+N)]
         pairs = fuse(self, query, i, image, rows.flatten())
@@ -341,7 +357,8 @@ class Model(Retriever):
     def shared_parameters(self) -> list[nn.Parameter]:
         "The image encoder's last dense layer: every loss passes through it (Sec. 4.2, open point 9)."
         dense = [m for m in self.vision.modules() if isinstance(m, nn.Linear)]
-        return list(dense[-1].parameters())
+        if not self.config.lr_vision: dense = [m for m in self.bdam.modules() if isinstance(m, nn.Linear)][:1]
+        return list(dense[-1].parameters())                    # of a frozen encoder: the layer behind it
 
 # %% ../nbs/34_model.ipynb #eb50f131
 def build_model(config: Config,

@@ -556,7 +556,7 @@ def test_bad_data_is_one_line_before_the_first_epoch(home, whole, tmp_path, case
     (dict(descriptions='descriptions_kmeans.jsonl'), 'no such file'),
     (dict(synth_seed=9), 'choose another `folder`'),
     (dict(synth_images=9), 'choose another `folder`'), (dict(folder='../up'), 'plain name'),
-    (dict(lr=1e30, grad_clip=0.), 'the loss is nan at step 1: align nan'),
+    (dict(lr=1e30, grad_clip=0.), 'not finite at step 1, the batch of .*: align nan'),
     (dict(dataset='rstp', vision='./x', folder=''), 'RSTPReid'),
 ])
 def test_bad_options_are_one_line(home, whole, tmp_path, kw, words):
@@ -565,7 +565,8 @@ def test_bad_options_are_one_line(home, whole, tmp_path, kw, words):
     with pytest.raises(UserError, match=words) as e: train(c, tmp_path, progress=False)
     assert '\n' not in str(e.value) and len(str(e.value)) < 500
     folder = run_dir(c, tmp_path)
-    assert not folder.exists() or set(names(folder)) <= {'config.json', 'tokenizer'}
+    left = {'config.json', 'tokenizer', 'bad_step.json'}
+    assert not folder.exists() or set(names(folder)) <= left
 
 
 @pytest.mark.parametrize('device, words', [
@@ -607,10 +608,11 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_epoch(home, tmp_path, monk
         if self.step == 3: next(self.model.parameters()).data.fill_(float('nan'))
         return step(self, batch)
     monkeypatch.setattr(T.Trainer, 'train_step', poisoned)
-    with pytest.raises(UserError, match='the loss is nan at step 3'):
+    with pytest.raises(UserError, match='the loss is not finite at step 3'):
         train(cfg(home), tmp_path, progress=False)
     folder = run_dir(cfg(home), tmp_path)
-    assert names(folder) == ['best.safetensors', 'config.json', 'history.csv', 'last.ckpt', 'tokenizer']
+    assert names(folder) == ['bad_step.json', 'best.safetensors', 'config.json', 'history.csv', 'last.ckpt',
+                             'tokenizer']
     assert all(v.isfinite().all() for v in weights(folder).values())
     assert len(pd.read_csv(folder/'history.csv')) == 1
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from bdam_repro.archive import SMALL_FILES, WITH_FEATURES, query_results
 from bdam_repro.config import UserError, atomic_path, make_config, run_dir
 from bdam_repro.grid import audit_grid, grid
-from bdam_repro.many import read_runs, train_many
+from bdam_repro.many import read_run_list, train_many
 from bdam_repro.run_data import load_data
 from bdam_repro.runs import finished
 
@@ -87,7 +87,7 @@ def main():
     a = p.parse_args()
     options = dict(pair.split('=', 1) for pair in a.options.split(',') if pair)
     start = time.perf_counter()
-    if a.list: configs = read_runs(a.list, **options)
+    if a.list: configs = read_run_list(a.list, **options)
     else:
         given = dict(dataset=a.dataset, preset=a.preset, seeds=a.seeds, **options)
         configs = grid(layouts=a.layouts, variants=[v for v in a.variants.split(',') if v], **given)
