@@ -222,7 +222,7 @@ def test_other_options_do_not_touch_an_interrupted_run(home, tmp_path, monkeypat
 def test_the_checkpoint_is_chosen_on_validation_alone(home, tmp_path, monkeypatch):
     "Scripted scores: validation is best in epoch 2, test would be best in epoch 1 or 3."
     script, asked, kept = {'val': [10., 30., 20.], 'test': [90., 0., 90.]}, [], {}
-    def scripted(model, dataset, tokenizer, split, amp=None):
+    def scripted(model, dataset, tokenizer, split, amp=None, *world):
         asked.append(split)
         e = evaluate(model, dataset, tokenizer, split, amp)
         if not model.training: return e                                       # the end: weights are read back
