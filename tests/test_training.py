@@ -669,15 +669,15 @@ def test_muon_takes_the_matrices_and_the_patch_embedding(home, tmp_path):
 
 def test_the_temperature_falls(home, tmp_path):
     trainer, seen = prepare(cfg(home, tau=.1, tau_decay=.25), tmp_path, False).trainer, []
-    real = T.forward
-    def spy(model, batch, c):
+    real = T.batch_losses
+    def spy(out, batch, c):
         seen.append((c.tau, c.tau_end))
-        return real(model, batch, c)
-    T.forward = spy
+        return real(out, batch, c)
+    T.batch_losses = spy
     try:
         for step in (0, trainer.steps//2, trainer.steps):
             trainer.step = step
             trainer.losses(next(iter(trainer.loader)))
-    finally: T.forward = real
+    finally: T.batch_losses = real
     assert np.allclose(seen, [(.1, .025), (.05, .025), (.025, .025)])
     assert trainer.c.tau_end == pytest.approx(.025)
