@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIT_B', 'BERT_B', 'TINY', 'find_peer', 'people_features', 'ranking', 'bare_product', 'in_parts', 'ranking_by_sort',
-           'ranking_by_irra', 'ranking_by_torchmetrics', 'sequence_layer', 'sequence_pass', 'work_batch',
-           'measured_step', 'bare_step', 'tiny_step', 'busy_processes', 'start_server', 'describing', 'draw_dataset',
+           'ranking_by_irra', 'ranking_by_torchmetrics', 'sequence_layer', 'sequence_pass', 'pairs_batch',
+           'training_step', 'bare_step', 'tiny_step', 'busy_processes', 'start_server', 'describing', 'draw_dataset',
            'embed_pictures', 'search_gallery', 'cluster_captions', 'seconds_of']
 
 # %% ../nbs/88_workloads.ipynb #9387071d
@@ -137,11 +137,11 @@ def sequence_pass(kind: str, batch: int, length: int, dim: int = 256) -> Callabl
         h.square().mean().backward()
     return work
 
-# %% ../nbs/88_workloads.ipynb #882c7dc1
+# %% ../nbs/88_workloads.ipynb #06eb2a83
 VIT_B = dict(type='vit', hidden=768, layers=12, heads=12, patch=16)
 BERT_B = dict(type='bert', hidden=768, layers=12, heads=12)
 
-def work_batch(size: int, image: tuple[int, int], words: int, texts: int):
+def pairs_batch(size: int, image: tuple[int, int], words: int, texts: int):
     "A `Batch`: pairs of people, no word padded; with `texts` of 3 both descriptions too."
     from bdam_repro.batches import Batch
     ids, mask = torch.randint(5, 1000, (size, words)), torch.ones(size, words, dtype=torch.bool)
@@ -149,7 +149,7 @@ def work_batch(size: int, image: tuple[int, int], words: int, texts: int):
     images = torch.randint(0, 256, (size, 3, *image), dtype=torch.uint8)
     return Batch(torch.arange(size), torch.arange(size)//2, images, ids, mask, **more)
 
-def measured_step(variant: str, batch: int, vision: dict = VIT_B, text: dict = BERT_B,
+def training_step(variant: str, batch: int, vision: dict = VIT_B, text: dict = BERT_B,
                   image: tuple[int, int] = (224, 224), words: int = 77, **options) -> Callable:
     "A step of the trainer, as it runs on the paper's preset."
     from bdam_repro.model import build_model
@@ -157,7 +157,7 @@ def measured_step(variant: str, batch: int, vision: dict = VIT_B, text: dict = B
     c = make_config('cuhk', 'paper', variant, vision=vision, text=text, image_height=image[0],
                     image_width=image[1], max_length=words, dim=vision['hidden'], dropout=0., device='cpu',
                     **options)
-    data = work_batch(batch, image, words, 3 if variant == 'full' else 1)
+    data = pairs_batch(batch, image, words, 3 if variant == 'full' else 1)
     trainer = Trainer(c, build_model(c, 30522), [data], torch.device('cpu'))
     trainer.steps = 1000                                          # the schedule's length is no matter here
     return lambda: sum(trainer.train_step(data).values())
@@ -175,7 +175,7 @@ def bare_step(batch: int, vision: dict = VIT_B, text: dict = BERT_B, image: tupl
     to_image, to_text = nn.Linear(vision['hidden'], 512), nn.Linear(text['hidden'], 512)
     model = nn.ModuleList([images, texts, to_image, to_text]).train()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    data, labels = work_batch(batch, image, words, 1), torch.arange(batch)
+    data, labels = pairs_batch(batch, image, words, 1), torch.arange(batch)
     def work():
         with torch.autocast('cpu', torch.bfloat16, enabled=amp):
             v = to_image(images(data.images/127.5 - 1).last_hidden_state[:, 0])
@@ -189,7 +189,7 @@ def bare_step(batch: int, vision: dict = VIT_B, text: dict = BERT_B, image: tupl
         return loss.item()
     return work
 
-# %% ../nbs/88_workloads.ipynb #2e9f803c
+# %% ../nbs/88_workloads.ipynb #e6af4d50
 TINY = dict(vision=dict(type='vit', hidden=96, layers=4, heads=4, patch=16),
             text=dict(type='bert', hidden=96, layers=2, heads=4))
 
@@ -199,7 +199,7 @@ def tiny_step(towers: bool, batch: int = 64) -> Callable:
     from bdam_repro.threads import LoadWatch, SecondThread
     from bdam_repro.trainer import Trainer
     c = make_config('synth', 'tiny', device='cpu', **TINY)
-    data = work_batch(batch, (c.image_height, c.image_width), 40, 3)
+    data = pairs_batch(batch, (c.image_height, c.image_width), 40, 3)
     trainer = Trainer(c, build_model(c, 1000), [data], torch.device('cpu'))
     trainer.steps = 1000
     if towers: trainer.model.second = SecondThread(LoadWatch(loss=float('inf')))       # it never gives up
