@@ -30,7 +30,8 @@ from .servers import Manner, count_answer, keep_client, most_prompt_tokens, requ
 from .journal import Journal, Report
 from .offline import rows_to_describe
 from .mllm import DescribeSettings, History, first_messages, image_url
-from .describe import (UNREADABLE, DescribeRun, CostEstimate, OnlineSettings, advance_bar, book_answer,
+from .describe import (UNREADABLE, DescribeRun, CostEstimate, OnlineSettings, advance_bar,
+                                 book_answer,
                                  estimate_cost, print_estimate, probe_alone, record_image, start_run,
                                  unreadable, used_up)
 

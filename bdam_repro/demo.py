@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UPLOADS', 'UPLOAD_SIZE', 'POLICY', 'SENTENCES', 'PAGE_HEAD', 'CSS', 'demo_people', 'SearchPage', 'check_query',
-           'error_html', 'import_gradio', 'make_page', 'make_app', 'main', 'serve']
+           'error_html', 'import_gradio', 'make_page', 'make_app', 'demo_main', 'serve']
 
 # %% ../nbs/62_demo.ipynb #b1f271a1
 import argparse
@@ -179,7 +179,7 @@ def make_app(page: SearchPage, title: str = 'People by description'):   # fastap
     return gr.mount_gradio_app(app, make_page(page, title), '/', server_name='127.0.0.1', theme=theme, css=CSS,
                                max_file_size=UPLOAD_SIZE, ssr_mode=False, pwa=False, footer_links=[])
 
-def main(arguments: list[str] | None = None) -> None:
+def demo_main(arguments: list[str] | None = None) -> None:
     "The command `bdam-demo`, which `make demo` calls."
     p = argparse.ArgumentParser('bdam-demo', description='Search people by description, in the browser.')
     p.add_argument('--model', help='a run folder, a model file, a folder in the hub’s layout or a hub name')

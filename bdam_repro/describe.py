@@ -8,7 +8,7 @@ __all__ = ['UNREADABLE', 'FIRST', 'ReservedPlace', 'SlidingWindow', 'OnlineSetti
            'record_image', 'unreadable', 'describe_image', 'advance_bar', 'what_helps', 'probe_alone', 'CostEstimate',
            'estimate_cost', 'print_estimate', 'describe_async', 'describe']
 
-# %% ../nbs/24_describe.ipynb #28134d9b
+# %% ../nbs/24_describe.ipynb #6ef4d730
 import asyncio
 import time
 from collections import deque
@@ -28,7 +28,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from tqdm import tqdm
 
 from .config import UserError
-from .pedes import ImageError
+from .picture_files import ImageError
 from .servers import (Answer, Hopeless, Refused, Server, Transient, ask_server, guess_tokens,
                                 is_about_pictures, keep_client, most_prompt_tokens, run_sync)
 from .lexicon import Description

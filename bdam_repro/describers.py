@@ -6,7 +6,7 @@
 __all__ = ['DESCRIBERS', 'sample_sheet', 'failures_by_cause', 'coverage_table', 'purity_table', 'lengths_by_style', 'money_table',
            'choose_describer', 'DescribeParameters', 'check_parameters', 'mllm_options', 'describe_dataset']
 
-# %% ../nbs/28_describers.ipynb #14c08d5a
+# %% ../nbs/28_describers.ipynb #6c8abb40
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .config import ROOT, UserError, given_names
 from .pedes import PedesDataset
+from .picture_files import to_rgb
 from .servers import make_client
 from .lexicon import LEXICON, Policy, spoken_of
 from .journal import Report
@@ -27,10 +28,10 @@ from .mllm import DescribeSettings, check_styles
 from .describe import CostEstimate, OnlineSettings, describe, print_estimate
 from .batchmode import describe_batch
 
-# %% ../nbs/28_describers.ipynb #771fe25b
+# %% ../nbs/28_describers.ipynb #651456b2
 def _show_row(left, right, row, images_dir: Path) -> None:
     "One image and its texts on two axes."
-    with Image.open(images_dir/row.image) as im: left.imshow(im.convert('RGB'))
+    with Image.open(images_dir/row.image) as im: left.imshow(to_rgb(im))
     style = 'none' if pd.isna(row.style) else int(row.style)
     lines = [fill(f'identity: {row.identity}', 75), fill(f'clothing: {row.clothing}', 75), f'style: {style}']
     right.text(0, .5, '\n'.join(lines).replace('$', r'\$'), va='center', fontsize=8)

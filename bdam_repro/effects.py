@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from .config import Config, make_config
 
 # %% ../nbs/07_effects.ipynb #1337acb8
-SYNTH_OPTIONS = ('synth_train_ids synth_val_ids synth_test_ids synth_images synth_seed synth_layout synth_error '
-         'clothes_change')
+SYNTH_OPTIONS = ('synth_train_ids synth_val_ids synth_test_ids synth_images synth_seed synth_layout '
+                 'synth_error clothes_change')
 BDAM_OPTIONS = 'bdam_depth bdam_heads bdam_mlp bdam_cross bdam_order bdam_gate keep_cls c_decouple c_clothing'
 FUSION_OPTIONS = ('fusion_kind fusion_input fusion_layers fusion_dim fusion_gate fusion_align fusion_text '
-          'fusion_loss fusion_grad fusion_negatives rerank rerank_weight c_fusion')
+                  'fusion_loss fusion_grad fusion_negatives rerank rerank_weight c_fusion')
 GRADNORM_OPTIONS = 'gradnorm_alpha gradnorm_lr gradnorm_every gradnorm_ref'
 
 def unmet_needs(c: Config) -> dict[str, str]:   # the condition that does not hold -> the options that need it

@@ -6,7 +6,7 @@
 __all__ = ['run_line', 'read_run_list', 'SharedData', 'Outcome', 'steps_alone', 'train_shared', 'work', 'left_to_do',
            'make_ready', 'progress_line', 'train_many']
 
-# %% ../nbs/79_many.ipynb #53b83eb0
+# %% ../nbs/79_many.ipynb #78aa0692
 import json
 import multiprocessing
 import queue
@@ -25,7 +25,7 @@ from .config import Config, UserError, config_hash, make_config, run_dir
 from .pedes import PedesDataset
 from .batches import image_batches
 from .run_data import load_data, run_tokenizer
-from .threads import ALONE
+from .threads import ONE_AT_A_TIME
 from .trainer import run_batches
 from .runs import finished, train
 
@@ -50,7 +50,7 @@ def read_run_list(path: Path, **options   # of every run, over those in the file
             raise UserError(f'{path}, line {number}: {e}; wanted: {wanted}') from None
     return configs
 
-# %% ../nbs/79_many.ipynb #c2772982
+# %% ../nbs/79_many.ipynb #b4a254c3
 class SharedData:
     "The datasets of a process. `of` gives that of a run."
     def __init__(self):
@@ -62,7 +62,7 @@ class SharedData:
         fields = ('dataset', 'data_root', 'folder', 'descriptions', 'val_fraction', 'clothes_change')
         synth = tuple(value for name, value in c if name.startswith('synth_'))
         key = *(getattr(c, name) for name in fields), *synth
-        with ALONE:
+        with ONE_AT_A_TIME:
             if key not in self.datasets:
                 dataset = load_data(c, progress=False)
                 for root in self.memories.keys() - {dataset.root}: self.memories[root].clear()
@@ -70,7 +70,7 @@ class SharedData:
                 self.datasets[key] = dataset
             return self.datasets[key]
 
-# %% ../nbs/79_many.ipynb #f97589cb
+# %% ../nbs/79_many.ipynb #dbc44c11
 @dataclass
 class Outcome:
     "What became of a run."
@@ -86,7 +86,7 @@ def steps_alone(c: Config) -> bool:
 
 def train_shared(c: Config, runs: Path, data: SharedData) -> None:
     "`train`, with the data of the process."
-    with ALONE if steps_alone(c) else nullcontext():
+    with ONE_AT_A_TIME if steps_alone(c) else nullcontext():
         train(c, runs, progress=False, dataset=data.of(c))
 
 def work(jobs, outcomes,          # queues: (number, run) or None, and `Outcome`
@@ -109,7 +109,7 @@ def work(jobs, outcomes,          # queues: (number, run) or None, and `Outcome`
     loop()
     for thread in others: thread.join()
 
-# %% ../nbs/79_many.ipynb #8aa5d35a
+# %% ../nbs/79_many.ipynb #96e21e05
 def left_to_do(configs: Iterable[Config], runs: Path) -> list[Config]:
     "Runs that are not complete with these options, each once."
     distinct = {run_dir(c, runs): c for c in configs}
@@ -130,8 +130,10 @@ def progress_line(done: int, failed: int, total: int, seconds: float) -> str:
     "How far a list is, and when it will be done."
     rest = (total - done)*seconds/max(1, done)
     wrong = f', {failed} failed' if failed else ''
-    return f'{done} of {total} runs{wrong}, {seconds:.0f} s; {3600*done/seconds:.0f} per hour, {rest:.0f} s to go'
+    rate = 3600*done/seconds
+    return f'{done} of {total} runs{wrong}, {seconds:.0f} s; {rate:.0f} per hour, {rest:.0f} s to go'
 
+# %% ../nbs/79_many.ipynb #1317a029
 def train_many(configs: Iterable[Config],
                runs: Path,                      # folder of the runs
                processes: int = 1,              # workers

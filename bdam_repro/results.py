@@ -206,13 +206,14 @@ def data_of(tag: str) -> str:
     "What runs with this tag are tested on: '' for the dataset of the preset."
     return tag if tag in (*LAYOUT_TAGS, CLOTHES) else ''
 
-# %% ../nbs/66_results.ipynb #b83ad205
+# %% ../nbs/66_results.ipynb #841c51f5
 def run_spread(runs: pd.DataFrame,      # of `collect_runs`, one dataset and preset
                metric: str, score: str,
                data: str = ''           # as of `data_of`
               ) -> Spread | None:       # None: too few variants with two seeds
     "How much variants vary from seed to seed, from all that were tested on the same data."
     runs = runs[runs['tag'].map(data_of) == data]
+    if runs.empty: return None
     y = run_means(runs, metric, score)
     if score != 'gain':
         mean = y.mean(axis=1)
