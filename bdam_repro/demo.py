@@ -32,7 +32,7 @@ def demo_people(data_root: str = 'data', people: int = 100, progress: bool = Tru
                     folder=f'SynthPEDES-demo{people}', data_root=data_root, descriptions='none')
     return load_data(c, progress).split('test')
 
-# %% ../nbs/62_demo.ipynb #613206b6
+# %% ../nbs/62_demo.ipynb #d675912e
 UPLOADS, UPLOAD_SIZE = 200, '10mb'     # pictures that a visitor may bring, and the longest file
 
 class SearchPage:
@@ -79,8 +79,10 @@ class SearchPage:
             gallery = Gallery.build(self.model, files, self.home/token, progress=False)
         except UserError as e: return error_html(e), None
         self.own[token] = gallery
-        bad = ', '.join(f'{Path(f).name} ({kind})' for f, kind in gallery.problems()[['file', 'kind']].to_numpy())
-        said = f'{len(gallery)} pictures are ready to be searched.' + (f' Not readable: {bad}.' if bad else '')
+        odd = gallery.problems()
+        bad = ', '.join(f'{Path(f).name} ({kind})' for f, kind in zip(odd['file'], odd['kind']))
+        said = f'{len(gallery)} pictures are ready to be searched.'
+        if bad: said += f' Not readable: {bad}.'
         return f'<p role="status">{html.escape(said)}</p>', token
 
     def forget(self, token: str | None) -> None:
@@ -98,13 +100,16 @@ def check_text(text: str | None) -> str:
 
 def error_html(e: Exception) -> str: return f'<p role="alert"><strong>{html.escape(str(e))}</strong></p>'
 
-# %% ../nbs/62_demo.ipynb #2f27595c
+# %% ../nbs/62_demo.ipynb #4e380710
 POLICY = "; ".join(["default-src 'self'", "img-src 'self' data: blob:", "font-src 'self' data:",
-                    "style-src 'self' 'unsafe-inline'", "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
-                    "connect-src 'self'", "worker-src 'self' blob:", "frame-ancestors 'none'", "base-uri 'self'"])
+                    "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
+                    "style-src 'self' 'unsafe-inline'",
+                    "connect-src 'self'", "worker-src 'self' blob:", "frame-ancestors 'none'",
+                    "base-uri 'self'"])
 
 SENTENCES = ['a tall woman in a red coat with a black bag', 'a man with a blue backpack and dark trousers',
-             'a woman with long blond hair and a green dress', 'an elderly man with glasses and a gray jacket']
+             'a woman with long blond hair and a green dress',
+             'an elderly man with glasses and a gray jacket']
 
 HEAD = """<p>Type what somebody looks like. The model ranks {n} pictures{of}. A rank is no identification: the
 first picture is often the wrong person. For studying a method, not for finding people.</p>"""
@@ -143,7 +148,8 @@ def make_page(page: SearchPage, title: str = 'People by description'):   # gradi
         with gr.Accordion('My pictures', open=False):
             files = gr.File(label=f'Pictures, {UPLOADS} at most', file_count='multiple', file_types=['image'],
                             elem_id='files')
-            brought = gr.HTML('<p>They stay on this machine and are deleted within an hour.</p>', elem_id='brought')
+            brought = gr.HTML('<p>They stay on this machine and are deleted within two hours.</p>',
+                              elem_id='brought')
         def search(text, k, score, where, token):
             found, said, ranks = page.search(text, k, score, where, token)
             choice = gr.Dropdown(ranks, value=ranks[0] if ranks else None)
@@ -158,8 +164,9 @@ def make_page(page: SearchPage, title: str = 'People by description'):   # gradi
         files.change(bring, [files, token], [brought, token, where], api_name=False, **two)
     return blocks.queue(max_size=500)
 
-# %% ../nbs/62_demo.ipynb #b128a978
-CSS = '''footer {display: none !important} #results figure {vertical-align: top} #results img {max-width: 45vw}
+# %% ../nbs/62_demo.ipynb #7846ef9e
+CSS = '''footer {display: none !important} #results figure {vertical-align: top}
+#results img {max-width: 45vw}
 .gradio-container {max-width: 1100px !important; margin: auto}'''
 
 def make_app(page: SearchPage, title: str = 'People by description'):   # fastapi.FastAPI
@@ -176,8 +183,9 @@ def make_app(page: SearchPage, title: str = 'People by description'):   # fastap
         response.headers['Referrer-Policy'] = 'no-referrer'
         return response
     theme = gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
-    return gr.mount_gradio_app(app, make_page(page, title), '/', server_name='127.0.0.1', theme=theme, css=CSS,
-                               max_file_size=UPLOAD_SIZE, ssr_mode=False, pwa=False, footer_links=[])
+    options = dict(theme=theme, css=CSS, max_file_size=UPLOAD_SIZE, ssr_mode=False, pwa=False)
+    return gr.mount_gradio_app(app, make_page(page, title), '/', server_name='127.0.0.1', footer_links=[],
+                               **options)
 
 def main(arguments: list[str] | None = None) -> None:
     "The command `bdam-demo`, which `make demo` calls."
