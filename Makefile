@@ -10,13 +10,14 @@ ARGS   ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help venv train demo test lab readme clean
+.PHONY: help venv train demo test soak lab readme clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train    draw SynthPEDES, train the full model, test it     (ARGS="-p variant baseline -p seed 1")'
 	@echo 'make demo     search people by description, in the browser        (ARGS="--model runs/... --folder pictures/")'
 	@echo 'make test     lint, all notebooks, all tests'
+	@echo 'make soak     ten minutes of damaged answers and files          (SOAK_SECONDS=30 for less)'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make readme   README.md from nbs/index.ipynb'
 	@echo 'make venv     the virtual environment alone                      (TORCH=... for another build of PyTorch)'
@@ -44,6 +45,9 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m soak tests/soak
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb

@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'wordpiece_vocab', 'save_tokenizer', 'load_tokenizer', 'train_tokenizer', 'encode_texts', 'trim',
-           'PKSampler', 'Batch', 'combine_seeds', 'uniform_share', 'CaptionChoice', 'with_stand_ins', 'Loader',
-           'split_rows', 'train_batches', 'image_batches', 'text_batches']
+           'Batch', 'combine_seeds', 'uniform_share', 'CaptionChoice', 'with_stand_ins', 'Draw', 'Loader', 'split_rows',
+           'kept_tokens', 'train_batches', 'image_batches', 'text_batches']
 
-# %% ../nbs/17_batches.ipynb #42092341
+# %% ../nbs/17_batches.ipynb #6a2df913
 import json
-import math
 import os
-import random
 import shutil
 import string
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -30,8 +27,9 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from .config import UserError
 from .hub import TOKENIZER_FILES, hub_folder
+from .sampler import PairSampler, PKSampler
 from .pedes import PedesDataset
-from .images import KEEP, ImageStore, augment, remember
+from .images import KEEP, Changes, ImageStore, change_images, draw_changes, kept, remember
 
 # %% ../nbs/17_batches.ipynb #66ba1708
 SPECIAL_TOKENS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
@@ -135,44 +133,6 @@ def trim(ids: torch.Tensor,  # [B,L]
     L = int(mask.sum(1).max())
     return ids[:, :L], mask[:, :L]
 
-# %% ../nbs/17_batches.ipynb #fcadfc86
-class PKSampler:
-    "Batches of P identities × K images, as positions into `pids`: a function of (seed, epoch)."
-    def __init__(self, pids: Sequence[int],  # [N] identity of each image
-                 p: int,  # identities per batch
-                 k: int,  # images per identity
-                 seed: int = 0, rank: int = 0, world: int = 1):
-        self.groups = defaultdict(list)                               # identity -> positions
-        for position, pid in enumerate(np.asarray(pids).tolist()): self.groups[pid].append(position)
-        self.p, self.k, self.seed, self.rank, self.world, self.epoch = p, k, seed, rank, world, 0
-        n = len(self.groups)
-        if min(p, k) < 1:
-            raise UserError(f'a batch needs p ≥ 1 identities and k ≥ 1 images, got p={p}, k={k}')
-        if n < p: raise UserError(f'a batch of p={p} identities from a split that has {n}: lower p')
-        if p*k % world: raise UserError(f'a batch of {p}×{k} images does not split over {world} processes')
-
-    def set_epoch(self, epoch: int): self.epoch = epoch
-
-    def __len__(self) -> int: return math.ceil(len(self.groups)/self.p)
-
-    def images_of(self, pid: int) -> list[int]:  # [K] positions
-        "This epoch's K images of an identity."
-        images = self.groups[pid]
-        turns = math.ceil(len(images)/self.k)                         # epochs until all have been seen
-        rounds, turn = divmod(self.epoch, turns)                      # shufflings before, epochs since
-        images = random.Random(f'{self.seed} {pid} {rounds}').sample(images, len(images))
-        return [images[i % len(images)] for i in range(turn*self.k, (turn + 1)*self.k)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        pids = sorted(self.groups)
-        random.Random(f'{self.seed} {self.epoch}').shuffle(pids)
-        missing = -len(pids) % self.p                                 # in the last batch
-        pids += pids[:missing]
-        share = self.p*self.k//self.world
-        for i in range(0, len(pids), self.p):
-            batch = [position for pid in pids[i:i + self.p] for position in self.images_of(pid)]
-            yield batch[self.rank*share:(self.rank + 1)*share]
-
 # %% ../nbs/17_batches.ipynb #544ff458
 @dataclass
 class Batch:
@@ -243,7 +203,16 @@ def with_stand_ins(records: pd.DataFrame, column: str) -> tuple[list[str], str]:
     note = f'{missing} of {len(texts)} images have no {column}: their first caption stands in.'
     return texts, note if missing else ''
 
-# %% ../nbs/17_batches.ipynb #8b66a1a8
+# %% ../nbs/17_batches.ipynb #1b3d3feb
+@dataclass
+class Draw:
+    "What one batch is made of, before anything is read."
+    images: np.ndarray           # [B] positions among the split's images
+    captions: np.ndarray         # [B] positions among all captions of the split
+    others: np.ndarray | None    # [B] the same for the second captions
+    changes: Changes | None      # of the images; None: none
+
+# %% ../nbs/17_batches.ipynb #67707cfb
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
     def __init__(self, records: pd.DataFrame,                         # of one split
@@ -278,26 +247,35 @@ class _TrainData(Dataset):
         try: return self._batch(step)
         except UserError as e: return e
 
-    def _batch(self, step: int) -> Batch:
-        i = np.array(self.batches[step])                              # [B] positions among the split's rows
+    def draw(self, step: int) -> Draw:
+        "The random choices of a batch: a function of seed, epoch and step."
+        drawn = np.array(self.batches[step])                          # [B] images, or pairs
         part = self.sampler.rank, self.sampler.world
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.epoch, step))
-        taken = self.choice.one(i, uniform_share(len(i), generator, part))
-        texts = {'caption': self.captions[taken]}
+        if isinstance(self.sampler, PairSampler): i, taken = self.sampler.image_of[drawn], drawn
+        else: i, taken = drawn, self.choice.one(drawn, uniform_share(len(drawn), generator, part))
+        another, changes = None, None
         if self.two_captions:
             another = self.choice.another(i, taken, uniform_share(len(i), generator, part))
-            texts['other'] = self.captions[another]
-        texts |= {name: tokens[i] for name, tokens in self.described.items()}
-        images = self.images[self.rows[i]]
         if self.augmentation is not False:
             options = {} if self.augmentation is True else self.augmentation
-            images = augment(images, generator, **options, part=part)
+            changes = draw_changes(len(i), self.images.size, generator, **options, part=part)
+        return Draw(i, taken, another, changes)
+
+    def _batch(self, step: int) -> Batch:
+        d = self.draw(step)
+        i = d.images
+        texts = {'caption': self.captions[d.captions]}
+        if d.others is not None: texts['other'] = self.captions[d.others]
+        texts |= {name: tokens[i] for name, tokens in self.described.items()}
+        images = self.images[self.rows[i]]
+        if d.changes is not None: images = change_images(images, d.changes)
         tensors = {}
         for name, (ids, mask) in texts.items(): tensors |= {f'{name}_ids': ids, f'{name}_mask': mask}
         rows, pids = torch.from_numpy(self.rows[i]), torch.from_numpy(self.pids[i])
         return Batch(rows, pids, images, **tensors)
 
-# %% ../nbs/17_batches.ipynb #4ffc81e4
+# %% ../nbs/17_batches.ipynb #13a6a97c
 class Loader:
     "Each iteration is an epoch of training batches; `wait_share` measures how long its user waited."
     def __init__(self, data: _TrainData, workers: int):
@@ -309,6 +287,15 @@ class Loader:
     def __len__(self) -> int: return len(self.data)
 
     def set_epoch(self, epoch: int): self.epoch = epoch
+
+    def plan(self, epochs: int) -> str:
+        "How much a training of so many epochs is, in one line."
+        sampler, steps = self.data.sampler, epochs*len(self)
+        size, images = sampler.p*sampler.k, len(self.data.pids)
+        pairs = int(self.data.choice.counts.sum())
+        seen = f'{images:,} images with {pairs:,} captions of {len(sampler.groups):,} people'
+        run = f'{steps:,} steps, {steps*size:,} samples'
+        return f'{epochs} epochs of {len(self):,} steps of {size}: {run}; {seen}'
 
     @property
     def wait_share(self) -> float:  # 0…1, of the latest epoch
@@ -341,12 +328,18 @@ class Loader:
             yield batch
             self.total = time.perf_counter() - start
 
-# %% ../nbs/17_batches.ipynb #6bbaba68
+# %% ../nbs/17_batches.ipynb #a739897c
 def split_rows(dataset: PedesDataset, split: str) -> np.ndarray:  # positions in `dataset.records`
     "The rows of one split. Raises `UserError` when it is empty."
     rows = np.flatnonzero(dataset.records['split'].to_numpy() == split)
     if not len(rows): raise UserError(f"{dataset.name} has no images in its split '{split}' ({dataset.root})")
     return rows
+
+def kept_tokens(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
+                max_length: int, memory: Path | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    "`encode_texts`, once per process where the dataset has a `memory`."
+    of = hash(tuple(texts)), max_length, tokenizer.pad_token_id, hash(tokenizer.backend_tokenizer.to_str())
+    return kept(dataset, ('tokens', *of), lambda: encode_texts(tokenizer, texts, max_length, memory))
 
 def train_batches(dataset: PedesDataset,
                   tokenizer: PreTrainedTokenizerBase,
@@ -359,6 +352,7 @@ def train_batches(dataset: PedesDataset,
                   id_text: str = 'caption',  # t_i of Eq. 3: 'caption', 'generated' or 'both'
                   two_captions: bool = False,  # a second caption of each image, where there is one
                   split: str = 'train',
+                  epoch_of: str = 'identities',  # one epoch: 'identities' once each, or all 'pairs'
                   augmentation: bool | dict = True,  # False: none; a dict: arguments of `augment`
                   workers: int = 0,  # loader processes; for images that do not fit the memory budget
                   cache: bool | str = 'auto', budget: int = 2**30, columns: float = 1.,  # see `ImageStore`
@@ -379,21 +373,29 @@ def train_batches(dataset: PedesDataset,
 
     def encode(texts, name):
         memory = dataset.root/'.prepared'/f'{name}.safetensors' if len(texts) > KEEP else None
-        return encode_texts(tokenizer, texts, max_length, memory)
+        return kept_tokens(dataset, tokenizer, texts, max_length, memory)
 
-    sampler = PKSampler(records['pid'].to_numpy(), p, k, seed, rank, world)
-    images = ImageStore(dataset, size, rows, cache, budget, columns)
+    if epoch_of not in ('identities', 'pairs'):
+        raise UserError(f"epoch_of={epoch_of!r} is none of 'identities', 'pairs'")
+    pids, dealing = records['pid'].to_numpy(), (p, k, seed, rank, world)
+    if epoch_of == 'pairs': sampler = PairSampler(pids, n_captions[n_captions > 0], *dealing)
+    else: sampler = PKSampler(pids, *dealing)
+    images = kept(dataset, ('images', split, len(rows), size, columns, cache, budget),
+                  lambda: ImageStore(dataset, size, rows, cache, budget, columns))
     data = _TrainData(records, rows, images, sampler, encode, seed, described, two_captions, augmentation)
     return Loader(data, workers)
 
-# %% ../nbs/17_batches.ipynb #a25d6259
+# %% ../nbs/17_batches.ipynb #f1923fd1
 def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256, split: str = 'test',
                   images: ImageStore | None = None,  # a store from an earlier call, to decode only once
                   columns: float = 1.,  # see `decode_image`
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]
     "The gallery: every image of a split once, in order, without any text."
     rows = split_rows(dataset, split)
-    images = images or ImageStore(dataset, size, rows, cache=False, columns=columns)
+    if images is None and getattr(dataset, 'memory', None) is not None:
+        images = kept(dataset, ('gallery', split, size, columns),
+                      lambda: ImageStore(dataset, size, rows, cache=True, columns=columns))
+    images = images or ImageStore(dataset, size, rows, columns=columns)
     for part in np.split(rows, range(batch, len(rows), batch)): yield torch.from_numpy(part), images[part]
 
 def text_batches(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase,
@@ -404,7 +406,7 @@ def text_batches(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase,
     captions = dataset.records['captions'].iloc[rows]
     counts = [len(texts) for texts in captions]
     owner = torch.from_numpy(np.repeat(rows, counts))
-    ids, mask = encode_texts(tokenizer, [text for texts in captions for text in texts], max_length)
+    ids, mask = kept_tokens(dataset, tokenizer, [text for texts in captions for text in texts], max_length)
     for part in range(0, len(ids), batch):
         here = slice(part, part + batch)
         yield owner[here], *trim(ids[here], mask[here])

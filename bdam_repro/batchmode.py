@@ -7,7 +7,7 @@ __all__ = ['AWAY', 'BatchSettings', 'BatchPart', 'BatchState', 'state_path', 'lo
            'submit_batch', 'find_lost_batches', 'judge_result', 'collect_batch', 'collect_finished',
            'describe_batch_async', 'describe_batch']
 
-# %% ../nbs/25_batchmode.ipynb #721d0937
+# %% ../nbs/25_batchmode.ipynb #2298dbdb
 import asyncio
 import json
 import os
@@ -24,14 +24,15 @@ import pandas as pd
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
+from .answers import NoAnswer, Reply, completion_of, error_words, json_value, read_reply, redact
 from .config import UserError, atomic_path
+from .servers import Manner, count_answer, keep_client, most_prompt_tokens, request_body, run_sync
 from .journal import Journal, Report
 from .offline import rows_to_describe
-from .mllm import (DescribeSettings, History, Manner, first_messages, image_url, most_prompt_tokens,
-                             read_answer, redact, request_body, server_words)
+from .mllm import DescribeSettings, History, first_messages, image_url
 from .describe import (UNREADABLE, DescribeRun, Estimate, OnlineSettings, advance_bar, book_answer,
-                                 estimate_cost, keep_client, print_estimate, probe_alone, record_image,
-                                 run_sync, start_run, unreadable, used_up)
+                                 estimate_cost, print_estimate, probe_alone, record_image, start_run,
+                                 unreadable, used_up)
 
 # %% ../nbs/25_batchmode.ipynb #62788615
 class BatchSettings(DescribeSettings):
@@ -99,7 +100,7 @@ class BatchRun:
         if self.settings.budget is None: return float('inf')
         return self.settings.budget - self.run.journal.cost - sum(part.price for part in self.state.parts)
 
-# %% ../nbs/25_batchmode.ipynb #ea8b5482
+# %% ../nbs/25_batchmode.ipynb #700717fa
 def batch_line(b: BatchRun, image: str) -> tuple[bytes | None, float]:  # the request, its highest price
     "One request of a batch file; None, and a failed line in the journal, where the image cannot be read."
     s, history = b.settings, b.state.history.get(image, History())
@@ -108,7 +109,7 @@ def batch_line(b: BatchRun, image: str) -> tuple[bytes | None, float]:  # the re
         record_image(b.run, image, None, unreadable(image, e), History(), cost=0.0, latency=0.0)
         return None, 0.0
     messages = history.messages(first_messages(s.policy, s.style_of(image)[1], url))
-    body = request_body(s, b.run.server.manner, messages)
+    body = request_body(b.run.server.form, b.run.server.manner, messages)
     line = {'custom_id': image, 'method': 'POST', 'url': '/v1/chat/completions', 'body': body}
     price = s.cost(most_prompt_tokens(b.run.server, messages), s.max_tokens) or 0.0
     return json.dumps(line).encode() + b'\n', price
@@ -166,24 +167,28 @@ async def find_lost_batches(b: BatchRun) -> None:
     b.state.parts = [part for part in b.state.parts if part.batch_id]
     b.save()
 
-# %% ../nbs/25_batchmode.ipynb #6b7e4b33
-def _batch_error(result: dict | None) -> str:
-    "The provider's words for a request of a batch that got no answer."
-    if result is None: return 'the batch ended without this request'
-    response = result.get('response') or {}
-    error = result.get('error') or (response.get('body') or {}).get('error') or {}
-    return f'HTTP {response.get("status_code", "?")}: {error.get("message", "no answer")}'
+# %% ../nbs/25_batchmode.ipynb #1e8f206f
+def _batch_reply(result: dict | None) -> Reply:
+    "The answer in one line of a finished batch. Raises `NoAnswer` with the provider's words."
+    if result is None: raise NoAnswer('the batch ended without this request')
+    response = result.get('response')
+    if not isinstance(response, dict): response = {}
+    body, status = response.get('body'), str(response.get('status_code') or 200)
+    if result.get('error') or status != '200':
+        words = error_words(result.get('error')) or error_words(body) or 'no answer'
+        raise NoAnswer(f'HTTP {status[:20]}: {words}')
+    return read_reply(completion_of(body))
 
 def judge_result(b: BatchRun, image: str, result: dict | None) -> None:  # None: the batch has no line for it
     "One image of a finished batch: write its line, or keep its history for the next round."
     run, s, key, description = b.run, b.settings, b.run.server.client.api_key, None
     history = b.state.history.setdefault(image, History())
-    body = ((result or {}).get('response') or {}).get('body') or {}
-    if body.get('choices'):
-        answer = read_answer(run.server, body, guess=0)
+    try: reply = _batch_reply(result)
+    except NoAnswer as e: history.reject(f'server: {redact(str(e) or "no answer", key)}')
+    else:
+        answer = count_answer(run.server, reply, guess=run.server.largest_prompt)
         book_answer(run, answer)
         description = history.judge(answer, s.policy, key)
-    else: history.reject(f'server: {redact(_batch_error(result), key)}')
     if description is None:
         run.report.rejected[history.reason.split(':')[0]] += 1
         if history.tries <= s.retries: return
@@ -191,15 +196,15 @@ def judge_result(b: BatchRun, image: str, result: dict | None) -> None:  # None:
     record_image(run, image, description, history.reason, history, cost, latency=None)
     del b.state.history[image]
 
-# %% ../nbs/25_batchmode.ipynb #c2f5cf7e
+# %% ../nbs/25_batchmode.ipynb #b84073fa
 async def collect_batch(b: BatchRun, part: BatchPart, batch) -> None:
     "Judge the answers of a finished batch, then delete its files at the provider: they show people."
     client, answers = b.run.server.client, {}
     for name in filter(None, (batch.output_file_id, batch.error_file_id)):
-        for line in (await client.files.content(name)).text.splitlines():
-            if not line.strip(): continue
-            result = json.loads(line)
-            answers[result['custom_id']] = result
+        for line in (await client.files.content(name)).text.split('\n'):
+            result = json_value(line)       # one bad line never blocks a batch: its image is asked again
+            image = result.get('custom_id') if isinstance(result, dict) else None
+            if isinstance(image, str): answers[image] = result
     for image in part.images:
         if image in b.run.journal.done: continue      # a kill came while this batch was collected
         judge_result(b, image, answers.get(image))
@@ -260,7 +265,7 @@ async def _describe_in_rounds(b: BatchRun, rows: pd.Series) -> None:
             advance_bar(b.run, bar)
             if over == 0: await asyncio.sleep(b.settings.poll)
 
-# %% ../nbs/25_batchmode.ipynb #d53ef252
+# %% ../nbs/25_batchmode.ipynb #b158968e
 async def _continue_batches(run: DescribeRun, settings: BatchSettings, out: Path, rows: pd.Series) -> None:
     "The rounds, and the bookkeeping around them."
     start, state = time.monotonic(), load_state(out, [settings.model, str(settings.seed), *run.hashes])
@@ -289,7 +294,7 @@ async def describe_batch_async(records: pd.DataFrame,       # a dataset's whole 
         run = start_run(client, journal, s.online())
         try: await _continue_batches(run, s, out, rows)
         except openai.APIStatusError as e:
-            words = server_words(e, client.api_key)
+            words = redact(error_words(e.body) or str(e.message), client.api_key)[:300]
             problem = f'the provider refuses batches (HTTP {e.status_code}: {words})'
         except openai.APIConnectionError: problem = 'no connection to the provider'
     problem = problem or run.fatal

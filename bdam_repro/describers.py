@@ -6,7 +6,7 @@
 __all__ = ['DESCRIBERS', 'sample_sheet', 'failures_by_cause', 'coverage_table', 'purity_table', 'lengths_by_style', 'money_table',
            'choose_describer', 'DescribeParameters', 'check_parameters', 'mllm_options', 'describe_dataset']
 
-# %% ../nbs/28_describers.ipynb #edb9d86f
+# %% ../nbs/28_describers.ipynb #14c08d5a
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -19,10 +19,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .config import ROOT, UserError, given_names
 from .pedes import PedesDataset
+from .servers import make_client
 from .lexicon import LEXICON, Policy, spoken_of
 from .journal import Report
 from .offline import describe_split, describe_synth, rows_to_describe
-from .mllm import DescribeSettings, check_styles, make_client
+from .mllm import DescribeSettings, check_styles
 from .describe import Estimate, OnlineSettings, describe, print_estimate
 from .batchmode import describe_batch
 
@@ -51,13 +52,14 @@ def sample_sheet(table: pd.DataFrame,     # of `read_journal`
     plt.close(fig)
     return fig
 
-# %% ../nbs/28_describers.ipynb #dac1778c
+# %% ../nbs/28_describers.ipynb #13fde34d
 def failures_by_cause(table: pd.DataFrame  # of `read_journal`
                      ) -> pd.DataFrame:    # one row per cause: images, share of all, one example
     "Why images have no description."
     failed = table[table['status'] == 'failed']
-    cause = failed['reason'].str.split(':').str[0].rename('cause')
-    examples = failed.groupby(cause)['reason'].agg(images='size', example='first')
+    reasons = failed['reason'].astype(object).fillna('unknown').astype(str)
+    cause = reasons.str.split(':').str[0].rename('cause')
+    examples = reasons.groupby(cause).agg(images='size', example='first')
     out = examples.sort_values('images', ascending=False)
     out.insert(1, 'share', out['images'] / max(len(table), 1))
     return out
@@ -127,7 +129,7 @@ def choose_describer(describer: str,      # one of `DESCRIBERS`, or 'auto'
     if model: return 'mllm'
     return 'synth' if dataset == 'synth' else 'split'
 
-# %% ../nbs/28_describers.ipynb #a77a7e38
+# %% ../nbs/28_describers.ipynb #a620f3be
 class DescribeParameters(BaseModel):
     "The parameters of `describe.ipynb`, which says what they mean."
     model_config = ConfigDict(extra='forbid')
@@ -142,6 +144,7 @@ class DescribeParameters(BaseModel):
     tpm: int | None = None
     timeout: float = 300.0
     temperature: float | None = 0.7
+    max_tokens: int = 400
     retries: int = 3
     retry_failed: bool = False
     price_in: float | None = None
@@ -163,12 +166,12 @@ def check_parameters(names: Mapping[str, object]  # the notebook's `globals()`
     if first['type'] == 'extra_forbidden': raise UserError(f'unknown parameter {name!r}; known are {known}.')
     raise UserError(f'parameter {name} is {first["input"]!r}: {first["msg"].lower()}.')
 
-# %% ../nbs/28_describers.ipynb #ac280be5
+# %% ../nbs/28_describers.ipynb #58a78659
 def _read_styles(path: str | None) -> list[list[str]] | None:
     "The example captions of each style in a JSON file: a list of lists, or a mapping. Raises `UserError`."
     if path is None: return None
-    try: styles = json.loads((ROOT/path).read_text())
-    except (OSError, ValueError) as e:
+    try: styles = json.loads((ROOT/path).read_text(encoding='utf-8-sig'))
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path}: no JSON list of lists of captions ({type(e).__name__});'
                         ' write one with the style notebook.') from None
     if isinstance(styles, dict): styles = list(styles.values())

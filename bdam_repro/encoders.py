@@ -314,7 +314,7 @@ def text_config(spec: str | Path | dict, vocab_size: int | None, max_length: int
                         'lower max_length')
     return {'type': config.model_type, 'network': config.to_diff_dict(), 'max_length': max_length}
 
-# %% ../nbs/30_encoders.ipynb #19e63799
+# %% ../nbs/30_encoders.ipynb #a4b87d87
 class TextEncoder(nn.Module):
     "Token ids to tokens, the text encoder of Sec. 3.1. Attributes: `dim` (D), `max_length`, `config`."
     def __init__(self, spec: str | Path | dict,  # hub name, folder, or options: see `short_config`
@@ -347,6 +347,8 @@ class TextEncoder(nn.Module):
         if length > self.max_length:
             raise ValueError(f'texts of {length} tokens, but this encoder was built for {self.max_length}')
         choose_attention(self.net, length, ids.device)
+        # a mask per word: the library would first look at the values, for which a GPU has to stop
+        if ids.is_cuda: mask = mask[:, None, None]                                        # [B,1,1,L]
         if not self.clip: return self.net(input_ids=ids, attention_mask=mask).last_hidden_state
         # CLIP reads from left to right: no real token ever sees the padding behind it, so no mask is needed
         return self.net.text_projection(self.net.text_model(input_ids=ids).last_hidden_state)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLACEHOLDER_NAMES', 'PLACEHOLDER', 'MORE_WORDS', 'STYLE_WORDS', 'PRONOUNS', 'REWRITE', 'CLIP', 'placeholder',
-           'generalize', 'synth_captions', 'Rewritten', 'generalize_with', 'tfidf_features', 'clip_features',
-           'embed_styles', 'plot_styles', 'WeightedRows', 'distinct_rows']
+           'pair_placeholder', 'plural_verb', 'generalize', 'synth_captions', 'Rewritten', 'generalize_with',
+           'tfidf_features', 'clip_features', 'embed_styles', 'plot_styles', 'WeightedRows', 'distinct_rows']
 
-# %% ../nbs/26_generalize.ipynb #24cee15f
+# %% ../nbs/26_generalize.ipynb #7cfd319f
 import asyncio
 import functools
 import hashlib
@@ -27,11 +27,13 @@ from sklearn.preprocessing import normalize
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
 
+from .answers import Reply
 from .config import UserError
 from .synth import Spec, picture_rows
-from .lexicon import LEXICON
-from .mllm import redact, retry_after
-from .describe import SlidingWindow, keep_client, run_sync
+from .servers import (Hopeless, Refused, RequestForm, Server, Transient, ask_server, keep_client,
+                                run_sync)
+from .lexicon import LEXICON, is_refusal
+from .describe import SlidingWindow
 
 # %% ../nbs/26_generalize.ipynb #1412bb0b
 PLACEHOLDER_NAMES = ('PERSON', 'BODY', 'ITEM', 'COLOR', 'TRAIT')
@@ -39,11 +41,11 @@ PLACEHOLDER = {       # of a category of LEXICON; TRAIT for all others
     'gender': 'PERSON', 'skin': 'BODY', 'hair': 'BODY', 'body': 'BODY', 'color': 'COLOR',
     'worn': 'ITEM', 'upper': 'ITEM', 'lower': 'ITEM', 'shoes': 'ITEM', 'accessory': 'ITEM'}
 
-# %% ../nbs/26_generalize.ipynb #8cf579ff
+# %% ../nbs/26_generalize.ipynb #f4ac1041
 MORE_WORDS = {
     'PERSON': r'persons?|people|pedestrians?|individuals?|walkers?|passers?-?by|fellows?|gents?|mother'
               r'|father|student|worker',
-    'ITEM': r'(?:over|rain|trench)coats?|trench|ponchos?|gowns?|waistcoats?|turtlenecks?|undershirts?'
+    'ITEM': r'jean|(?:over|rain|trench)coats?|trench|ponchos?|gowns?|waistcoats?|turtlenecks?|undershirts?'
             r'|camisoles?|hijabs?|kilts?|aprons?|shawls?|anoraks?|denims?|trunks|bermudas|culottes'
             r'|footgear|clogs|mules|heeled|oxfords?|brims?|visors?|berets?|fedoras?|bonnets?|turbans?'
             r'|trolleys?|messenger|crossbody|duffel|sacks?|pouch(?:es)?|bottles?|phones?|cellphones?'
@@ -61,7 +63,7 @@ MORE_WORDS = {
              r'|checks?|squares?|dots?|lines?|letters?|lettering|horizontal|vertical|diagonal'
              r'|pin(?:stripes?|striped)|plastic|canvas|rubber|metal|velvet|linen|polyester|mesh|quilted'
              r'|padded|puffy|running|sports?|school|shopping|travel|baseball|formal|casual|business'
-             r'|brimmed|rolling|tank|length|piece|(?:button|zip|lace)(?:ed)?-(?:up|down)',
+             r'|cargos?|brimmed|rolling|tank|length|piece|(?:button|zip|lace)(?:ed)?-(?:up|down)',
 }
 
 # %% ../nbs/26_generalize.ipynb #77ade73a
@@ -96,17 +98,54 @@ def placeholder(word: str  # one word, hyphens allowed
     last = placeholder(word.rsplit('-', 1)[1])
     return last if last in PLACEHOLDER_NAMES else word
 
-# %% ../nbs/26_generalize.ipynb #5fb2da31
+# %% ../nbs/26_generalize.ipynb #d5901d11
+@functools.lru_cache(100_000)
+def pair_placeholder(first: str, second: str) -> str | None:
+    "What stands for two words that are one word of content written apart; None where they are not."
+    unknown = placeholder(first) == first or placeholder(second) == second
+    if not unknown or first.lower() in PRONOUNS: return None
+    spellings = [f'{first} {second}', f'{first}-{second}']
+    if min(len(first), len(second)) > 2: spellings.append(first + second)      # *a top* is not *atop*
+    for pattern, name in _CONTENT:
+        if any(map(pattern.fullmatch, spellings)): return name
+    return None
+
+# %% ../nbs/26_generalize.ipynb #3dcbac09
+_PLURAL = {'is': 'are', 'was': 'were', 'has': 'have', 'does': 'do', "isn't": "aren't", "doesn't": "don't"}
+_THEY = re.compile(r"\b(they) (is|was|has|does|isn't|doesn't|[a-z]+(?<![su])s)\b", re.I)
+
+def plural_verb(verb: str) -> str:
+    "The verb of *they* for the verb of *he* or *she*."
+    if verb in _PLURAL: return _PLURAL[verb]
+    if verb.endswith('ies'): return verb[:-3] + 'y'
+    return verb[:-2] if re.search(r'(?:ch|sh|ss|x|o)es$', verb) else verb[:-1]
+
+# %% ../nbs/26_generalize.ipynb #2ba0ce4b
 _NAMES = '|'.join(PLACEHOLDER_NAMES)
 _WORD = re.compile(r'[^\W_]+(?:-[^\W_]+)*')
 _ALL_BUT_LAST = re.compile(rf'\b(?:(?:{_NAMES})[ -]+)+(?=(?:{_NAMES})\b)')   # of a run of placeholders
 _AN = re.compile(rf'\b([Aa])n (?=(?:{_NAMES})\b)')
 
+_SPACE = re.compile(r'[ -]')
+
+def _placeholders(caption: str) -> str:
+    "The caption with its words of content replaced, two at a time where they are one."
+    done, words, i, end = [], list(_WORD.finditer(caption)), 0, 0
+    while i < len(words):
+        word = words[i]
+        after = words[i + 1] if i + 1 < len(words) else None
+        is_next = after is not None and _SPACE.fullmatch(caption[word.end():after.start()])
+        both = pair_placeholder(word[0], after[0]) if is_next else None
+        last = after if both else word
+        done += [caption[end:word.start()], both or placeholder(word[0])]
+        i, end = i + 1 + bool(both), last.end()
+    return ''.join([*done, caption[end:]])
+
 def generalize(caption: str  # any caption in English
               ) -> str:      # the same with PERSON, BODY, ITEM, COLOR, TRAIT for what it says
     "Sec. 3.3: a caption's manner without its content, by lexicon. Idempotent."
-    text = _WORD.sub(lambda word: placeholder(word[0]), caption)
-    text = _ALL_BUT_LAST.sub('', text)
+    text = _ALL_BUT_LAST.sub('', _placeholders(caption))
+    text = _THEY.sub(lambda they: f'{they[1]} {plural_verb(they[2])}', text)
     return _AN.sub(r'\1 ', text)
 
 # %% ../nbs/26_generalize.ipynb #c899548a
@@ -140,22 +179,27 @@ def _rewrite_key(model: str, caption: str) -> str:
     asked = '\0'.join((model, REWRITE, caption))
     return hashlib.sha256(asked.encode()).hexdigest()[:24]
 
-# %% ../nbs/26_generalize.ipynb #f594a4d9
-def _judge_rewriting(model: str, caption: str, answer: str | None) -> Rewritten:
-    text = (answer or '').strip()
-    plausible = text and '\n' not in text and len(text) <= 1.5 * len(caption) + 20
-    key = _rewrite_key(model, caption)
-    return Rewritten(key, model, text) if plausible else Rewritten(key, 'lexicon', generalize(caption))
+# %% ../nbs/26_generalize.ipynb #90108012
+def _judge_rewriting(model: str, caption: str, reply: Reply) -> tuple[Rewritten, bool]:   # may it be recorded
+    "What stands for the caption from now on, or for now."
+    text, key = reply.text, _rewrite_key(model, caption)
+    declines = reply.refused or (is_refusal(text) and not is_refusal(caption))
+    fits = '\n' not in text and len(text) <= 1.5 * len(caption) + 20
+    is_answer = bool(text) and not reply.cut and not declines
+    by_lexicon = Rewritten(key, 'lexicon', generalize(caption))
+    return (Rewritten(key, model, text) if is_answer and fits else by_lexicon), is_answer
 
-# %% ../nbs/26_generalize.ipynb #5514000f
+# %% ../nbs/26_generalize.ipynb #47a9377c
 class _Answers:
     "The JSONL of answers: read when made, one line added per answer. A context manager."
     def __init__(self, path: Path):
         self.path, self.by_key = path, {}
-        lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+        lines = path.read_text(encoding='utf-8', errors='replace').split('\n') if path.exists() else []
         for line in lines:
             try: answer = Rewritten(**json.loads(line))
-            except (ValueError, TypeError): continue        # cut in half
+            except (ValueError, TypeError, RecursionError): continue        # cut in half
+            fields = (answer.key, answer.by, answer.text)
+            if not all(isinstance(value, str) for value in fields) or is_refusal(answer.text): continue
             self.by_key[answer.key] = answer
 
     def __enter__(self) -> '_Answers':
@@ -173,45 +217,53 @@ class _Answers:
 
     def __exit__(self, *_) -> None: self._file.close()
 
-# %% ../nbs/26_generalize.ipynb #1d9fb7ca
-_BUSY = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
-
+# %% ../nbs/26_generalize.ipynb #98f61982
 def _patience():
-    "tenacity's wait: what `Retry-After` says, and exponential backoff with jitter on top."
+    "tenacity's wait: what the server asks for, and exponential backoff with jitter on top."
     backoff = wait_random_exponential(max=30)
-    def wait(state) -> float:
-        response = getattr(state.outcome.exception(), 'response', None)     # none without a connection
-        return retry_after(getattr(response, 'headers', {})) + backoff(state)
-    return wait
+    return lambda state: state.outcome.exception().after + backoff(state)
 
-async def _rewrite(client: openai.AsyncOpenAI, model: str, caption: str, limiter: SlidingWindow) -> Rewritten:
-    "One caption: the answer, checked."
-    messages = [{'role': 'system', 'content': REWRITE}, {'role': 'user', 'content': caption}]
-    retrying = AsyncRetrying(retry=retry_if_exception_type(_BUSY), wait=_patience(),
-                             stop=stop_after_attempt(6), reraise=True)
-    async for attempt in retrying:
-        with attempt:
+async def _ask_as_wanted(server: Server, messages: list[dict], limiter: SlidingWindow) -> Reply:
+    "Send, and at once again where the server wants to be asked differently. Raises as `ask_server` does."
+    while True:
+        sent = server.manner
+        try:
             async with limiter.place(0):        # requests are limited, tokens are not
-                answer = await client.chat.completions.create(model=model, temperature=0, messages=messages)
-    return _judge_rewriting(model, caption, answer.choices[0].message.content if answer.choices else None)
+                return (await ask_server(server, messages)).reply
+        except Transient:
+            if server.manner == sent: raise
 
-# %% ../nbs/26_generalize.ipynb #4e9fb2bf
-async def _rewrite_all(client: openai.AsyncOpenAI, model: str, todo: list[str], answers: _Answers,
-                       concurrency: int, limiter: SlidingWindow, progress: bool) -> None:
+async def _rewrite(server: Server, caption: str, limiter: SlidingWindow) -> tuple[Rewritten, bool]:
+    "One caption: the answer, and whether it may be recorded."
+    messages = [{'role': 'system', 'content': REWRITE}, {'role': 'user', 'content': caption}]
+    repeat = AsyncRetrying(retry=retry_if_exception_type(Transient), wait=_patience(),
+                           stop=stop_after_attempt(6), reraise=True)
+    try: reply = await repeat(_ask_as_wanted, server, messages, limiter)
+    except Refused as e:
+        if not e.filtered: raise
+        reply = Reply('', refused=True)
+    return _judge_rewriting(server.form.model, caption, reply)
+
+# %% ../nbs/26_generalize.ipynb #fa6f87ea
+async def _rewrite_all(server: Server, todo: list[str], answers: _Answers, concurrency: int,
+                       limiter: SlidingWindow, progress: bool) -> list[Rewritten]:   # what is not recorded
     "All captions, `concurrency` at a time; the first error ends the work."
-    left, bar = iter(todo), tqdm(total=len(todo), desc='generalize', disable=not progress)
+    left, bar, instead = iter(todo), tqdm(total=len(todo), desc='generalize', disable=not progress), []
     async def worker():
         for caption in left:                 # shared by all workers
-            answers.add(await _rewrite(client, model, caption, limiter))
+            rewritten, may_be_recorded = await _rewrite(server, caption, limiter)
+            if may_be_recorded: answers.add(rewritten)
+            else: instead.append(rewritten)
             bar.update()
     tasks = [asyncio.create_task(worker()) for _ in range(min(concurrency, len(todo)))]
     with bar:
         try: await asyncio.gather(*tasks)
         finally:
             for task in tasks: task.cancel()
+    return instead
 
-# %% ../nbs/26_generalize.ipynb #783473e7
-def generalize_with(client: openai.AsyncOpenAI,  # of `mllm.make_client()`
+# %% ../nbs/26_generalize.ipynb #2330d0c4
+def generalize_with(client: openai.AsyncOpenAI,  # of `servers.make_client()`
                     captions: Sequence[str],     # any captions; equal ones are asked once
                     *, model: str,               # its name at the server
                     cache: str | Path,           # the JSONL of answers, continued where it exists
@@ -220,19 +272,24 @@ def generalize_with(client: openai.AsyncOpenAI,  # of `mllm.make_client()`
                     progress: bool = True        # a bar
                    ) -> list[str]:  # generalized captions, in order
     "Captions without content, by the MLLM (Sec. 3.3). Raises `UserError` where the server ends the work."
-    answers = _Answers(Path(cache))
+    answers, limiter = _Answers(Path(cache)), SlidingWindow(rpm)
     todo = [c for c in dict.fromkeys(captions) if _rewrite_key(model, c) not in answers.by_key]
+    server = Server(client, RequestForm(model, temperature=0))
+    keep_client(client)
     try:
-        with answers:
-            keep_client(client)
-            run_sync(_rewrite_all(client, model, todo, answers, concurrency, SlidingWindow(rpm), progress))
-    except openai.OpenAIError as e:
-        said = redact(str(e), client.api_key)[:200]
-        raise UserError(f'stopped: {said}. {len(answers.by_key)} answers are kept in {cache}; '
-                        'run again to go on.') from None
+        with answers: instead = run_sync(_rewrite_all(server, todo, answers, concurrency, limiter, progress))
+    except (Transient, Refused, Hopeless) as e: problem = str(e)[:300]
     except OSError as e:
         raise UserError(f'{cache}: cannot be written ({e.strerror}); choose another cache') from None
-    return [answers.by_key[_rewrite_key(model, c)].text for c in captions]
+    else: problem = None
+    if problem:
+        raise UserError(f'stopped: {problem}. {len(answers.by_key)} answers are kept in {cache};'
+                        ' run again to go on.')
+    if instead:
+        tqdm.write(f'{len(instead)} of {len(todo)} captions were not answered (refused, cut or empty):'
+                   ' the lexicon stands in for now, and the next call asks again')
+    by_key = answers.by_key | {rewritten.key: rewritten for rewritten in instead}
+    return [by_key[_rewrite_key(model, c)].text for c in captions]
 
 # %% ../nbs/26_generalize.ipynb #15f5e0e9
 def tfidf_features(texts: list[str]):  # sparse [N, V]

@@ -49,23 +49,45 @@ class JournalLine:
 
 FIELDS = tuple(f.name for f in fields(JournalLine))
 
-# %% ../nbs/21_journal.ipynb #05f07ca3
-def _parse_line(raw: bytes) -> dict | None:
-    "A line as a record; None where it is broken or no description."
-    try: record = json.loads(raw)
-    except ValueError: return None
-    if not isinstance(record, dict): return None
-    known = isinstance(record.get('image'), str) and record.get('status') in ('ok', 'failed')
-    return record if known else None
+# %% ../nbs/21_journal.ipynb #f8bfd9ed
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
 
-# %% ../nbs/21_journal.ipynb #b3b03f0c
+def _is_tokens(value: object) -> bool:
+    if not isinstance(value, dict): return _is_number(value)
+    return _is_number(value.get('prompt')) and _is_number(value.get('completion'))
+
+_CHECKS = {'identity': str, 'clothing': str, 'attributes': dict,
+           'model': str, 'prompt_hash': str, 'reason': str, 'style': int, 'seed': int, 'tries': int,
+           'cost': _is_number, 'latency': _is_number, 'tokens': _is_tokens}
+
+def _line_problem(record: object) -> str | None:
+    "Why a JSON value is no line of a descriptions file; None where it is one."
+    if not isinstance(record, dict): return 'no JSON object'
+    if not isinstance(record.get('image'), str): return 'it names no image'
+    if record.get('status') not in ('ok', 'failed'): return 'its status is neither ok nor failed'
+    for name, check in _CHECKS.items():
+        value = record.get(name)
+        fits = isinstance(value, check) if isinstance(check, type) else check(value)
+        if value is not None and not fits: return f'its {name} is {str(value)[:40]!r}'
+    texts = record.get('identity'), record.get('clothing')
+    return 'it is ok and lacks a text' if record['status'] == 'ok' and None in texts else None
+
+def _parse_line(raw: bytes) -> dict | str:      # the record, or why it is none
+    "A line of the file."
+    try: record = json.loads(raw)
+    except (ValueError, RecursionError): return 'no JSON'
+    return _line_problem(record) or record
+
+# %% ../nbs/21_journal.ipynb #23d12da4
 _OPENING = b'{"image"'   # how every line of ours begins
 
 class ScannedLine(NamedTuple):
     "One line of the file as it was read."
     number: int            # from 1
-    record: dict | None    # None: broken
+    record: dict | str     # a text: why it is broken
     end: int               # offset behind the line
+    raw: bytes
 
 def _is_fragment(raw: bytes) -> bool:
     "Whether a broken last line may be the beginning of one of ours."
@@ -77,18 +99,20 @@ def _scan(path: Path) -> Iterator[ScannedLine]:
     size = path.stat().st_size
     with open(path, 'rb') as f:
         for number, raw in enumerate(f, 1):
-            line = ScannedLine(number, _parse_line(raw), f.tell())
+            line = ScannedLine(number, _parse_line(raw), f.tell(), raw)
             is_last = line.end == size
-            if line.record is None and is_last and _is_fragment(raw): return
+            if line.record == 'no JSON' and is_last and _is_fragment(raw): return
             yield line
 
-# %% ../nbs/21_journal.ipynb #0988588d
+# %% ../nbs/21_journal.ipynb #8926077c
 def _checked_lines(path: Path) -> Iterator[ScannedLine]:
     "The lines, all with a record. Raises `UserError` for a broken line or an image that occurs twice."
     number_of = {}
+    if path.is_dir(): raise UserError(f'{path}: cannot be read (a folder); name a file.')
     for line in _scan(path):
-        if line.record is None:
-            raise UserError(f'{path}, line {line.number}: not a description. Remove the line and run again.')
+        if isinstance(line.record, str):
+            raise UserError(f'{path}, line {line.number}: not a description ({line.record}).'
+                            ' Remove the line and run again.')
         image = line.record['image']
         if image in number_of:
             raise UserError(f'{path}: {image} is in lines {number_of[image]} and {line.number}. '
@@ -127,11 +151,12 @@ def _check_belongs(path: Path, record: dict, images: set[str], stamps: set[Stamp
         raise UserError(f'{path}: holds lines of {stamp_of(record)}, not of {min(stamps, key=str)}; '
                         'choose another `out`, or move the file away.')
 
-# %% ../nbs/21_journal.ipynb #e6c0211f
+# %% ../nbs/21_journal.ipynb #120427b5
 @dataclass
 class Recovered:
     "What earlier runs left in the file."
     done: set[str] = field(default_factory=set)   # images with a line
+    described: int = 0           # how many of them with texts
     cost: float = 0.0            # US dollars of these lines
     dropped_cost: float = 0.0    # US dollars of the failed lines that are tried again
     dropped: int = 0             # how many these are
@@ -143,9 +168,9 @@ def _prompt_tokens(record: dict) -> int:
     tokens = record.get('tokens')
     if not isinstance(tokens, dict): return 0
     total, tries = tokens.get('prompt') or 0, record.get('tries') or 1
-    return math.ceil(total / tries)
+    return math.ceil(total / max(tries, 1))
 
-# %% ../nbs/21_journal.ipynb #8fdac5a9
+# %% ../nbs/21_journal.ipynb #53dda3f0
 def _survey(path: Path, images: set[str], stamps: set[Stamp] | None, retry_failed: bool) -> Recovered:
     "Read and check every line. Raises `UserError`."
     found = Recovered()
@@ -158,12 +183,13 @@ def _survey(path: Path, images: set[str], stamps: set[Stamp] | None, retry_faile
             found.dropped_cost += cost
         else:
             found.done.add(record['image'])
+            found.described += record['status'] == 'ok'
             found.cost += cost
         found.largest_prompt = max(found.largest_prompt, _prompt_tokens(record))
         found.end = line.end
     return found
 
-# %% ../nbs/21_journal.ipynb #fbac1a66
+# %% ../nbs/21_journal.ipynb #6e3417b9
 def _cut_behind(path: Path, end: int) -> None:
     "Remove the fragment behind `end`, and close the last line where only its line break is missing."
     with open(path, 'r+b') as f:
@@ -174,9 +200,8 @@ def _cut_behind(path: Path, end: int) -> None:
 
 def _drop_failed(path: Path) -> None:
     "Rewrite the file without its failed lines; a kill leaves the old file or the new one."
-    records = [line.record for line in _checked_lines(path)]
-    good = [json.dumps(r, ensure_ascii=False) + '\n' for r in records if r['status'] == 'ok']
-    with atomic_path(path) as tmp: tmp.write_text(''.join(good), encoding='utf-8')
+    good = [line.raw for line in _checked_lines(path) if line.record['status'] == 'ok']
+    with atomic_path(path) as tmp: tmp.write_bytes(b''.join(good))
 
 def recover(path: Path,                 # a descriptions file, maybe damaged at its end
             images: set[str],           # of the dataset
@@ -189,7 +214,7 @@ def recover(path: Path,                 # a descriptions file, maybe damaged at 
     if found.dropped: _drop_failed(path)
     return found
 
-# %% ../nbs/21_journal.ipynb #a9508a99
+# %% ../nbs/21_journal.ipynb #bfc62e8e
 class _LockFile:
     "Keeps a second writer out, and holds the dollars that have no line."
     def __init__(self, path: Path):
@@ -200,7 +225,12 @@ class _LockFile:
             self.close()
             raise
 
-    def read(self) -> float: return float(os.pread(self._fd, 99, 0) or 0)
+    def read(self) -> float:
+        "Raises `ValueError` where it holds anything else."
+        dollars = float(os.pread(self._fd, 99, 0) or 0)
+        if not _is_number(dollars): raise ValueError(dollars)
+        return dollars
+
     def write(self, dollars: float) -> None: os.pwrite(self._fd, f'{dollars:.9f}'.encode(), 0)
     def clear(self) -> None: os.ftruncate(self._fd, 0)
     def close(self) -> None: os.close(self._fd)     # this lets go of the lock
@@ -233,7 +263,7 @@ class _AppendedFile:
         os.fsync(self._fd)
         os.close(self._fd)
 
-# %% ../nbs/21_journal.ipynb #723a4c27
+# %% ../nbs/21_journal.ipynb #e011cda7
 class Journal:
     "The one writer of a descriptions file, a context manager. Raises `UserError` where it cannot go on."
     def __init__(self,
@@ -258,12 +288,16 @@ class Journal:
         return self
 
     def _open(self) -> None:
-        self._lock = _LockFile(self.path.with_name(f'.{self.path.name}.lock'))
+        lock = self.path.with_name(f'.{self.path.name}.lock')
+        self._lock = _LockFile(lock)
         if not self.path.exists(): self._lock.clear()      # a new file has cost nothing
         self.path.touch()
         found = recover(self.path, self.images, self.stamps, self.retry_failed)
-        self.done, self.largest_prompt = found.done, found.largest_prompt
-        self.lost = self._lock.read()
+        self.done, self.described, self.largest_prompt = found.done, found.described, found.largest_prompt
+        try: self.lost = self._lock.read()
+        except ValueError:
+            raise UserError(f'{lock}: damaged; it holds the dollars that have no line.'
+                            ' Remove it to count from 0.') from None
         self.lose(found.dropped_cost)
         self.cost = found.cost + self.lost
         self._file = _AppendedFile(self.path)

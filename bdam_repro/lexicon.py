@@ -8,13 +8,13 @@ __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXIC
            'is_refusal', 'check_syntax', 'check_length', 'check_purity', 'check_ethnicity', 'check_coverage',
            'check_text', 'check_description']
 
-# %% ../nbs/20_lexicon.ipynb #31e37a01
-import json
+# %% ../nbs/20_lexicon.ipynb #06be1df0
 import re
-from collections import Counter
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .answers import JsonObject, objects_within, whole_objects
 
 # %% ../nbs/20_lexicon.ipynb #f7495889
 _BODY = (r'(?:build|built|figure|frame|body|physique|stature|person|individual|adult|man|woman|male'
@@ -127,38 +127,36 @@ class Description(_Strict):
 
 SCHEMA = Description.model_json_schema()
 
-# %% ../nbs/20_lexicon.ipynb #1f157d3a
+# %% ../nbs/20_lexicon.ipynb #e0b21bc3
 class Rejected(Exception):
     "An answer that must not be kept. Its text is `cause: detail`; the cause is what the tables count."
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    "What `json` calls with the pairs of each object. Raises `Rejected`."
-    times = Counter(key for key, _ in pairs)
-    twice = [key for key, n in times.items() if n > 1]
-    if twice: raise Rejected(f'duplicate key: "{twice[0]}" occurs twice')
-    return dict(pairs)
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
-
-# %% ../nbs/20_lexicon.ipynb #ce1785ec
 def _schema_reason(error: ValidationError) -> str:
     "The first thing that does not fit, with its place."
     first = error.errors()[0]
     place = '.'.join(map(str, first['loc']))
     return f'schema: {place}: {first["msg"]}'
 
+def _read_object(found: JsonObject) -> Description | str:     # the description, or why it is none
+    twice = [part.twice for part in objects_within(found) if part.twice]
+    if twice: return f'duplicate key: "{twice[0]}" occurs twice'
+    try: return Description.model_validate(found)
+    except ValidationError as e: return _schema_reason(e)
+
+# %% ../nbs/20_lexicon.ipynb #54cf2de6
 def parse_answer(text: str  # what the model wrote: bare, fenced or surrounded JSON
                 ) -> Description:  # checked against the schema
-    "The description in an answer. Raises `Rejected` with `json`, `duplicate key` or `schema` as the cause."
-    reason = None            # of the first object: the later ones are parts of it, or chatter
-    braces = [match.start() for match in re.finditer(r'\{', text)]
-    for brace in braces[:20]:               # an answer of braces alone must not take forever
-        try:
-            found, _ = _DECODER.raw_decode(text, brace)
-            return Description.model_validate(found)
-        except json.JSONDecodeError: reason = reason or 'json: no whole JSON object in the answer'
-        except ValidationError as e: reason = reason or _schema_reason(e)
-    raise Rejected(reason or 'json: no JSON object in the answer')
+    "The last description in an answer. Raises `Rejected`: `json`, `duplicate key` or `schema`, with detail."
+    objects, reason = whole_objects(text), None
+    for outer in reversed(objects.whole):
+        for found in objects_within(outer):
+            read = _read_object(found)
+            if isinstance(read, Description): return read
+            is_meant = found.keys() & Description.model_fields.keys()
+            if is_meant: reason = reason or read
+    if not objects.whole and '{' not in text: raise Rejected('json: no JSON object in the answer')
+    if not objects.whole or objects.broken: reason = reason or 'json: no whole JSON object in the answer'
+    raise Rejected(reason or _read_object(objects.whole[-1]))
 
 # %% ../nbs/20_lexicon.ipynb #200019
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TAU_MIN', 'full_precision', 'l2_normalize', 'similarity', 'same_label', 'masked_logsumexp', 'cross_entropy_rows',
-           'info_nce', 'triplet', 'mine_triplets', 'batch_triplet', 'clothing_adversarial', 'text_ids',
-           'clothing_matching', 'grad_reverse', 'rbf_kernel', 'hsic', 'gate_regularization', 'match_loss', 'sdm', 'tal']
+           'info_nce', 'triplet', 'mine_triplets', 'masked_triplet', 'batch_triplet', 'clothing_adversarial',
+           'text_ids', 'clothing_matching', 'grad_reverse', 'rbf_kernel', 'hsic', 'gate_regularization', 'match_loss',
+           'sdm', 'tal']
 
 # %% ../nbs/40_losses.ipynb #400003
 import math
@@ -143,16 +144,37 @@ def _any_of(generator: torch.Generator | None) -> Callable:
         return torch.multinomial(mask.float(), 1, generator=generator)[:, 0] if len(a) else a
     return pick
 
-# %% ../nbs/40_losses.ipynb #400s02
+# %% ../nbs/40_losses.ipynb #0cb78e5b
+def masked_triplet(d: Tensor,  # [B, B] squared distances
+                   pids: Tensor,  # [B] identities
+                   margin: float, how: str  # as for `batch_triplet`; 'hard' or 'all'
+                  ) -> Tensor:  # scalar
+    "`batch_triplet` in which no shape depends on the identities."
+    same = same_label(pids, d)
+    pos, neg = same & ~torch.eye(len(d), dtype=torch.bool, device=d.device), ~same
+    if how == 'all':
+        counts = pos[:, :, None] & neg[:, None]                             # [B, B, B] anchor, pos., neg.
+        hinge = F.relu(d[:, :, None] - d[:, None] + margin)
+    elif how == 'hard':
+        counts = pos.any(1) & neg.any(1)                                    # [B]
+        farthest = d.masked_fill(~pos, -math.inf).amax(1)
+        nearest = d.masked_fill(~neg, math.inf).amin(1)
+        hinge = F.relu(farthest - nearest + margin)
+    else: raise UserError(f"fixed shapes with mining how={how!r}: choose 'hard' or 'all'")
+    return torch.where(counts, hinge, 0.).sum() / counts.sum().clamp_min(1)
+
+# %% ../nbs/40_losses.ipynb #2b275e75
 @full_precision
 def batch_triplet(features: Tensor,  # [B, D]
                   pids: Tensor,  # [B] identities
                   margin: float = .3,  # m
-                  how: str = 'hard'  # as for `mine_triplets`
+                  how: str = 'hard',  # as for `mine_triplets`
+                  fixed: bool = False  # see `masked_triplet`
                  ) -> Tensor:  # scalar
     "Eq. 4 (Sec. 3.5) over the triplets of a batch. Raises `UserError` for an unknown `how`."
     n2 = features.square().sum(1)
     d = n2[:, None] + n2[None] - 2*features @ features.T                    # [B, B]
+    if fixed: return masked_triplet(d, pids, margin, how)
     if how != 'all':
         a, p, n = mine_triplets(features, pids, how)
         return F.relu(d[a, p] - d[a, n] + margin).sum() / max(len(a), 1)
@@ -177,11 +199,12 @@ def clothing_adversarial(f_clo: Tensor,  # [B, D] clothing features, projected t
     loss = s.logsumexp(1) - masked_logsumexp(s, other)                      # [B]
     return torch.where(other.any(1), loss, (s*0).sum(1)).mean()
 
-# %% ../nbs/40_losses.ipynb #b9133307
+# %% ../nbs/40_losses.ipynb #852f15f1
 def text_ids(tokens: Tensor  # [B, L] token ids
             ) -> Tensor:  # [B] integers, equal for equal rows
-    "Number the distinct texts of a batch, for `clo_ids`."
-    return torch.unique(tokens, dim=0, return_inverse=True)[1]
+    "A number for each distinct text of a batch, for `clo_ids`: the first row that has it."
+    same = (tokens[:, None] == tokens[None]).all(2)                         # [B, B]
+    return torch.where(same, torch.arange(len(tokens), device=tokens.device), len(tokens)).amin(1)
 
 def clothing_matching(f_clo: Tensor,  # [B, D] clothing features
                       t_clo: Tensor,  # [B, D] clothing text features
@@ -215,7 +238,7 @@ def _linear(x: Tensor) -> Tensor:  # [N, D] -> [N, N] centered
     x = x - x.mean(0)
     return x @ x.T
 
-# %% ../nbs/40_losses.ipynb #ff4e4708
+# %% ../nbs/40_losses.ipynb #bd5f5dc6
 def _whole_unit(x: Tensor) -> Tensor:  # [N, D] of Frobenius norm 1
     return l2_normalize(x.flatten()).view_as(x)
 
@@ -227,7 +250,7 @@ def rbf_kernel(x: Tensor) -> Tensor:  # [N, N] centered
     "The RBF kernel of the rows of x, brought to unit norm as a whole; its width is their median distance."
     G = _linear(_whole_unit(x))
     d2 = (G.diagonal()[:, None] + G.diagonal()[None, :] - 2*G).clamp_min(0)
-    i, j = torch.triu_indices(len(x), len(x), 1)
+    i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
     return _center(torch.exp(-d2 / (2 * d2[i, j].median().clamp_min(1e-12))))
 
 # %% ../nbs/40_losses.ipynb #bdd2773d

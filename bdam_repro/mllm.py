@@ -4,36 +4,28 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'QUESTION', 'IN_STYLE', 'prompt_texts', 'draw_style', 'prompt_hash', 'image_url', 'first_messages',
-           'whole_number', 'check_styles', 'DescribeOptions', 'DescribeSettings', 'Manner', 'request_body', 'redact',
-           'make_client', 'Transient', 'Refused', 'Hopeless', 'retry_after', 'Server', 'other_manner', 'server_words',
-           'status_problem', 'silence_problem', 'Answer', 'guess_tokens', 'most_prompt_tokens', 'read_answer',
-           'ask_server', 'judge_answer', 'again_messages', 'History']
+           'whole_number', 'check_styles', 'DescribeOptions', 'DescribeSettings', 'judge_answer', 'again_messages',
+           'History']
 
-# %% ../nbs/23_mllm.ipynb #70aa27a5
-import asyncio
+# %% ../nbs/23_mllm.ipynb #06982064
 import base64
 import hashlib
 import io
 import json
-import os
-import re
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from email.utils import parsedate_to_datetime
-from itertools import chain
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
-import aiohttp
-import openai
 from PIL import Image
 from pydantic import (BaseModel, BeforeValidator, ConfigDict, SkipValidation, ValidationError,
                       field_validator, model_serializer, model_validator)
 
+from .answers import Reply, redact
 from .config import UserError
 from .lexicon import (SCHEMA, Description, Policy, Rejected, check_description, is_refusal,
                                 parse_answer)
+from .servers import Answer, RequestForm
 
 # %% ../nbs/23_mllm.ipynb #939e74ac
 SYSTEM = (
@@ -183,7 +175,7 @@ class DescribeOptions(BaseModel):
                             ' give dollars above 0, or None for no budget.')
         return self
 
-# %% ../nbs/23_mllm.ipynb #91918ac1
+# %% ../nbs/23_mllm.ipynb #8e757846
 class DescribeSettings(DescribeOptions):
     "The options, and what follows from them for an image, a prompt, an answer."
     def style_of(self, image: str) -> tuple[int | None, Sequence[str]]:
@@ -196,207 +188,26 @@ class DescribeSettings(DescribeOptions):
         "The `prompt_hash` of each style; of the one prompt without styles."
         return [prompt_hash(self.policy, exemplars, self.temperature) for exemplars in self.styles or [()]]
 
+    def form(self) -> RequestForm:
+        "What every request has in common."
+        return RequestForm(self.model, self.max_tokens, self.seed, self.temperature, SCHEMA)
+
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float | None:
         "US dollars; None without prices."
         if self.prices is None: return None
         return (prompt_tokens * self.prices[0] + completion_tokens * self.prices[1]) / 1e6
 
-# %% ../nbs/23_mllm.ipynb #d3b069b6
-class Manner(NamedTuple):
-    "How a server wants to be asked. The state file of a batch holds it as a list of three."
-    mode: str                         # structured output: 'json_schema', 'json_object' or 'text'
-    length_key: str                   # 'max_tokens'; newer models call it 'max_completion_tokens'
-    temperature: int | float | None   # None: it is not sent
-
-def request_body(settings: DescribeSettings, manner: Manner, messages: list[dict]) -> dict:
-    "The JSON of one chat completion request."
-    body = {'model': settings.model, 'messages': messages, manner.length_key: settings.max_tokens,
-            'seed': settings.seed}
-    if manner.temperature is not None: body['temperature'] = manner.temperature
-    if manner.mode == 'json_schema':
-        schema = {'name': 'description', 'strict': True, 'schema': SCHEMA}
-        body['response_format'] = {'type': 'json_schema', 'json_schema': schema}
-    elif manner.mode == 'json_object': body['response_format'] = {'type': 'json_object'}
-    return body
-
-# %% ../nbs/23_mllm.ipynb #d8528873
-def redact(text: str,      # words of a server or a model
-           key: str = ''   # the key that was sent
-          ) -> str:
-    "`text` without the key, without anything that looks like one, and without credentials in an address."
-    if len(key) >= 8: text = text.replace(key, '[key]')
-    if not any(mark in text for mark in ('sk-', 'Bearer ', '://')): return text
-    return re.sub(r'\bsk-[\w*.-]{5,}[\w*]|(?<=Bearer )\S+|(?<=://)[^/@\s]+(?=@)', '[key]', text)
-
-# %% ../nbs/23_mllm.ipynb #a19b7930
-def make_client() -> openai.AsyncOpenAI:
-    """A client for the server of `$OPENAI_BASE_URL` (OpenAI's own where unset), with `$OPENAI_API_KEY`.
-    Raises `UserError` without a key or with a wrong address."""
-    key = os.environ.get('OPENAI_API_KEY', '').strip()
-    url = os.environ.get('OPENAI_BASE_URL', '').strip() or None
-    if not key:
-        raise UserError('OPENAI_API_KEY is not set: export it first'
-                        ' (any word will do for a local server that asks for none).')
-    if url and not re.match(r'https?://[^/]', url):
-        raise UserError('OPENAI_BASE_URL is not an address: it begins with http:// or https://'
-                        ' and mostly ends in /v1.')
-    # openai's own repetitions would not be counted; aiohttp takes half the processor time of httpx
-    return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0,
-                              http_client=openai.DefaultAioHttpClient())
-
-# %% ../nbs/23_mllm.ipynb #428ccf24
-class Transient(Exception):
-    "Worth another try: `after` seconds if the server named them. `blame`: it counts against the image."
-    def __init__(self, text: str, after: float = 0.0, blame: bool = True):
-        super().__init__(text)
-        self.after, self.blame = after, blame      # a rate limit speaks of the account: it blames no image
-
-class Refused(Exception):
-    "The server will not take this request (HTTP 400 and the like): its words."
-
-class Hopeless(Exception):
-    "No request of this run can succeed (wrong key, no such model, no money): why."
-
-# %% ../nbs/23_mllm.ipynb #bae47221
-def retry_after(headers: Mapping[str, str]) -> float:
-    "Seconds from `retry-after-ms` or `Retry-After` (a number or an HTTP date); 0 where there is none."
-    try:
-        if ms := headers.get('retry-after-ms'): return float(ms) / 1000
-        value = headers.get('retry-after') or '0'
-        if re.fullmatch(r'[\d.]+', value): return float(value)
-        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0)
-    except (ValueError, TypeError): return 0.0
-
-# %% ../nbs/23_mllm.ipynb #5189dbd9
-@dataclass
-class Server:
-    "One server: how to ask it, and what it has shown of itself."
-    client: openai.AsyncOpenAI
-    settings: DescribeSettings
-    timeout: float = 300.0              # seconds without a byte from it, its queue included
-    manner: Manner | None = None        # how it wants to be asked; found out on the way
-    proven: bool = False                # has it answered at all
-    largest_prompt: int = 0             # prompt tokens of the largest request so far, as it counted them
-    notes: list[str] = field(default_factory=list)   # what it did not take
-
-    def __post_init__(self):
-        self.manner = self.manner or Manner('json_schema', 'max_tokens', self.settings.temperature)
-
-# %% ../nbs/23_mllm.ipynb #74367b33
-def other_manner(server: Server,
-                 sent: Manner,   # how it was asked; `server.manner` may have changed since
-                 said: str       # why it refused
-                ) -> Manner | None:   # None: there is no other way
-    "How to ask next, after a refusal."
-    form = r'response_format|json|schema|guided'        # words that speak of structured output
-    now = server.manner
-    if 'max_completion_tokens' in said and now.length_key == 'max_tokens':
-        return now._replace(length_key='max_completion_tokens')
-    if 'temperature' in said and now.temperature is not None: return now._replace(temperature=None)
-    if sent.mode != now.mode: return now            # another request has found another way meanwhile
-    if sent.mode == 'text' or (server.proven and not re.search(form, said, re.I)): return None
-    return now._replace(mode='json_object' if sent.mode == 'json_schema' else 'text')
-
-# %% ../nbs/23_mllm.ipynb #b4f9ca00
-def server_words(e: openai.APIStatusError, key: str) -> str:
-    "What the server said, without the key; cut last, so that no half of a key is left."
-    said = re.sub(r'^Error code: \d+ - ', '', ' '.join(str(e.message).split()))
-    return redact(said, key)[:300]
-
-def status_problem(server: Server, sent: Manner, e: openai.APIStatusError) -> Exception:
-    "What an HTTP error means: `Transient`, `Refused` or `Hopeless`. May change how the server is asked."
-    said, code = server_words(e, server.client.api_key), e.status_code
-    after = retry_after(e.response.headers)
-    if code == 429 and 'insufficient_quota' in f'{e.code} {e.type} {e.message}':
-        return Hopeless(f'the quota is exhausted ({said})')
-    if code == 429: return Transient('HTTP 429', after, blame=False)
-    if code in (408, 409) or code >= 500: return Transient(f'HTTP {code}', after)
-    if code in (401, 403): return Hopeless(f'the server refuses the key ({code}): check OPENAI_API_KEY')
-    if code == 404:
-        return Hopeless(f'the server knows no such model or address (404: {said}):'
-                        f' check the model\'s name "{server.settings.model}" and OPENAI_BASE_URL')
-    if code not in (400, 413, 415, 422): return Hopeless(f'HTTP {code}: {said}')
-    return _form_problem(server, sent, code, said)
-
-def _form_problem(server: Server, sent: Manner, code: int, said: str) -> Exception:
-    "A refusal: ask differently where there is another way."
-    manner = other_manner(server, sent, said)
-    if manner is None: return Refused(f'HTTP {code}: {said}')
-    if manner != server.manner:
-        server.manner = manner
-        server.notes.append(f'the server refused a request ({said[:80]}); asking with {manner.mode},'
-                            f' {manner.length_key}, temperature {manner.temperature}')
-    return Transient(f'HTTP {code}, asked differently', blame=False)
-
-def silence_problem(e: BaseException) -> Transient:
-    "Why nothing came. openai's aiohttp transport calls every lost connection a timeout: its cause tells."
-    late, cause = isinstance(e, openai.APITimeoutError | TimeoutError), e
-    while cause := cause.__cause__:
-        lost = isinstance(cause, aiohttp.ClientError) and not isinstance(cause, TimeoutError)
-        if lost: late = False
-    return Transient('no answer in time' if late else 'no connection to the server')
-
-# %% ../nbs/23_mllm.ipynb #88479c66
-@dataclass(frozen=True)
-class Answer:
-    "What came back for one request."
-    completion: dict            # the chat completion
-    prompt_tokens: int
-    completion_tokens: int
-
-def guess_tokens(messages: list[dict]) -> int:
-    "Prompt tokens by guess: four characters per token, 300 for a small image, a tenth for safety."
-    contents = [m['content'] for m in messages]
-    parts = chain.from_iterable(c if isinstance(c, list) else [{'text': c}] for c in contents)
-    return int(1.1 * (sum(len(part.get('text', '')) for part in parts) / 4 + 300))
-
-def most_prompt_tokens(server: Server, messages: list[dict]) -> int:
-    "Prompt tokens that a request may take at most: the largest so far, and what asking again adds to it."
-    added = sum(len(m['content']) for m in messages[2:])
-    return (server.largest_prompt or guess_tokens(messages[:2])) + added // 3    # three letters per token
-
-def read_answer(server: Server, completion: dict, guess: int) -> Answer:
-    "Note that the server answers. Tokens are estimated where it does not count them: `guess` for the prompt."
-    written = completion['choices'][0]['message'].get('content') or ''
-    usage = completion.get('usage') or {'prompt_tokens': guess, 'completion_tokens': len(written) // 4}
-    prompt, completed = (int(usage.get(k) or 0) for k in ('prompt_tokens', 'completion_tokens'))
-    server.proven, server.largest_prompt = True, max(server.largest_prompt, prompt)
-    return Answer(completion, prompt, completed)
-
-# %% ../nbs/23_mllm.ipynb #bffe142b
-async def _post(server: Server, body: dict) -> dict:
-    async with asyncio.timeout(3 * server.timeout):     # for a server that sends a byte now and then
-        return await server.client.post('/chat/completions', body=body, cast_to=object,
-                                        options={'timeout': server.timeout})
-
-async def ask_server(server: Server, messages: list[dict]) -> Answer:
-    "Send once. Raises `Transient`, `Refused` or `Hopeless`."
-    sent, guess, problem = server.manner, most_prompt_tokens(server, messages), None
-    try:
-        completion = await _post(server, request_body(server.settings, sent, messages))
-        is_chat = isinstance(completion, dict) and completion.get('choices')
-        if not (is_chat and isinstance(completion['choices'][0].get('message'), dict)):
-            problem = Transient('the answer is not a chat completion'
-                                ' (is it the right address? it mostly ends in /v1)')
-    except openai.APIStatusError as e: problem = status_problem(server, sent, e)
-    except (openai.APIConnectionError, aiohttp.ClientError, TimeoutError) as e: problem = silence_problem(e)
-    except (openai.APIError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-        problem = Transient('the answer is not a chat completion')
-    # outside of `except`: the server's words, and with them a key, are in no chained traceback
-    if problem: raise problem
-    return read_answer(server, completion, guess)
-
-# %% ../nbs/23_mllm.ipynb #c85e7edc
-def judge_answer(completion: dict,  # a chat completion
+# %% ../nbs/23_mllm.ipynb #d09ce1d7
+def judge_answer(reply: Reply,      # of `read_reply`
                  policy: Policy,    # what a description must be
                  key: str = ''      # to be replaced in what the model wrote
                 ) -> Description:
     "The description of an answer that may be kept. Raises `Rejected`."
-    choice = completion['choices'][0]
-    text, finish = redact(choice['message'].get('content') or '', key), choice.get('finish_reason')
-    declines = choice['message'].get('refusal') or finish == 'content_filter'
-    if declines: raise Rejected('refusal: the model declines')
-    if finish == 'length': raise Rejected('truncated: the answer reached max_tokens')
+    text = redact(reply.text, key)
+    if reply.refused: raise Rejected('refusal: the model declines')
+    if reply.cut:
+        raise Rejected('truncated: the answer reached max_tokens' + ', spent on reasoning'*reply.reasoned)
+    if reply.reasoned and not text: raise Rejected('json: the model reasoned and wrote no answer')
     refuses = '{' not in text and is_refusal(text)
     if refuses: raise Rejected('refusal: the model declines')
     description = parse_answer(text)
@@ -412,7 +223,7 @@ def again_messages(messages: list[dict], answer: str, reason: str) -> list[dict]
     return [*messages[:2], {'role': 'assistant', 'content': answer or '(empty)'},
             {'role': 'user', 'content': complaint}]
 
-# %% ../nbs/23_mllm.ipynb #2b8e7011
+# %% ../nbs/23_mllm.ipynb #dc64b791
 class History(BaseModel):
     "What was asked about one image so far. The state file of a batch holds it as a list, in this order."
     tries: int = 0
@@ -440,10 +251,9 @@ class History(BaseModel):
         "Count an answer and judge it. None where it may not be kept: `reason` says why."
         self.prompt_tokens += answer.prompt_tokens
         self.completion_tokens += answer.completion_tokens
-        text = redact(answer.completion['choices'][0]['message'].get('content') or '', key)
-        try: description = judge_answer(answer.completion, policy, key)
+        try: description = judge_answer(answer.reply, policy, key)
         except Rejected as e:
-            self.reject(str(e), text)
+            self.reject(str(e), redact(answer.reply.text, key))
             return None
         self.tries, self.reason = self.tries + 1, None
         return description

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['model_header', 'save_pretrained', 'restore_model', 'from_pretrained']
 
-# %% ../nbs/36_pretrained.ipynb #6bb40745
+# %% ../nbs/36_pretrained.ipynb #f77490b6
 from pathlib import Path
 
 from .config import Config, UserError
 from .files import read_tensors, write_tensors
 from .encoders import TextEncoder, VisionEncoder
 from .model import Model
+from .threads import one_at_a_time
 
 # %% ../nbs/36_pretrained.ipynb #9f1766bf
 def model_header(model: Model) -> dict:
@@ -24,7 +25,8 @@ def save_pretrained(model: Model, path: str | Path) -> Path:  # a `.safetensors`
     "Weights, options and the encoders' architecture in one file."
     return write_tensors(path, model.state_dict(), model_header(model))
 
-# %% ../nbs/36_pretrained.ipynb #1374f197
+# %% ../nbs/36_pretrained.ipynb #4cf86725
+@one_at_a_time
 def restore_model(state: dict, meta: dict, path: str | Path) -> Model:
     "The model of tensors and header, as `save_pretrained` writes them. Raises `UserError` naming `path`."
     if not {'config', 'vision', 'text'} <= meta.keys():

@@ -18,7 +18,7 @@ from .batches import load_tokenizer, save_tokenizer, train_tokenizer
 # %% ../nbs/29_run_data.ipynb #693f17b3
 def data_root(config: Config) -> Path:
     "The folder of the datasets, relative to the repository."
-    return ROOT/config.data_root
+    return ROOT/Path(config.data_root).expanduser()
 
 def synth_folder(config: Config) -> str:
     "The name of SynthPEDES's folder: the option `folder`, or one that names what differs from `tiny`."

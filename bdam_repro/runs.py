@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'RunState', 'Training', 'check_data', 'prepare', 'save_ch
            'provenance', 'intervals', 'own_weights', 'save_features', 'finish_run', 'run_metrics', 'finished',
            'same_run', 'open_run', 'resume', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
 
-# %% ../nbs/53_runs.ipynb #561b373e
+# %% ../nbs/53_runs.ipynb #961e3e27
 import json
 import platform
 import shutil
@@ -31,7 +31,7 @@ from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
 from .run_data import load_data, run_tokenizer
 from .model import Model, build_model, fuse
-from .threads import SecondThread
+from .threads import SecondThread, one_at_a_time
 from .pretrained import from_pretrained, save_pretrained
 from .optimizers import load_optimizers, optimizer_tensors
 from .objective import load_weights, weights_state
@@ -64,7 +64,10 @@ class Training:
 # %% ../nbs/53_runs.ipynb #0cbb9e8e
 def check_data(c: Config, dataset: PedesDataset) -> None:
     "Raises `UserError` for an empty split, and for options that read descriptions where there are none."
-    for split in ('train', 'val', 'test'): dataset.split(split)            # an empty one raises
+    for split in ('train', 'val', 'test'):
+        if not len(dataset.split(split).captions):                         # an empty split raises
+            say = f'the split {split!r} has pictures but no captions, so there is no query'
+            raise UserError(f'{dataset.root}: {say}; add captions to the annotation file')
     if 'clo_text' in dataset.records: return
     lacks = f'and {dataset.name} has none: see describe.ipynb, or take'
     if c.fusion and c.fusion_text != 'query':
@@ -73,7 +76,8 @@ def check_data(c: Config, dataset: PedesDataset) -> None:
         reads = f'{c.variant} with id_text={c.id_text} reads identity descriptions'
         raise UserError(f'{reads}, {lacks} id_text=caption')
 
-# %% ../nbs/53_runs.ipynb #128772e0
+# %% ../nbs/53_runs.ipynb #06baae70
+@one_at_a_time
 def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDataset | None = None) -> Training:
     "A run at its start: data, tokenizer, model and trainer, seeded."
     device = pick_device(c)
@@ -90,7 +94,7 @@ def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDatase
     model = build_model(c, len(tokenizer), described)
     if two_cores(c, device): model.second = SecondThread()
     batches = run_batches(c, dataset, tokenizer)
-    if batches.note and progress: print(batches.note)
+    if progress: print(batches.plan(c.epochs), batches.note, sep='\n' if batches.note else '')
     return Training(folder, dataset, tokenizer, Trainer(c, model, batches, device))
 
 # %% ../nbs/53_runs.ipynb #feaaae6e

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEXT_FIELDS', 'run_batches', 'pick_device', 'pick_dtype', 'run_autocast', 'attention_kernel', 'two_cores',
-           'single_threaded', 'shuffled', 'options_at', 'Trainer', 'train_epoch']
+           'single_threaded', 'shuffled', 'options_at', 'Trainer', 'train_epoch', 'history_row', 'epoch_in_graph',
+           'static_epoch']
 
-# %% ../nbs/52_trainer.ipynb #14a1cbc8
+# %% ../nbs/52_trainer.ipynb #d7e32162
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,12 +19,13 @@ from tqdm import tqdm
 
 from .config import Config, UserError
 from .pedes import PedesDataset
-from .batches import Batch, Loader, train_batches
+from .batches import Batch, Loader, combine_seeds, train_batches
 from .model import Model
-from .optimizers import lr_at, make_optimizers
+from .optimizers import clip_by_part, lr_at, make_optimizers
 from .objective import batch_losses, forward, make_weights
+from .capture import ResidentData, StaticStep, wants_graph, why_not_static
 
-# %% ../nbs/52_trainer.ipynb #c2a953b8
+# %% ../nbs/52_trainer.ipynb #cb51bc13
 def run_batches(c: Config, dataset: PedesDataset, tokenizer) -> Loader:
     "The training batches that a configuration asks for."
     texts = c.id_text                                                      # 'caption', 'generated' or 'both'
@@ -34,7 +36,7 @@ def run_batches(c: Config, dataset: PedesDataset, tokenizer) -> Loader:
     return train_batches(
         dataset, tokenizer, size=(c.image_height, c.image_width), columns=c.columns, max_length=c.max_length,
         p=c.ids_per_batch, k=c.images_per_id, seed=c.seed, id_text=texts, two_captions=c.two_captions,
-        augmentation=varied, workers=c.workers, budget=cache_bytes)
+        epoch_of=c.epoch_of, augmentation=varied, workers=c.workers, budget=cache_bytes)
 
 # %% ../nbs/52_trainer.ipynb #b771301c
 def pick_device(c: Config) -> torch.device:
@@ -100,7 +102,7 @@ def options_at(c: Config, done: float) -> Config:   # `done`: share of the train
     tau = c.tau*c.tau_decay**done
     return c.model_copy(update={'tau': tau, 'tau_decay': c.tau_end/tau})   # so tau_end = tau·tau_decay stays
 
-# %% ../nbs/52_trainer.ipynb #b74fb23a
+# %% ../nbs/52_trainer.ipynb #ad45726a
 class Trainer:
     "A model in training: its batches, optimizers, task weights and precision."
     def __init__(self, c: Config, model: Model, loader: Loader, device: torch.device):
@@ -112,9 +114,9 @@ class Trainer:
         self.names = self.term_names()
         self.weights = make_weights(self.names, c, model, self.opts)       # may join the last optimizer
         self.base_lr = [group['lr'] for group in self.param_groups()]
+        self.static, self.may_record = None, wants_graph(c, model)                # see `epoch_in_graph`
 
     def param_groups(self) -> list[dict]: return [group for opt in self.opts for group in opt.param_groups]
-
     def amp(self) -> torch.autocast: return run_autocast(self.device, self.dtype)
 
     def term_names(self) -> list[str]:
@@ -128,15 +130,20 @@ class Trainer:
         c = options_at(self.c, self.step/self.steps)
         with self.amp(), attention_kernel(c): return batch_losses(forward(self.model, batch, c), batch, c)
 
+    def rates(self, step: int) -> tuple[list[float], float]:
+        "The learning rate of every parameter group at a step, and τ."
+        warmup = round(self.c.warmup*len(self.loader))
+        factor = lr_at(step, self.steps, warmup, self.c.schedule)
+        return [lr*factor for lr in self.base_lr], options_at(self.c, step/self.steps).tau
+
     def set_lr(self) -> None:
         "Give every parameter group its rate of this step."
-        warmup = round(self.c.warmup*len(self.loader))
-        factor = lr_at(self.step, self.steps, warmup, self.c.schedule)
-        for group, lr in zip(self.param_groups(), self.base_lr): group['lr'] = lr*factor
+        for group, lr in zip(self.param_groups(), self.rates(self.step)[0]): group['lr'] = lr
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         "One step; the terms as numbers. Raises `UserError` when the loss is not finite."
         self.set_lr()
+        torch.manual_seed(combine_seeds(self.c.seed, self.step))           # of dropout
         terms = self.losses(batch.to(self.device))
         self.weights.step(terms, self.model.shared_parameters(), scale=self.scaler.get_scale())
         total = self.weights.total(terms)
@@ -151,20 +158,30 @@ class Trainer:
         self.step += 1
         return {name: term.item() for name, term in terms.items()}
 
+    def clip(self) -> None:
+        "Limit the norm of the gradients."
+        if self.c.grad_clip: clip_by_part(self.param_groups(), self.c.grad_clip)
+
+    def static_step(self) -> StaticStep:
+        "This trainer's step with fixed shapes, not yet recorded."
+        data = ResidentData(self.loader, self.device)
+        return StaticStep(self.c, self.model, data, self.opts, self.weights, self.rates, self.clip, self.amp)
+
     def update(self) -> None:
         "Clip, then let every optimizer step. Where there is a second thread, the first steps there."
         for opt in self.opts: self.scaler.unscale_(opt)
-        if self.c.grad_clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
+        self.clip()
         first, *others = [partial(self.scaler.step, opt) for opt in self.opts]
         pending = self.model.second.start(first) if self.model.second else first()
         for step in others: step()
         if self.model.second: pending.result()
         self.scaler.update()
 
-# %% ../nbs/52_trainer.ipynb #91871068
+# %% ../nbs/52_trainer.ipynb #16828173
 def train_epoch(trainer: Trainer, epoch: int, bar: tqdm) -> dict[str, float]:
     "One pass over the batches; its row of the history."
     c, loader = trainer.c, trainer.loader
+    if epoch_in_graph(trainer, bar): return static_epoch(trainer, epoch, bar)
     loader.set_epoch(epoch)
     first = trainer.step = epoch*len(loader)
     start, images, sums = time.perf_counter(), 0, dict.fromkeys(trainer.names, 0.)
@@ -176,7 +193,43 @@ def train_epoch(trainer: Trainer, epoch: int, bar: tqdm) -> dict[str, float]:
         means = ', '.join(f'{name} {total/done:.2f}' for name, total in sums.items())
         bar.set_postfix_str(f'{speed:.0f} images/s, loss {means}', refresh=False)
         bar.update()
-    seconds, lr = time.perf_counter() - start, trainer.opts[-1].param_groups[0]['lr']
-    row = {'epoch': epoch + 1, 'lr': lr, 'images_per_s': images/seconds, 'wait_share': loader.wait_share}
-    row |= {f'loss_{name}': total/len(loader) for name, total in sums.items()}
+    means = [total/len(loader) for total in sums.values()]
+    return history_row(trainer, epoch, images/(time.perf_counter() - start), loader.wait_share, means)
+
+def history_row(trainer: Trainer, epoch: int, speed: float, wait_share: float, losses: list[float]
+               ) -> dict[str, float]:
+    "An epoch's row of the history: the mean of each term, the task weights at its end, and the speed."
+    lr = float(trainer.opts[-1].param_groups[0]['lr'])
+    row = {'epoch': epoch + 1, 'lr': lr, 'images_per_s': speed, 'wait_share': wait_share}
+    row |= {f'loss_{name}': loss for name, loss in zip(trainer.names, losses)}
     return row | {f'w_{name}': weight for name, weight in trainer.weights.weights.items()}
+
+# %% ../nbs/52_trainer.ipynb #71442bd3
+def epoch_in_graph(trainer: Trainer, bar: tqdm) -> bool:
+    "Whether steps are replayed. Records them before the first; where that fails, says so and stays off."
+    c = trainer.c
+    if trainer.static is not None or not trainer.may_record: return trainer.static is not None
+    trainer.may_record = False                                                         # tried once
+    why = why_not_static(c, trainer.loader, trainer.device)
+    if not why:
+        static = trainer.static_step()
+        try: static.capture()
+        except RuntimeError as e: why = str(e).splitlines()[0]
+        else: trainer.static = static
+    if why and (trainer.device.type == 'cuda' or c.graph == 'on'):
+        bar.write(f'no CUDA graph ({why}): training step by step')
+    return not why
+
+def static_epoch(trainer: Trainer, epoch: int, bar: tqdm) -> dict[str, float]:
+    "`train_epoch` with fixed shapes, replayed where they are recorded. Raises `UserError` as `train_step`."
+    steps, images = len(trainer.loader), trainer.static.data.plan['images'].numel()
+    start, trainer.step = time.perf_counter(), epoch*steps
+    losses = trainer.static.run(epoch, after=bar.update)                               # [S, K]
+    trainer.step += steps
+    bad = (~losses.isfinite().all(1)).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        values = ', '.join(f'{name} {x:.3g}' for name, x in zip(trainer.names, losses[step].tolist()))
+        where = f'the loss is not finite at step {epoch*steps + step}'
+        raise UserError(f'{where}: {values}; try a lower lr or amp=off')
+    return history_row(trainer, epoch, images/(time.perf_counter() - start), 0., losses.mean(0).tolist())

@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from test_describe import QUICK, SPAWN, _peak, busiest, pictures, serving  # noqa: E402
 
+from bdam_repro.answers import read_reply  # noqa: E402
 from bdam_repro.describe import describe  # noqa: E402
 from bdam_repro.lexicon import Policy  # noqa: E402
 from bdam_repro.mllm import first_messages, image_url, judge_answer  # noqa: E402
@@ -35,7 +36,7 @@ def sequential(server, files, imgs):
                 messages=first_messages(Policy(), (), image_url(imgs / f)),
                 response_format={'type': 'json_object'},
             )
-            judge_answer(answer.model_dump(), Policy())
+            judge_answer(read_reply(answer.model_dump()), Policy())
         return (time.perf_counter() - start) / len(files)
 
 

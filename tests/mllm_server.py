@@ -6,6 +6,7 @@ It prints its port, answers `/v1/chat/completions`, `/v1/files`, `/v1/batches`, 
 per request it has finished with:
 `{"t": arrival, "end": ..., "image": sha1 of the data URL, "kind": "good" or the fault, "n": times asked}`.
 What it says about an image depends on the image alone. Which fault comes depends on the image and on `n`.
+`profile` makes it refuse and answer as a real server does (`server_profiles.py`).
 """
 
 import asyncio
@@ -16,7 +17,12 @@ import sys
 import time
 from pathlib import Path
 
+from server_profiles import PROFILES, Profile
+
 DEFAULTS = dict(
+    profile=None,
+    good_first=0,
+    echo=None,
     faults=0.0,
     kinds=None,
     latency=0.0,
@@ -115,7 +121,9 @@ class Server:
         self.s = DEFAULTS | settings
         self.log = open(log_path, 'a', buffering=1)  # noqa: SIM115
         self.asked, self.files, self.batches = {}, {}, {}
-        self.good = self.calls = self.uploads = 0
+        self.unlogged = 0  # requests that have arrived and have no line in the log yet
+        self.good = self.calls = self.uploads = self.chats = 0
+        self.profile = PROFILES.get(self.s['profile'], Profile)()
 
     # ---- HTTP -------------------------------------------------------------------------------------
     async def serve(self, reader, writer):
@@ -144,11 +152,11 @@ class Server:
         await reader.readexactly(2)
         return b''.join(parts)
 
-    async def send(self, writer, status, body, headers=(), drip=False):
+    async def send(self, writer, status, body, headers=(), drip=False, kind='application/json'):
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         extra = ''.join(f'{k}: {v}\r\n' for k, v in headers)
         writer.write(
-            f'HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n{extra}'
+            f'HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\n{extra}'
             f'content-length: {len(raw)}\r\n\r\n'.encode()
         )
         pieces = (
@@ -161,6 +169,10 @@ class Server:
                 await asyncio.sleep(self.s['slow'] / 8)
 
     async def route(self, method, path, headers, body, writer):
+        if path == '/v1/log':  # answered when every request so far has its line
+            while self.unlogged:
+                await asyncio.sleep(0.01)
+            return await self.send(writer, 200, {})
         if self.s['key'] and headers.get('authorization') != f'Bearer {self.s["key"]}':
             return await self.send(
                 writer,
@@ -187,8 +199,9 @@ class Server:
 
     # ---- chat completions -------------------------------------------------------------------------
     def image_of(self, request):
-        parts = request['messages'][1]['content']
-        url = next(p['image_url']['url'] for p in parts if p['type'] == 'image_url')
+        parts = [p for m in request['messages'] if isinstance(m['content'], list) for p in m['content']]
+        urls = [p['image_url']['url'] for p in parts if p['type'] == 'image_url']
+        url = urls[0] if urls else str(request['messages'])
         return hashlib.sha1(url.encode()).hexdigest()
 
     def choose(self, digest):
@@ -196,7 +209,7 @@ class Server:
         n = self.asked[digest] = self.asked.get(digest, 0) + 1
         r = random.Random(f'{digest}{n}')
         if self.s['always']:
-            return self.s['always'], n
+            return ('good' if self.good < self.s['good_first'] else self.s['always']), n
         return (
             r.choice(self.s['kinds'] or TRANSPORT + CONTENT + SLOW)
             if r.random() < self.s['faults']
@@ -205,6 +218,7 @@ class Server:
 
     def completion(self, kind, digest, request):
         text, finish, refusal = content(kind, description(digest), self.s['message'])
+        text = self.s['echo'] or text
         usage = {'prompt_tokens': 600, 'completion_tokens': 100, 'total_tokens': 700}
         return {
             'id': 'c',
@@ -225,6 +239,11 @@ class Server:
             ],
         }
 
+    def body_of_batch(self, kind, digest, request):
+        "The answer in a batch's output file: JSON where it is JSON, else text."
+        body, _ = self.profile.reply(self.completion(kind, digest, request), request)
+        return body.decode() if isinstance(body, bytes) else body
+
     def refused(self, request):
         "(status, message) for a request that this server does not take at all."
         form = request.get('response_format', {}).get('type', 'text')
@@ -239,13 +258,32 @@ class Server:
         return None
 
     async def chat(self, request, writer):
+        self.unlogged += 1
+        told = []
+
+        def tell():
+            if not told:
+                self.unlogged -= 1
+            told.append(True)
+
+        try:
+            await self.chat_and_tell(request, writer, tell)
+        finally:  # a client that was killed: its request has no line
+            tell()
+
+    async def chat_and_tell(self, request, writer, tell):
         t, digest = time.time(), self.image_of(request)
 
         def log(kind, n=0):
+            tell()
             self.log.write(
                 json.dumps({'t': t, 'end': time.time(), 'image': digest, 'kind': kind, 'n': n}) + '\n'
             )
 
+        self.chats += 1
+        if problem := self.profile.refuse(request, self.chats):
+            log(f'status-{problem[0]}')
+            return await self.send(writer, *problem)
         if problem := self.refused(request):
             log(f'status-{problem[0]}')
             code = 'insufficient_quota' if 'quota' in problem[1] else None
@@ -278,7 +316,8 @@ class Server:
             log(kind, n)
             await asyncio.sleep(self.s['hang'])
             raise ConnectionError
-        raw = json.dumps(self.completion(kind, digest, request)).encode()
+        body, media_type = self.profile.reply(self.completion(kind, digest, request), request)
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         if kind == 'cut':
             log(kind, n)
             writer.write(
@@ -296,7 +335,7 @@ class Server:
         if kind == 'bad-envelope':
             log(kind, n)
             return await self.send(writer, 200, raw[: len(raw) // 2])
-        await self.send(writer, 200, raw, drip=kind == 'slow')
+        await self.send(writer, 200, raw, drip=kind == 'slow', kind=media_type)
         self.good += kind in ('good', 'slow')
         log('good' if kind == 'slow' else kind, n)  # after the last byte: the answer has been served
 
@@ -382,7 +421,7 @@ class Server:
             answer = (
                 {'status_code': 500, 'body': {'error': {'message': 'oops'}}}
                 if bad
-                else {'status_code': 200, 'body': self.completion(kind, digest, r['body'])}
+                else {'status_code': 200, 'body': self.body_of_batch(kind, digest, r['body'])}
             )
             (errors if bad else lines).append(
                 json.dumps({'id': 'x', 'custom_id': r['custom_id'], 'response': answer, 'error': None})

@@ -25,15 +25,15 @@ TRAIN = ['nbs/train.ipynb', '-p', 'preset', 'smoke']
 def root(tmp_path_factory): return tmp_path_factory.mktemp('root')
 
 
-def environment(root):
-    own = {'BDAM_ROOT': str(root), 'OMP_NUM_THREADS': '1'}
+def environment(root, **more):
+    own = {'BDAM_ROOT': str(root), 'OMP_NUM_THREADS': '1'} | more
     return {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | own
 
 
-def piped(root, *args, stdin=None, cwd=REPO):
+def piped(root, *args, stdin=None, cwd=REPO, **more):
     given = dict(stdin=subprocess.DEVNULL) if stdin is None else dict(input=stdin)   # `input` makes it a pipe
-    command = [PAPERMILL, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=environment(root), **given, capture_output=True, text=True)
+    command, environ = [PAPERMILL, *map(str, args)], environment(root, **more)
+    return subprocess.run(command, cwd=cwd, env=environ, **given, capture_output=True, text=True)
 
 
 def on_terminal(root, *args, columns=80, cwd=REPO):
@@ -98,6 +98,18 @@ def test_finished_run_is_not_run_again_and_stdout_may_be_a_pipe(root, trained):
     assert metrics.stat().st_mtime_ns == before
 
 
+def test_nothing_alarms(root, trained):
+    r = piped(root, *TRAIN, '-p', 'c_gate', '1.0')
+    assert r.returncode == 0, r.stderr
+    for word in ('Passed unknown', 'encryption', 'Warning', 'WARNING'): assert word not in r.stdout + r.stderr
+
+
+def test_a_log_in_ascii(root, trained):
+    r = piped(root, *TRAIN, PYTHONIOENCODING='ascii')
+    assert r.returncode == 0, r.stderr
+    assert 'complete already' in r.stdout and '\ufffd' not in r.stdout
+
+
 def test_missing_data_with_a_piped_stdin(root):
     source = (REPO/'nbs/train.ipynb').read_bytes()
     r = piped(root, 'nbs/train.ipynb', '-p', 'dataset', 'cuhk', stdin='')
@@ -112,9 +124,22 @@ def test_missing_data_with_a_piped_stdin(root):
 @pytest.mark.parametrize('args, words', [
     (['-p', 'epoch', '3'], ["'epoch'", "did you mean 'epochs'"]),
     (['-p', 'dataset', 'cuhc'], ['dataset', 'cuhc', "'cuhk'"]),
-    (['-p', 'epochs', '2.5', '-p', 'variant', 'full'], ['epochs=2.5', 'integer'])])
+    (['-p', 'epochs', '2.5', '-p', 'variant', 'full'], ['epochs=2.5', 'integer']),
+    (['-p', 'overwrite', 'false'], ["overwrite='false'", 'True or False']),
+    (['-p', 'runs', '2024'], ['runs=2024', 'string'])])
 def test_unknown_parameter_or_value(root, args, words):
-    r = piped(root, 'nbs/train.ipynb', *args)
+    check_refused(piped(root, 'nbs/train.ipynb', *args), words)
+
+
+@pytest.mark.parametrize('notebook, args, words', [
+    ('evaluate', ['-p', 'examples', 'three'], ["examples='three'", 'integer']),
+    ('evaluate', ['-p', 'run', '5'], ['run=5', 'string']),
+    ('styles', ['-p', 'methods', '3'], ['methods=3', 'string'])])
+def test_parameters_of_a_notebook_that_are_no_options(root, notebook, args, words):
+    check_refused(piped(root, f'nbs/{notebook}.ipynb', *args), words)
+
+
+def check_refused(r, words):
     assert r.returncode == 1
     line, = errors(r.stderr)
     for word in words: assert word in line

@@ -16,15 +16,14 @@ from PIL import Image
 from bdam_repro.config import UserError
 from bdam_repro.pedes import (
     OFFICIAL,
-    ImageError,
     PedesDataset,
     attach_descriptions,
     clean_caption,
-    load_image,
     load_pedes,
     read_descriptions,
     safe_file,
 )
+from bdam_repro.picture_files import ImageError, load_image
 
 TITLES = {'cuhk': 'CUHK-PEDES', 'icfg': 'ICFG-PEDES', 'rstp': 'RSTPReid', 'synth': 'SynthPEDES'}
 FILES = {'cuhk': 'reid_raw.json', 'icfg': 'ICFG-PEDES.json', 'rstp': 'data_captions.json'}
@@ -89,9 +88,40 @@ def test_caption_quirks(tmp_path):
     rows[3]['captions'] = []
     write(tmp_path, 'cuhk', rows)
     ds = load_pedes('cuhk', tmp_path)
-    assert ds.records.captions.str.len().tolist()[:4] == [1, 10, 4, 0]
-    assert len(ds.captions) == 15 + 2 * 10 and 3 not in set(ds.captions['row'])
+    assert ds.records.captions.str.len().tolist()[:4] == [1, 10, 4, 2] and len(ds) == 13
+    assert len(ds.captions) == 15 + 2 * 10 and 3 not in set(ds.records.image_id)
     assert any('bare string' in note for note in ds.notes)
+    assert 'training images without a caption, left out: 1' in ds.notes
+
+
+def test_captions_without_words_beside_others_are_left_out(tmp_path):
+    rows = rows_of('rstp')
+    rows[8]['captions'] = ['', 'A man.']
+    rows[10]['captions'] = ['_x000D_', 'A man.', ' ']
+    rows[11]['captions'] = ['_x000D_']   # a test image without words
+    write(tmp_path, 'rstp', rows)
+    ds = load_pedes('rstp', tmp_path)
+    captions = ds.records.set_index('image_id').captions
+    assert (captions[8], captions[10], captions[11]) == (['A man.'], ['A man.'], [])
+    assert any('no words beside others, left out' in note for note in ds.notes)
+    assert (ds.captions.text != '').all()
+
+
+def test_paths_that_repeat_imgs(tmp_path):
+    rows = rows_of('rstp')
+    write(tmp_path, 'rstp', rows)
+    for row in rows: row['img_path'] = 'imgs/' + row['img_path']
+    write(tmp_path, 'rstp', rows, images=False)
+    ds = load_pedes('rstp', tmp_path)
+    assert ds.image(0).mode == 'RGB' and 'paths that repeat imgs/, read without it: 14' in ds.notes
+
+
+def test_own_data_without_a_validation_split(tmp_path):
+    write(tmp_path, 'cuhk', rows_of('cuhk', ('train',) * 40 + ('test',) * 4), images=False)
+    ds = load_pedes('cuhk', tmp_path)
+    assert not set(ds.split('val').records.pid) & set(ds.split('train').records.pid)
+    assert any('held out as val' in note for note in ds.notes)
+    with pytest.raises(UserError, match="'val' is empty"): load_pedes('cuhk', tmp_path, 'val', val_fraction=0)
 
 
 def test_icfg_both_spellings_and_other_folder(tmp_path):
@@ -120,7 +150,9 @@ def test_icfg_hold_out_is_by_identity_and_seeded(tmp_path):
 def test_caption_all_alone_is_refused_and_reid_raw_wins(tmp_path):
     rows = [{k: v for k, v in r.items() if k != 'split'} for r in rows_of('cuhk')]
     write(tmp_path, 'cuhk', rows, file='caption_all.json')
-    with pytest.raises(UserError, match=r'no split; put reid_raw\.json'): load_pedes('cuhk', tmp_path)
+    with pytest.raises(UserError, match=r'no split.*take reid_raw\.json'): load_pedes('cuhk', tmp_path)
+    (tmp_path / 'CUHK-PEDES/caption_all.json').rename(tmp_path / 'CUHK-PEDES/reid_raw.json')
+    with pytest.raises(UserError, match=r'as caption_all\.json of CUHK-PEDES'): load_pedes('cuhk', tmp_path)
     write(tmp_path, 'cuhk', images=False)
     assert len(load_pedes('cuhk', tmp_path)) == 14
 
@@ -223,8 +255,10 @@ def test_unknown_names(tmp_path):
     with pytest.raises(UserError, match="unknown dataset 'cukh': choose one of cuhk, icfg"):
         load_pedes('cukh', tmp_path)
     write(tmp_path, 'rstp', rows_of('rstp', ('train', 'test')))
-    with pytest.raises(UserError, match="'val' is empty"): load_pedes('rstp', tmp_path, 'val')
-    with pytest.raises(UserError, match="unknown split 'valid'"): load_pedes('rstp', tmp_path, 'valid')
+    with pytest.raises(UserError, match='too few to hold 10% out'): load_pedes('rstp', tmp_path, 'val')
+    with pytest.raises(UserError, match="'val' is empty"): load_pedes('rstp', tmp_path, 'val', val_fraction=0)
+    with pytest.raises(UserError, match="unknown split 'valid'"):
+        load_pedes('rstp', tmp_path, 'valid', val_fraction=0)
 
 
 def test_annotation_without_images_folder(tmp_path):
@@ -500,6 +534,8 @@ def test_report_finds_what_is_wrong(tmp_path, capsys):
     rows[8]['captions'] = ['', 'x']
     rows[9]['captions'] = ['Same.', 'Same.']
     rows[10]['captions'] = []
+    rows[11]['captions'] = ['Same.']                                        # said of two people
+    rows[12]['captions'] = ['A man. ' + 'He walks. ' * 50]
     write(tmp_path, 'rstp', rows)
     imgs = tmp_path / 'RSTPReid/imgs'
     (imgs / '0000.jpg').unlink()
@@ -511,8 +547,9 @@ def test_report_finds_what_is_wrong(tmp_path, capsys):
     assert report.shared_ids == [0]
     assert report.files_in_two_ids == ['0005.jpg']
     assert report.repeated_files == ['0007.jpg']
-    assert report.empty_captions == ['0008.jpg', '0010.jpg']
-    assert report.repeated_captions == ['0009.jpg']
+    assert report.empty_captions == ['0010.jpg']       # of 0008 the other caption is kept
+    assert report.repeated_captions == ['0009.jpg'] and report.long_captions == ['0012.jpg']
+    assert report.shared_captions == ['Same.']
     assert report.missing == ['0000.jpg'] and report.unreadable == ['0001.jpg']
     assert report.tiny == ['0002.jpg'] and report.huge == []
     assert [set(s) for s in report.same_bytes] == [{'0004.jpg', '0011.jpg'}]

@@ -1,0 +1,462 @@
+"""What a GPU does with this repository: correctness first, then speed and memory, in order of worth.
+
+    python benchmarks/gpu.py [--minutes 4] [--sections correct,tiny,paper,...] [--out tables/benchmarks_gpu.csv]
+    python benchmarks/gpu.py --smoke            every section at toy sizes, on a CPU too
+
+Every figure is a row of the CSV, written as it is measured, so that a run that is cut off loses nothing. A section that
+fails prints why and the next one begins. Sections stop early when the minutes are used up.
+"""
+import argparse
+import csv
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from bdam_repro.batches import Batch
+from bdam_repro.capture import StaticStep
+from bdam_repro.config import make_config
+from bdam_repro.fusion import mixer_layers
+from bdam_repro.evaluate import evaluate
+from bdam_repro.mamba import mamba_ssm_kernels
+from bdam_repro.model import build_model
+from bdam_repro.objective import batch_losses, forward
+from bdam_repro.run_data import load_data, run_tokenizer
+from bdam_repro.trainer import Trainer, run_batches, train_epoch
+
+COLUMNS = ('section', 'what', 'value', 'unit', 'batch', 'precision', 'device', 'torch', 'detail')
+
+
+class Bench:
+    "The rows, the clock and the sizes of one call."
+    def __init__(self, out: Path, minutes: float, smoke: bool):
+        self.out, self.smoke, self.deadline = out, smoke, time.perf_counter() + 60*minutes
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device('cuda' if self.cuda else 'cpu')
+        self.name = torch.cuda.get_device_name() if self.cuda else 'CPU'
+        self.start, self.section = time.perf_counter(), ''
+        self.folder = Path(tempfile.mkdtemp())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not out.exists(): out.write_text(','.join(COLUMNS) + '\n')
+
+    def row(self, what: str, value: float, unit: str, batch: int | str = '', precision: str = 'float32',
+            detail: str = '') -> None:
+        "Write one figure and show it."
+        value = float(f'{value:.5g}')
+        row = (self.section, what, value, unit, batch, precision, self.name, torch.__version__, detail)
+        with self.out.open('a', newline='') as f: csv.writer(f).writerow(row)
+        at = time.perf_counter() - self.start
+        print(f'[{at:6.1f}] {self.section:8} {what:44} {value:>12g} {unit:10} {batch} {precision} {detail}', flush=True)
+
+    def left(self) -> float: return self.deadline - time.perf_counter()     # seconds
+
+    def wait(self) -> None:
+        if self.cuda: torch.cuda.synchronize()
+
+    def seconds(self, f, repeats: int, warm: int = 2) -> float:
+        "The median time of a call, each one waited for."
+        for _ in range(warm): f()
+        times = []
+        for _ in range(repeats):
+            self.wait()
+            start = time.perf_counter()
+            f()
+            self.wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def peak(self, f) -> float:   # GiB; 0 on a CPU
+        "The memory that a call needs beyond what is held."
+        if not self.cuda: f(); return 0.
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        f()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()/2**30
+
+
+# ---- runs of `tiny`
+
+def tiny_setup(folder: Path, smoke: bool, **options):
+    "Configuration, dataset and tokenizer of a small SynthPEDES."
+    sizes = dict(synth_train_ids=32 if smoke else 640, synth_val_ids=8 if smoke else 100,
+                 synth_test_ids=8 if smoke else 10)
+    options = dict(preset='smoke' if smoke else 'tiny', amp='off') | sizes | options
+    c = make_config('synth', data_root=str(folder/'data'), folder='SynthPEDES-bench', epochs=20, **options)
+    dataset = load_data(c, progress=False)
+    return c, dataset, run_tokenizer(c, dataset, folder/'tokenizer')
+
+
+def tiny_trainer(c, dataset, tokenizer, device, seed: int = 0) -> Trainer:
+    torch.manual_seed(seed)
+    model = build_model(c, len(tokenizer))
+    return Trainer(c, model, run_batches(c, dataset, tokenizer), device)
+
+
+def apart(a: list[Tensor], b: list[Tensor]) -> float:
+    "‖a − b‖/‖b‖ over all tensors."
+    a, b = (torch.cat([x.detach().double().cpu().flatten() for x in xs]) for xs in (a, b))
+    return float((a - b).norm()/b.norm())
+
+
+def correct(bench: Bench) -> None:
+    "The GPU against the CPU: losses, gradients, steps; a recorded step against the same step unrecorded."
+    c, dataset, tokenizer = tiny_setup(bench.folder, bench.smoke, gradnorm_every=3)
+    cpu = torch.device('cpu')
+    trainers = {'CPU': tiny_trainer(c, dataset, tokenizer, cpu), 'GPU': tiny_trainer(c, dataset, tokenizer, bench.device)}
+    batch, found = next(iter(trainers['CPU'].loader)), {}
+    for name, trainer in trainers.items():
+        terms = trainer.losses(batch.to(trainer.device))
+        sum(terms.values()).backward()
+        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        found[name] = torch.stack(list(terms.values())), grads
+        trainer.model.zero_grad()
+    bench.row('losses, GPU against CPU', apart([found['GPU'][0]], [found['CPU'][0]]), 'relative', len(batch))
+    bench.row('gradients, GPU against CPU', apart(found['GPU'][1], found['CPU'][1]), 'relative', len(batch))
+
+    steps = {'CPU': trainers['CPU'], 'eager': trainers['GPU'], 'fixed shapes': None, 'graph': None}
+    losses = {}
+    for name in steps:
+        trainer = steps[name] or tiny_trainer(c, dataset, tokenizer, bench.device)
+        if name == 'graph' and bench.cuda:
+            trainer.static = trainer.static_step()
+            trainer.static.capture()
+        elif name in ('fixed shapes', 'graph'): trainer.static = trainer.static_step()
+        rows = [train_epoch(trainer, epoch, tqdm(disable=True)) for epoch in range(1)]
+        losses[name] = torch.tensor([[row[f'loss_{k}'] for k in trainer.names] for row in rows])
+        if name == 'graph': kept = trainer
+    for name in ('eager', 'fixed shapes', 'graph'):
+        detail = f'mean losses of {len(kept.loader)} steps'
+        bench.row(f'an epoch, GPU {name} against CPU', apart([losses[name]], [losses['CPU']]), 'relative', len(batch), detail=detail)
+    again = [p.detach().clone() for p in kept.model.parameters()]
+    other = tiny_trainer(c, dataset, tokenizer, bench.device)
+    other.static = other.static_step()
+    if bench.cuda: other.static.capture()
+    train_epoch(other, 0, tqdm(disable=True))
+    bench.row('weights of two equal recorded runs', apart(list(other.model.parameters()), again), 'relative', len(batch))
+
+
+def graph_runs(setup, device, n: int, capture: bool) -> list[Trainer]:
+    "Trainers with recorded steps."
+    trainers = []
+    for seed in range(n):
+        trainer = tiny_trainer(*setup, device, seed)
+        trainer.static = trainer.static_step()
+        if capture: trainer.static.capture()
+        trainers.append(trainer)
+    return trainers
+
+
+def at_once(trainers: list[Trainer], epochs: int) -> float:
+    "Images per second of several runs in one process, a thread and a stream each."
+    def work(trainer):
+        for epoch in range(epochs): trainer.static.run(epoch)
+    threads = [threading.Thread(target=work, args=(trainer,)) for trainer in trainers]
+    start = time.perf_counter()
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    images = epochs*sum(t.static.data.plan['images'].numel() for t in trainers)
+    return images/(time.perf_counter() - start)
+
+
+def top_kernels(trainer: Trainer, bench: Bench) -> None:
+    "Kernels of an epoch of replays: how many a step, their time, the longest."
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as p:
+        trainer.static.run(1)
+        torch.cuda.synchronize()
+    steps, times = len(trainer.loader), {}
+    for event in p.events():
+        if 'Mem' in event.name[:4]: continue
+        count, total = times.get(event.name, (0, 0.))
+        times[event.name] = count + 1, total + event.device_time
+    count, total = sum(n for n, _ in times.values()), sum(t for _, t in times.values())
+    bench.row('kernels per step', count/steps, 'kernels')
+    bench.row('time in kernels per step', total/steps/1000, 'ms')
+    for name, (n, t) in sorted(times.items(), key=lambda x: -x[1][1])[:30]:
+        print(f'    {n/steps:7.1f} a step {t/steps:8.1f} us a step {t/n:6.1f} us each  {name[:110]}')
+
+
+def tiny(bench: Bench) -> None:
+    "`tiny`: one step after the other against recorded steps; several runs at once."
+    setup = tiny_setup(bench.folder, bench.smoke)
+    c = setup[0]
+    trainer = tiny_trainer(*setup, bench.device)
+    batch = next(iter(trainer.loader)).to(bench.device)
+    n = len(batch)
+    bench.row('eager', n/bench.seconds(lambda: trainer.train_step(batch), 5), 'images/s', n)
+    start = time.perf_counter()
+    runs = graph_runs(setup, bench.device, 1, bench.cuda)
+    bench.row('to build and record a run', time.perf_counter() - start, 's', n)
+    runs[0].static.run(0)
+    bench.row('recorded', at_once(runs, 1 if bench.smoke else 4), 'images/s', n)
+    if bench.cuda: top_kernels(runs[0], bench)
+    start = time.perf_counter()
+    evaluate(runs[0].model, setup[1], setup[2], 'val', runs[0].amp())
+    bench.row('evaluate', time.perf_counter() - start, 's', detail=f'{c.synth_val_ids} people')
+    start = time.perf_counter()
+    evaluate(runs[0].model, setup[1], setup[2], 'val', runs[0].amp())
+    bench.row('evaluate again', time.perf_counter() - start, 's', detail=f'{c.synth_val_ids} people')
+    for threads in (2,) if bench.smoke else (2, 4, 8):
+        if bench.left() < 20: return
+        runs += graph_runs(setup, bench.device, threads - len(runs), bench.cuda)
+        bench.row(f'recorded, {threads} runs in threads', at_once(runs, 1 if bench.smoke else 3), 'images/s', n)
+
+
+def tiny_process(folder: Path, smoke: bool, ready, results) -> None:
+    "One of several processes: a recorded run, alone in its process; then two more beside it."
+    warnings.filterwarnings('ignore')
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    setup = tiny_setup(folder, smoke)
+    runs = graph_runs(setup, device, 3, device.type == 'cuda')
+    at_once(runs, 1)
+    for n in (1, 3):
+        ready.wait()
+        results.put((n, at_once(runs[:n], 1 if smoke else 4)))
+
+
+def processes(bench: Bench) -> None:
+    "Several processes on one card."
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    for count in (2,) if bench.smoke else (8,):
+        context = multiprocessing.get_context('spawn')
+        ready, results = context.Barrier(count), context.Queue()
+        args = bench.folder, bench.smoke, ready, results
+        pool = [context.Process(target=tiny_process, args=args) for _ in range(count)]
+        tiny_setup(bench.folder, bench.smoke)
+        for p in pool: p.start()
+        speeds = {1: [], 3: []}
+        for _ in range(2*count):
+            n, speed = results.get(timeout=max(30, bench.left()))
+            speeds[n].append(speed)
+        for p in pool: p.join()
+        for n, each in speeds.items():
+            bench.row(f'recorded, {count} processes of {n} runs', sum(each), 'images/s', 64)
+
+
+# ---- the paper's sizes
+
+BASE = dict(hidden=768, layers=12, heads=12)
+TOY = dict(hidden=32, layers=2, heads=2)
+
+
+def paper_config(smoke: bool, **options):
+    "The `paper` preset with random weights of the real sizes."
+    size = TOY if smoke else BASE
+    small = dict(image_height=32, image_width=32, dim=32, bdam_depth=2, bdam_heads=2, fusion_dim=16) if smoke else {}
+    own = dict(vision={'type': 'vit', 'patch': 16, **size}, text={'type': 'bert', **size}, graph='off', workers=0,
+               vocab_size=30522)
+    return make_config('synth', 'paper', **(own | small | options))
+
+
+class Made:
+    "A loader of one made batch: noise for pixels, words of a caption's length."
+    def __init__(self, c, n: int, described: bool = True):
+        g = torch.Generator().manual_seed(0)
+        def texts():
+            ids = torch.randint(5, 30000, (n, c.max_length), generator=g)
+            lengths = torch.randint(20, 60, (n, 1), generator=g)
+            mask = torch.arange(c.max_length) < lengths
+            return (ids*mask)[:, :60], mask[:, :60]
+        images = torch.randint(256, (n, 3, c.image_height, c.image_width), generator=g, dtype=torch.uint8)
+        names = ('caption', 'id', 'clo') if described else ('caption',)
+        fields = {}
+        for name in names: fields[f'{name}_ids'], fields[f'{name}_mask'] = texts()
+        pids = torch.arange(n)//c.images_per_id
+        self.batch = Batch(torch.arange(n), pids, images, **fields)
+
+    def __len__(self) -> int: return 100
+    def __iter__(self): return iter([self.batch])
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class OneBatch:
+    "What a recorded step reads, with the same batch every time."
+    def __init__(self, loader: Made, device):
+        self.loader, self.device, self.now = loader, device, loader.batch.to(device)
+        self.at = torch.zeros(1, dtype=torch.long, device=device)
+
+    def load(self, epoch: int, first: int = 0) -> None: self.at.fill_(first)
+    def row(self, table: Tensor) -> Tensor: return table.index_select(0, self.at)[0]
+    def batch(self) -> Batch: return self.now
+
+
+def recorded(trainer: Trainer, bench: Bench):
+    "A step of the trainer as a call, recorded where there is a GPU."
+    t = trainer
+    step = StaticStep(t.c, t.model, OneBatch(t.loader, t.device), t.opts, t.weights, t.rates, t.clip, t.amp)
+    if bench.cuda: step.capture()
+    step.load(0)
+    def call():
+        step.data.at.zero_()
+        step.do('forward')
+        step.balance()
+        step.do('backward')
+    return call
+
+
+def paper_trainer(bench: Bench, n: int, **options) -> tuple[Trainer, Batch]:
+    c = paper_config(bench.smoke, **options)
+    torch.manual_seed(0)
+    trainer = Trainer(c, build_model(c, 30522), Made(c, n), bench.device)
+    return trainer, trainer.loader.batch.to(bench.device)
+
+
+def ceiling(bench: Bench) -> float:   # FLOP/s
+    "The matrix product of this card, bf16, on random data."
+    n = 512 if bench.smoke else 8192
+    a, b = (torch.randn(n, n, device=bench.device, dtype=torch.bfloat16) for _ in 'ab')
+    rate = 2*n**3/bench.seconds(lambda: a @ b, 10, 3)
+    bench.row(f'matrix product {n}³', rate/1e12, 'TFLOP/s', precision='bfloat16')
+    return rate
+
+
+def step_flops(trainer: Trainer, batch: Batch) -> float:
+    "Floating-point operations of a step, as PyTorch counts them."
+    with FlopCounterMode(display=False) as counter: trainer.train_step(batch)
+    return counter.get_total_flops()
+
+
+def paper(bench: Bench) -> None:
+    "The `paper` preset: images/s, memory, share of the matrix rate; what our parts cost over the bare towers."
+    rate, precision = ceiling(bench), 'bfloat16'
+    repeats = 2 if bench.smoke else 6
+    flops = None
+    for n in (8,) if bench.smoke else (64, 128, 256):
+        if bench.left() < 20: return
+        trainer, batch = paper_trainer(bench, n, amp='bf16')
+        try:
+            if flops is None: flops = step_flops(trainer, batch)/n
+            memory = bench.peak(lambda: trainer.train_step(batch))
+            t = bench.seconds(lambda: trainer.train_step(batch), repeats, 1)
+        except torch.cuda.OutOfMemoryError:
+            bench.row('full: out of memory', n, 'images', n, precision)
+            continue
+        finally: del trainer
+        bench.row('full', n/t, 'images/s', n, precision)
+        bench.row('full: peak memory', memory, 'GiB', n, precision)
+        bench.row('full: MFU against the matrix product', 100*flops*n/t/rate, '%', n, precision, f'{flops/1e9:.0f} GFLOP/image')
+        if n in (8, 64): full = t
+        if bench.cuda: torch.cuda.empty_cache()
+    for n in (8,) if bench.smoke else (64, 128, 256):
+        if bench.left() < 20: return
+        trainer, batch = paper_trainer(bench, n, amp='bf16')
+        try:
+            step = recorded(trainer, bench)
+            t = bench.seconds(step, repeats, 1)
+        except torch.cuda.OutOfMemoryError:
+            bench.row('full, recorded: out of memory', n, 'images', n, precision)
+            continue
+        finally: del trainer
+        bench.row('full, recorded', n/t, 'images/s', n, precision)
+        bench.row('full, recorded: MFU', 100*flops*n/t/rate, '%', n, precision)
+        del step
+        if bench.cuda: torch.cuda.empty_cache()
+    n = 8 if bench.smoke else 64
+    others = {'full, task weights fixed': dict(balance='fixed'),
+              'bare towers, the same texts': dict(variant='baseline_described', balance='fixed', c_triplet=0.),
+              'bare towers, captions alone': dict(variant='baseline', balance='fixed', c_triplet=0.),
+              'full, grad_checkpoint': dict(grad_checkpoint=True),
+              'full, float32': dict(amp='off')}
+    for name, options in others.items():
+        if bench.left() < 12: return
+        trainer, batch = paper_trainer(bench, n, **dict(amp='bf16') | options)
+        memory = bench.peak(lambda t=trainer: t.train_step(batch))
+        t = bench.seconds(lambda tr=trainer: tr.train_step(batch), repeats, 1)
+        used = 'float32' if 'float32' in name else precision
+        bench.row(name, n/t, 'images/s', n, used, f'{t/full:.3f} of the time of full')
+        bench.row(f'{name}: peak memory', memory, 'GiB', n, used)
+        del trainer
+        if bench.cuda: torch.cuda.empty_cache()
+
+
+def compiled(bench: Bench) -> None:
+    "The same with both encoders through `torch.compile`."
+    n = 8 if bench.smoke else 64
+    trainer, batch = paper_trainer(bench, n, amp='bf16')
+    plain = bench.seconds(lambda: trainer.train_step(batch), 4, 2)
+    start = time.perf_counter()
+    backend = 'eager' if bench.smoke else 'inductor'
+    for tower in (trainer.model.vision, trainer.model.text):
+        tower.net = torch.compile(tower.net, dynamic=False, backend=backend)
+    trainer.train_step(batch)
+    bench.wait()
+    bench.row('to compile both encoders', time.perf_counter() - start, 's', n, 'bfloat16')
+    t = bench.seconds(lambda: trainer.train_step(batch), 6, 2)
+    bench.row('full, encoders compiled', n/t, 'images/s', n, 'bfloat16', f'{plain/t:.2f} times the plain speed')
+
+
+# ---- Mamba
+
+def mamba(bench: Bench) -> None:
+    "A layer of Mamba and of a Transformer, forward and backward, against the length."
+    dim, lengths = (32, (64, 128)) if bench.smoke else (256, (64, 256, 1024, 4096, 16384))
+    layers = {'Mamba, 2 layers': ('mamba', 2), 'Transformer, 1 layer': ('transformer', 1),
+              'Transformer, 2 layers': ('transformer', 2), 'Transformer, 4 layers': ('transformer', 4)}
+    kernel = 'mamba-ssm' if bench.cuda and mamba_ssm_kernels() else 'plain PyTorch'
+    times = {}
+    for L in lengths:
+        for name, (kind, count) in layers.items():
+            if bench.left() < 10: return
+            torch.manual_seed(0)
+            stack = nn.Sequential(*mixer_layers(kind, count, dim, 0., 16, 4, 4)).to(bench.device)
+            n = 8
+            x = torch.randn(n, L, dim, device=bench.device, requires_grad=True)
+            def step(stack=stack, x=x):
+                with torch.autocast(bench.device.type, torch.bfloat16): y = stack(x)
+                y.float().square().mean().backward()
+                stack.zero_grad()
+                x.grad = None
+            memory = bench.peak(step)
+            t = times[name, L] = bench.seconds(step, 3, 1)
+            detail = kernel if kind == 'mamba' else 'scaled_dot_product_attention'
+            bench.row(f'{name}, {L} tokens', 1000*t, 'ms', n, 'bfloat16', detail)
+            bench.row(f'{name}, {L} tokens: peak memory', memory, 'GiB', n, 'bfloat16', detail)
+    for name in layers:
+        a, b = lengths[-2:] if bench.smoke else (1024, 16384)
+        slope = torch.tensor(times[name, b]/times[name, a]).log()/torch.tensor(b/a).log()
+        bench.row(f'{name}: exponent of time in length', float(slope), '', 8, 'bfloat16', f'{a} to {b} tokens')
+
+
+SECTIONS = dict(correct=correct, tiny=tiny, paper=paper, mamba=mamba, processes=processes, compiled=compiled)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--minutes', type=float, default=4.)
+    p.add_argument('--sections', default=','.join(SECTIONS))
+    p.add_argument('--out', type=Path, default=Path('tables/benchmarks_gpu.csv'))
+    p.add_argument('--smoke', action='store_true')
+    a = p.parse_args()
+    if unknown := set(a.sections.split(',')) - set(SECTIONS): p.error(f'no section {min(unknown)}: {", ".join(SECTIONS)}')
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True, warn_only=True)       # as a run does
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    warnings.filterwarnings('ignore')
+    bench = Bench(a.out, a.minutes, a.smoke)
+    failed = []
+    for name in a.sections.split(','):
+        bench.section = name
+        if bench.left() < 10:
+            print(f'no time left for {name}')
+            continue
+        try: SECTIONS[name](bench)
+        except Exception:                # a section of its own: the others are still worth their time
+            failed.append(name)
+            traceback.print_exc()
+        if bench.cuda: torch.cuda.empty_cache()
+    if failed: sys.exit(f'failed: {", ".join(failed)}')
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,19 @@
+"""Settings for all tests. A busy machine is slow: no property test has a deadline.
+
+Tests marked `soak` run for minutes and only by `make soak` (`SOAK_SECONDS` for each, 600 by default).
+"""
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile('patient', deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('patient')
+
+
+def pytest_collection_modifyitems(config, items):
+    if 'soak' in config.getoption('markexpr'):
+        return
+    skip = pytest.mark.skip(reason='runs for minutes: make soak')
+    for item in items:
+        if 'soak' in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,94 @@
+"""A step with fixed shapes ([46_capture] in the notebooks) against the ordinary trainer, for every kind of variant"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from bdam_repro import encoders
+from bdam_repro.config import make_config
+from bdam_repro.model import build_model
+from bdam_repro.optimizers import Muon
+from bdam_repro.run_data import load_data, run_tokenizer
+from bdam_repro.trainer import Trainer, run_batches, train_epoch
+
+CASES = {
+    'full': {},
+    'full adam hard tokens': dict(optimizer='adam', mining='hard', fusion_input='tokens', gradnorm_ref='first'),
+    'full triplet both': dict(fusion_loss='triplet', clothing='both', hsic_kernel='rbf', fusion_grad=True),
+    'baseline': {}, 'baseline_described': {}, 'bdam_no_gate': {}, 'no_infonce': {}, 'no_adversarial': {},
+    'fusion': {}, 'fusion_no_mamba': {}, 'fusion_no_gate': {}, 'fusion_no_align': {},
+    'fusion_simple': dict(balance='fixed'), 'fusion_transformer2': {},
+    'sdm': {}, 'tal': dict(flip=.5, pad=4, erase=.5),
+}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    c = make_config(preset='smoke', data_root=str(root))
+    dataset = load_data(c, progress=False)
+    return root, dataset, run_tokenizer(c, dataset, root/'tokenizer')
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_same_losses_and_weights_in_20_steps(case, data):
+    root, dataset, tokenizer = data
+    common = dict(preset='smoke', data_root=str(root), amp='off', gradnorm_every=3, epochs=5)
+    c = make_config(variant=case.split()[0], **common | CASES[case])
+
+    def trainer():
+        torch.manual_seed(0)
+        model = build_model(c, len(tokenizer)).double()
+        return Trainer(c, model, run_batches(c, dataset, tokenizer), torch.device('cpu'))
+
+    plain, static = trainer(), trainer()
+    static.static = static.static_step()
+    for epoch in range(5):
+        a, b = (train_epoch(t, epoch, tqdm(disable=True)) for t in (plain, static))
+        for name in a.keys() - {'images_per_s', 'wait_share'}:
+            assert b[name] == pytest.approx(a[name], rel=2e-4, abs=2e-5), (epoch, name)
+    assert plain.step == static.step == 20
+    largest = max(p.grad.abs().max() for p in plain.model.parameters() if p.grad is not None)
+    for (name, p), q in zip(plain.model.named_parameters(), static.model.parameters(), strict=True):
+        if p.grad is None or p.grad.abs().max() < 1e-5*largest: continue   # Adam makes steps of rounding
+        assert torch.allclose(p, q, rtol=1e-3, atol=2e-4), name
+
+
+class NoLooking(TorchDispatchMode):
+    "Refuses what a CUDA graph cannot record: reading a value, a shape that depends on values, data from the host."
+    REFUSED = ('_local_scalar_dense', 'nonzero', 'unique', 'masked_select', 'equal', 'is_nonzero', 'lift_fresh',
+               'repeat_interleave', 'multinomial', 'index_copy', 'scatter_add', 'index_add')
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f.overloadpacket.__name__.strip('_') if hasattr(f, 'overloadpacket') else str(f)
+        refused = any(name == x.strip('_') or name.startswith(('unique', 'nonzero')) for x in self.REFUSED)
+        if f.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+            refused |= any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        assert not refused, f
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_a_step_can_be_recorded(case, data, monkeypatch):
+    "On a GPU the encoders take fused attention, and the text's mask as it is used."
+    monkeypatch.setattr(encoders, 'choose_attention', lambda net, *_: net.set_attn_implementation('sdpa'))
+    root, dataset, tokenizer = data
+    c = make_config(variant=case.split()[0], **dict(preset='smoke', data_root=str(root), amp='off') | CASES[case])
+    trainer = Trainer(c, build_model(c, len(tokenizer)), run_batches(c, dataset, tokenizer), torch.device('cpu'))
+    step, net = trainer.static_step(), trainer.model.text.net
+    plain = net.forward
+    net.forward = lambda input_ids, attention_mask: plain(input_ids, attention_mask[:, None, None])
+    for opt in step.opts:         # PyTorch's own reads its step count on a CPU
+        if not isinstance(opt, Muon): opt.step = lambda: None
+    step.load(0)
+    with NoLooking():
+        for _ in range(2):
+            step.forward()
+            step.measure()
+            step.backward()
+
+
+def test_what_cannot_be_recorded_is_noticed():
+    with NoLooking(), pytest.raises(AssertionError): torch.ones(3).sum().item()
+    with NoLooking(), pytest.raises(AssertionError): torch.ones(3)[torch.ones(3) > 0]

@@ -1,0 +1,117 @@
+"""The runs of the tables, or of a list, on one GPU: several worker processes, each with its data in memory.
+
+    python workflow/gpu_grid.py --seeds 0,1,2 --processes 8                       # what `make paper` trains, in its order
+    python workflow/gpu_grid.py --variants full,baseline --seeds 0-9 --minutes 15
+    python workflow/gpu_grid.py --list runs.jsonl --pack out/                     # one run per line, as JSON
+
+Runs that are complete are passed over, so the same command goes on after a break. `--minutes` begins no run that would
+end too late. With `--pack` what the tables and figures read of each finished run is copied into zip files of at most 15 MiB,
+every 20 seconds; unzip them in the folder of the runs. If a CUDA MPS server runs already, the processes share the card through it.
+"""
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+from bdam_repro.archive import SMALL_FILES, WITH_FEATURES, query_results
+from bdam_repro.config import UserError, atomic_path, make_config, run_dir
+from bdam_repro.grid import audit_grid, grid
+from bdam_repro.many import read_runs, train_many
+from bdam_repro.run_data import load_data
+from bdam_repro.runs import finished
+
+PART = 15*2**20      # bytes of a zip file
+
+
+def numbers(text: str) -> list[int]:
+    "'0,3,5-7' as numbers."
+    parts = [part.split('-') for part in text.split(',')]
+    return [n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)]
+
+
+class Packer:
+    "Copies finished runs into zip files, each run once."
+    def __init__(self, folder: Path, runs: Path, configs):
+        self.folder, self.runs = folder, runs
+        self.waiting = {run_dir(c, runs): c for c in configs}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.part = len(list(folder.glob('runs-*.zip')))
+
+    def content(self, folder: Path, c) -> dict[str, bytes]:
+        small = {f.name: f.read_bytes() for name in SMALL_FILES if (f := folder/name).exists()}
+        features = () if c.tag or c.seed else WITH_FEATURES.get(c.variant, ())      # figures read seed 0
+        return small | {'features.safetensors': query_results(folder/'features.safetensors', features)}
+
+    def __call__(self) -> None:
+        "Pack what is finished since the last call."
+        ready = [folder for folder in self.waiting if finished(folder)]
+        while ready:
+            target = self.folder/f'runs-{self.part:02}.zip'
+            before = target.read_bytes() if target.exists() else b''
+            with atomic_path(target) as tmp:
+                tmp.write_bytes(before)
+                with zipfile.ZipFile(tmp, 'a', zipfile.ZIP_LZMA) as z:
+                    while ready and tmp.stat().st_size < PART - 2**20:
+                        folder = ready.pop()
+                        for name, data in self.content(folder, self.waiting.pop(folder)).items():
+                            z.writestr(f'{folder.relative_to(self.runs).as_posix()}/{name}', data)
+                full = tmp.stat().st_size >= PART - 2**20
+            self.part += full
+
+
+def write_descriptions(config, methods) -> None:
+    "The descriptions of other clusterings, for Table 4."
+    from bdam_repro.artifacts import describe_styles
+    describe_styles(config, methods)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--list', type=Path, help='a file with one run per line; empty: the grid of the tables')
+    p.add_argument('--dataset', default='synth')
+    p.add_argument('--preset', default=None)
+    p.add_argument('--variants', default='', help='only these, separated by commas')
+    p.add_argument('--seeds', type=numbers, default=[0, 1, 2], help="such as 0-9 or 0,2,4")
+    p.add_argument('--audit', action='store_true', help='the runs of other readings too')
+    p.add_argument('--layouts', action='store_true', help='the other two layouts of SynthPEDES too')
+    p.add_argument('--runs', type=Path, default=Path('runs'))
+    p.add_argument('--processes', type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    p.add_argument('--threads', type=int, default=1, help='runs at once in each process')
+    p.add_argument('--minutes', type=float, default=float('inf'), help='begin no run that would end later')
+    p.add_argument('--pack', type=Path, help='folder for zip files of finished runs')
+    p.add_argument('--options', default='', help='of every run, as name=value separated by commas: data_root=data')
+    a = p.parse_args()
+    options = dict(pair.split('=', 1) for pair in a.options.split(',') if pair)
+    start = time.perf_counter()
+    if a.list: configs = read_runs(a.list, **options)
+    else:
+        given = dict(dataset=a.dataset, preset=a.preset, seeds=a.seeds, **options)
+        configs = grid(layouts=a.layouts, variants=[v for v in a.variants.split(',') if v], **given)
+        if a.audit: configs += audit_grid(**given)
+    pack = Packer(a.pack, a.runs, configs) if a.pack else lambda: None
+    own = [c for c in configs if c.descriptions not in ('auto', 'none')]      # texts of other clusterings
+    rest, errors = [c for c in configs if c not in own], []
+    context = multiprocessing.get_context('spawn')
+    made = {c.descriptions.removeprefix('descriptions_').removesuffix('.jsonl') for c in own}
+    usual = make_config(a.dataset, a.preset, **options)
+    writer = context.Process(target=write_descriptions, args=(usual, sorted(made)))
+    if own:
+        load_data(usual, progress=False)                # drawn here; two that draw would be in each other's way
+        writer.start()
+    for part in (rest, own):
+        left = 60*a.minutes - (time.perf_counter() - start)
+        if part is own and own: writer.join(timeout=max(0., min(left, 1e6)))
+        if not part or left <= 0: continue
+        errors += train_many(part, a.runs, a.processes, a.threads, left, pack,
+                             every=20.,
+                             say=lambda line: print(line, flush=True))
+    for error in errors: print(error, file=sys.stderr)
+    if errors: sys.exit(f'{len(errors)} runs failed')
+
+
+if __name__ == '__main__':
+    try: main()
+    except UserError as e: sys.exit(str(e))
