@@ -61,9 +61,10 @@ def serve(*arguments):
 def measure(arguments, users=50, seconds=120., think=1.):
     p, url = serve(*arguments)
     try:
-        before = os.times()
+        asyncio.run(crowd(url, 2, 2, think))                       # warm
+        before, started = os.times(), server_seconds(p.pid)
         waits, errors = asyncio.run(crowd(url, users, seconds, think))
-        cpu = server_seconds(p.pid)
+        cpu = round(server_seconds(p.pid) - started, 1)
         own = os.times().user - before.user
     finally:
         p.terminate()
