@@ -101,7 +101,7 @@ class SearchPage:
 
     def close(self) -> None: shutil.rmtree(self.home, ignore_errors=True)
 
-# %% ../nbs/62_demo.ipynb #8e098a2f
+# %% ../nbs/62_demo.ipynb #0307e19d
 POLICY = "; ".join(["default-src 'self'", "img-src 'self' data: blob:", "font-src 'self' data:",
                     "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
                     "style-src 'self' 'unsafe-inline'",
@@ -112,8 +112,8 @@ SENTENCES = ['a tall woman in a red coat with a black bag', 'a man with a blue b
              'a woman with long blond hair and a green dress',
              'an elderly man with glasses and a gray jacket']
 
-PAGE_HEAD = """<p>Type what somebody looks like. The model ranks {n} pictures{of}. A rank is no
-identification: the first picture is often the wrong person. For studying a method, not for finding people.</p>"""
+PAGE_HEAD = ('<p>Type what somebody looks like. The model ranks {n} pictures{of}. A rank is no identification: '
+             'the first picture is often the wrong person. For studying a method, not for finding people.</p>')
 
 def import_gradio():
     "gradio, without statistics. Raises `UserError` where it is not installed."
