@@ -112,8 +112,9 @@ SENTENCES = ['a tall woman in a red coat with a black bag', 'a man with a blue b
              'a woman with long blond hair and a green dress',
              'an elderly man with glasses and a gray jacket']
 
-PAGE_HEAD = ('<p>Type what somebody looks like. The model ranks {n} pictures{of}. A rank is no identification: '
-             'the first picture is often the wrong person. For studying a method, not for finding people.</p>')
+PAGE_HEAD = ('<p>Type what somebody looks like. The model ranks {n} pictures{of}. A rank is no '
+             'identification: the first picture is often the wrong person. For studying a method, '
+             'not for finding people.</p>')
 
 def import_gradio():
     "gradio, without statistics. Raises `UserError` where it is not installed."
