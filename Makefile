@@ -10,14 +10,16 @@ ARGS   ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help venv train demo test soak lab readme clean
+.PHONY: help venv train fusion pretrain demo test soak lab readme clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train    draw SynthPEDES, train the full model, test it     (ARGS="-p variant baseline -p seed 1")'
+	@echo 'make pretrain the two towers that tiny starts from, anew       (weights/; four minutes of one core)'
 	@echo 'make demo     search people by description, in the browser        (ARGS="--model runs/... --folder pictures/")'
+	@echo 'make fusion   every fusion on the frozen towers of runs          (ARGS="-p run runs/synth/tiny/full/seed0 -p seeds 3")'
 	@echo 'make test     lint, all notebooks, all tests'
-	@echo 'make soak     ten minutes of damaged answers and files          (SOAK_SECONDS=30 for less)'
+	@echo 'make soak     20 kills, 2 and 4 processes, ten minutes of damaged answers and files, SLURM where it is installed'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make readme   README.md from nbs/index.ipynb'
 	@echo 'make venv     the virtual environment alone                      (TORCH=... for another build of PyTorch)'
@@ -37,17 +39,27 @@ train: $(STAMP)
 	@mkdir -p runs
 	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -p dataset synth $(ARGS)
 
+pretrain: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -c "from bdam_repro.pretrain import pretrain; pretrain('data', 'weights')"
+
 demo: $(STAMP)
 	@$(BIN)/python -c 'import gradio' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[demo]'
-	@$(ONE_THREAD) $(BIN)/python -c 'from bdam_repro.demo import main; main()' $(ARGS)
+	@$(ONE_THREAD) $(BIN)/python -c 'from bdam_repro.demo import demo_main; demo_main()' $(ARGS)
+
+fusion: $(STAMP)
+	@mkdir -p runs
+	$(ONE_THREAD) $(BIN)/papermill nbs/fusion.ipynb runs/fusion.ipynb $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# 20 kills: 5 of each kind. SLURM needs root, see the head of its script
 soak: $(STAMP)
+	BDAM_KILLS=5 BDAM_SOAK=1 $(ONE_THREAD) $(BIN)/python -m pytest tests/test_resume.py tests/test_distributed.py
 	$(ONE_THREAD) $(BIN)/python -m pytest -m soak tests/soak
+	if command -v slurmctld >/dev/null && [ "$$(id -u)" = 0 ]; then BIN=$(abspath $(BIN)) tests/slurm/run.sh; fi
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb

@@ -105,7 +105,7 @@ def style_rows(row: TableRow, styles: pd.DataFrame) -> list[dict[str, Any]]:
     values = {m: float(found.iloc[0][m]) if len(found) else math.nan for m in ('k', 'noise', 'ari')}
     return [common | dict(metric=m, ours=value) for m, value in values.items()]
 
-# %% ../nbs/70_artifacts.ipynb #7a3a68b9
+# %% ../nbs/70_artifacts.ipynb #371405be
 def build_table(n: int,                                   # 1 to 5
                 runs: pd.DataFrame,                       # of `read_runs`, one preset
                 diffs: pd.DataFrame | None = None,        # of `differences`; None: no intervals
@@ -122,7 +122,7 @@ def build_table(n: int,                                   # 1 to 5
         for row in table_rows(n, dataset):
             seeds = seed_values(runs, row, score)
             for m in shown_metrics(n):
-                printed = paper.loc[row.method, m] if n != 5 else math.nan
+                printed = paper.loc[row.method, m] if n != 5 and row.method in paper.index else math.nan
                 numbers = cell(seeds, m) | interval_of(diffs, REFERENCE[n], row, score, m)
                 rows.append(row._asdict() | dict(score=score, metric=m, paper=printed) | numbers)
     if n == 4: rows += [r for row in table_rows(4, dataset) for r in style_rows(row, styles)]
@@ -130,22 +130,27 @@ def build_table(n: int,                                   # 1 to 5
     check_differences(table, REFERENCE[n])
     return table, table_caption(n, table, runs, dataset)
 
-# %% ../nbs/70_artifacts.ipynb #1adece4d
+# %% ../nbs/70_artifacts.ipynb #a2f78fea
 def check_differences(table: pd.DataFrame, reference: str) -> None:
     "Every difference must be that of the means shown. Raises `UserError`."
     t = table[table['n'] > 0]
     place = ['dataset', 'tag', 'score', 'metric']
-    of_reference = rows_where(t, variant=reference).set_index(place)['ours']
+    of_reference = rows_where(t, variant=reference).set_index(place)
     for r in t[t['diff'].notna()].itertuples():
-        expected = r.ours - of_reference.get((r.dataset, r.tag, r.score, r.metric), math.nan)
+        here = r.dataset, r.tag if r.tag in LAYOUT_TAGS else '', r.score, r.metric
+        if here in of_reference.index and of_reference['seeds'][here] != r.seeds: continue  # fewer are paired
+        expected = r.ours - of_reference['ours'].get(here, math.nan)
         if not abs(expected - r.diff) < 2e-4:
             wrong = f'differences.csv does not belong to runs.csv ({r.variant}, {r.metric})'
             raise UserError(f'{wrong}: make both with `papermill nbs/collect.ipynb`')
 
-# %% ../nbs/70_artifacts.ipynb #17b837c2
+# %% ../nbs/70_artifacts.ipynb #42fea079
 def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.csv` behind the table
     "What a reader of Table 1 or 3 has to know before the numbers."
-    if n == 3: return 'Without InfoNCE no other loss here compares captions with images. '
+    if n == 3:
+        return ('Without InfoNCE no other loss here compares captions with images. The full model has the '
+                'matching loss of Sec. 4.3 and not Eq. 1: “w/o Adversarial” removes that loss, so it is “w/o '
+                'both”. Beside the row “Matching and Eq. 1” the full model is “w/o Adversarial”. ')
     if n != 1: return ''
     depth = sorted({make_config(preset=preset).bdam_depth for preset in used['preset']})
     shallow, whole = (' / '.join(map(str, ds)) for ds in ([d//2 for d in depth], depth))
@@ -168,10 +173,10 @@ def table_caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str)
             'score: dual, and fused for the rows that have a fusion. '
             f'Ours: mean ± sd in percent over seeds {named("seed")}. '
             f'Δ: difference to the row “{reference}” with its 95 % interval, '
-            'by a paired bootstrap over people (with all their queries) and seeds. '
+            'within a seed, for other seeds and other people (mixed model, Student\'s t). '
             f'{to_know(n, used)}Code {named("code_version")}.')
 
-# %% ../nbs/70_artifacts.ipynb #5680b8f2
+# %% ../nbs/70_artifacts.ipynb #3966f9cf
 def number(x: float, digits: int = 2) -> str:
     "A number of fixed digits, without a minus before zero; a dash for none."
     if math.isnan(x): return '–'
@@ -185,7 +190,8 @@ def delta_cell(r) -> str:
     "`difference [lower, upper]`, with a sign."
     if math.isnan(r.diff): return '–'
     plus = '+' if round(r.diff, 2) > 0 else ''
-    return f'{plus}{number(r.diff)} [{number(r.lo)}, {number(r.hi)}]'
+    interval = '' if math.isnan(r.lo) else f' [{number(r.lo)}, {number(r.hi)}]'       # one seed: none
+    return f'{plus}{number(r.diff)}{interval}'
 
 def best(values: Iterable[float]) -> list[bool]:
     "Which are the largest as printed."
@@ -259,7 +265,7 @@ def place_columns(table: pd.DataFrame, score: str) -> list[Column]:
         if not quoted: columns.append(number_column(place, 'Δ R-1, 95 % CI', of_metric['R1'], delta_cell))
     return columns
 
-# %% ../nbs/70_artifacts.ipynb #49856d21
+# %% ../nbs/70_artifacts.ipynb #6a10124d
 def blocks(n: int, table: pd.DataFrame) -> list[Block]:
     "What is shown of a table: Table 5's quoted rows, the own scores, and `dual` where it differs."
     columns = place_columns if n == 5 else ablation_columns
@@ -276,7 +282,8 @@ def blocks(n: int, table: pd.DataFrame) -> list[Block]:
 def notes(table: pd.DataFrame) -> list[str]:
     "Which rows have no run, and which have fewer seeds than the others."
     t = rows_where(table, score='own', metric='R1')
-    several_places = len(t[['dataset', 'tag']].drop_duplicates()) > 1
+    layouts = t['tag'][t['tag'].isin(LAYOUT_TAGS)].nunique()
+    several_places = t['dataset'].nunique() > 1 or layouts > 1
     def name(r):
         return f'{r.method} ({place_heading(r.dataset, r.tag)})' if several_places else r.method
     missing = [name(r) for r in t.itertuples() if r.n == 0]
@@ -397,9 +404,8 @@ def collect_styles(p: ArtifactParameters) -> pd.DataFrame:
     path = p.runs_path/p.config.dataset/p.config.preset/'styles.csv'
     return read_csv(path, STYLE_COLUMNS) if path.exists() else pd.DataFrame(columns=STYLE_COLUMNS)
 
-# %% ../nbs/70_artifacts.ipynb #65c34f1d
-def collect(p: ArtifactParameters,      # of the notebook
-            draws: int = 2000           # bootstrap replicates
+# %% ../nbs/70_artifacts.ipynb #3dbd6c19
+def collect(p: ArtifactParameters       # of the notebook
            ) -> list[Path]:             # runs.csv, differences.csv, styles.csv, the archives of `keep_runs`
     "Write what all tables are made of. Real datasets share their files, for Table 5. Raises `UserError`."
     c = p.config
@@ -411,7 +417,7 @@ def collect(p: ArtifactParameters,      # of the notebook
     check_budget(p.runs_path, runs)
     folder = p.tables_path
     files = [write_csv(runs, folder/'runs.csv')]
-    files.append(write_csv(differences(p.runs_path, runs, draws), folder/'differences.csv'))
+    files.append(write_csv(differences(p.runs_path, runs), folder/'differences.csv'))
     files.append(write_csv(collect_styles(p), folder/'styles.csv'))
     return files + keep_runs(p.runs_path, runs, folder)
 
@@ -432,9 +438,9 @@ def write_table(n: int,                  # 1 to 5
         with atomic_path(files[-1]) as tmp: tmp.write_text(text, encoding='utf-8')
     return files
 
-# %% ../nbs/70_artifacts.ipynb #3df5e6b4
+# %% ../nbs/70_artifacts.ipynb #f9cd1bc0
 def demo_tables(folder: str | Path, tables: Iterable[int] = (1, 2, 3, 4, 5)) -> ArtifactParameters:
     "Demo runs of some tables, collected: what a table's notebook needs to be tried."
     p = demo_runs(folder, tables=tables)
-    collect(p, draws=20)
+    collect(p)
     return p

@@ -212,7 +212,7 @@ class Draw:
     others: np.ndarray | None    # [B] the same for the second captions
     changes: Changes | None      # of the images; None: none
 
-# %% ../nbs/17_batches.ipynb #67707cfb
+# %% ../nbs/17_batches.ipynb #f57b8f91
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
     def __init__(self, records: pd.DataFrame,                         # of one split
@@ -254,9 +254,8 @@ class _TrainData(Dataset):
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.epoch, step))
         if isinstance(self.sampler, PairSampler): i, taken = self.sampler.image_of[drawn], drawn
         else: i, taken = drawn, self.choice.one(drawn, uniform_share(len(drawn), generator, part))
-        another, changes = None, None
-        if self.two_captions:
-            another = self.choice.another(i, taken, uniform_share(len(i), generator, part))
+        another = changes = None
+        if self.two_captions: another = self.choice.another(i, taken, uniform_share(len(i), generator, part))
         if self.augmentation is not False:
             options = {} if self.augmentation is True else self.augmentation
             changes = draw_changes(len(i), self.images.size, generator, **options, part=part)
@@ -264,8 +263,7 @@ class _TrainData(Dataset):
 
     def _batch(self, step: int) -> Batch:
         d = self.draw(step)
-        i = d.images
-        texts = {'caption': self.captions[d.captions]}
+        i, texts = d.images, {'caption': self.captions[d.captions]}
         if d.others is not None: texts['other'] = self.captions[d.others]
         texts |= {name: tokens[i] for name, tokens in self.described.items()}
         images = self.images[self.rows[i]]
@@ -275,18 +273,24 @@ class _TrainData(Dataset):
         rows, pids = torch.from_numpy(self.rows[i]), torch.from_numpy(self.pids[i])
         return Batch(rows, pids, images, **tensors)
 
-# %% ../nbs/17_batches.ipynb #13a6a97c
+# %% ../nbs/17_batches.ipynb #82dae573
 class Loader:
     "Each iteration is an epoch of training batches; `wait_share` measures how long its user waited."
     def __init__(self, data: _TrainData, workers: int):
-        self.data, self.workers, self.epoch = data, workers, 0
+        self.data, self.workers, self.epoch, self.start = data, workers, 0, 0
         self.wait = self.total = 0.                                   # seconds of the latest epoch
         self.note = data.note
         self.has_clo, self.has_id = 'clo' in data.described, 'id' in data.described
 
     def __len__(self) -> int: return len(self.data)
 
-    def set_epoch(self, epoch: int): self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0):
+        "The next iteration is this epoch, from this batch on."
+        self.epoch, self.start = epoch, start
+
+    def files(self, rows: torch.Tensor) -> list[str]:
+        "The picture files of a batch, to be named in a message."
+        return [self.data.images.paths[row].name for row in rows.tolist()]
 
     def plan(self, epochs: int) -> str:
         "How much a training of so many epochs is, in one line."
@@ -304,26 +308,31 @@ class Loader:
 
     def _by_processes(self) -> Iterator[Batch | UserError]:
         own = torch.Generator()                                       # else it draws from dropout's generator
-        yield from DataLoader(self.data, batch_size=None, num_workers=self.workers,
-                              prefetch_factor=4, generator=own)
+        yield from DataLoader(self.data, batch_size=None, sampler=range(self.start, len(self)),
+                              num_workers=self.workers, prefetch_factor=4, generator=own,
+                              pin_memory=torch.cuda.is_available())
 
     def _by_thread(self) -> Iterator[Batch | UserError]:
+        on_cuda = torch.cuda.is_available()
+        def make(step):
+            batch = self.data[step]
+            return batch.pin_memory() if on_cuda and isinstance(batch, Batch) else batch
+
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self.data.__getitem__, 0)
-            for step in range(1, len(self) + 1):
+            ahead = pool.submit(make, self.start)
+            for step in range(self.start + 1, len(self) + 1):
                 batch = ahead.result()
-                if step < len(self): ahead = pool.submit(self.data.__getitem__, step)
+                if step < len(self): ahead = pool.submit(make, step)
                 yield batch
 
     def __iter__(self) -> Iterator[Batch]:
         self.data.plan(self.epoch)
         start, self.wait = time.perf_counter(), 0.
         batches = self._by_processes() if self.workers else self._by_thread()
-        for _ in range(len(self)):
+        for _ in range(self.start, len(self)):
             asked = time.perf_counter()
             batch = next(batches)
             if isinstance(batch, UserError): raise batch
-            if torch.cuda.is_available(): batch = batch.pin_memory()
             self.wait += time.perf_counter() - asked
             yield batch
             self.total = time.perf_counter() - start
@@ -385,21 +394,24 @@ def train_batches(dataset: PedesDataset,
     data = _TrainData(records, rows, images, sampler, encode, seed, described, two_captions, augmentation)
     return Loader(data, workers)
 
-# %% ../nbs/17_batches.ipynb #f1923fd1
+# %% ../nbs/17_batches.ipynb #69960780
 def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256, split: str = 'test',
                   images: ImageStore | None = None,  # a store from an earlier call, to decode only once
                   columns: float = 1.,  # see `decode_image`
+                  share: tuple[int, int] = (0, 1),  # (rank, world): every world-th batch, from the rank-th on
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]
     "The gallery: every image of a split once, in order, without any text."
-    rows = split_rows(dataset, split)
+    rows, (rank, world) = split_rows(dataset, split), share
     if images is None and getattr(dataset, 'memory', None) is not None:
         images = kept(dataset, ('gallery', split, size, columns),
                       lambda: ImageStore(dataset, size, rows, cache=True, columns=columns))
     images = images or ImageStore(dataset, size, rows, columns=columns)
-    for part in np.split(rows, range(batch, len(rows), batch)): yield torch.from_numpy(part), images[part]
+    parts = np.split(rows, range(batch, len(rows), batch))
+    for part in parts[rank::world]: yield torch.from_numpy(part), images[part]
 
 def text_batches(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase,
                  max_length: int = 77, batch: int = 256, split: str = 'test',
+                 share: tuple[int, int] = (0, 1),  # as for `image_batches`
                  ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     "The queries, human captions only, each once and in order: rows [B] of the images, ids [B,L], mask [B,L]."
     rows = split_rows(dataset, split)
@@ -407,6 +419,7 @@ def text_batches(dataset: PedesDataset, tokenizer: PreTrainedTokenizerBase,
     counts = [len(texts) for texts in captions]
     owner = torch.from_numpy(np.repeat(rows, counts))
     ids, mask = kept_tokens(dataset, tokenizer, [text for texts in captions for text in texts], max_length)
-    for part in range(0, len(ids), batch):
+    rank, world = share
+    for part in range(rank*batch, len(ids), world*batch):
         here = slice(part, part + batch)
         yield owner[here], *trim(ids[here], mask[here])

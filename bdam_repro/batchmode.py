@@ -30,7 +30,8 @@ from .servers import Manner, count_answer, keep_client, most_prompt_tokens, requ
 from .journal import Journal, Report
 from .offline import rows_to_describe
 from .mllm import DescribeSettings, History, first_messages, image_url
-from .describe import (UNREADABLE, DescribeRun, Estimate, OnlineSettings, advance_bar, book_answer,
+from .describe import (UNREADABLE, DescribeRun, CostEstimate, OnlineSettings, advance_bar,
+                                 book_answer,
                                  estimate_cost, print_estimate, probe_alone, record_image, start_run,
                                  unreadable, used_up)
 
@@ -283,7 +284,7 @@ async def describe_batch_async(records: pd.DataFrame,       # a dataset's whole 
                                client: openai.AsyncOpenAI,  # of `make_client()`; None in a dry run
                                out: str | Path,             # the JSONL; continued where it exists
                                **settings                   # of `BatchSettings`
-                              ) -> Report | Estimate:       # an estimate in a dry run
+                              ) -> Report | CostEstimate:       # an estimate in a dry run
     """`describe` through the provider's batch endpoints (files and batches): slower, cheaper, with the same
     checks, file and budget. May be killed and started again. Raises `UserError`."""
     s, out, problem = BatchSettings(**settings), Path(out), None

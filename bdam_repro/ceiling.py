@@ -6,7 +6,7 @@
 __all__ = ['FACE_AND_BODY', 'KNOWN', 'OF_IDENTITY', 'agreement', 'Heard', 'mentioned', 'captions_heard', 'only', 'perfect',
            'ceilings', 'ceiling_findings', 'above_identity', 'part_e']
 
-# %% ../nbs/85_ceiling.ipynb #2e15fd60
+# %% ../nbs/85_ceiling.ipynb #8b4abfa8
 import copy
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from .people import CAPTION, CLOTHING_FACTORS, IDENTITY_FACTORS, stream
 from .captions import Say, caption, mistaken, visible
 from .synth import Spec, picture_rows
 from .metrics import bootstrap_ci, metrics_from_scores
-from .findings import (FULL, NOT_HERE, NOT_RUN, Evidence, Finding, judge_interval, paired_interval,
+from .findings import (FULL, NOT_HERE, NOT_RUN, Evidence, Finding, judge, paired_interval,
                                  query_people, run_source, seed_query_values)
 from .readings import HEAD
 from .probes import gallery_rows, other_pictures, spec_of
@@ -110,7 +110,7 @@ def perfect(c: Config, clothes_change: bool
                      'R1 other': 100*other['R1'], 'AP other': 100*other['AP']}
     return out
 
-# %% ../nbs/85_ceiling.ipynb #f2283c2a
+# %% ../nbs/85_ceiling.ipynb #08769172
 OF_IDENTITY = ('identity without hair', 'identity', 'identity in the caption')      # of point 27; rest: 26
 
 def ceilings(e: Evidence, clothes_change: bool) -> dict[str, dict[str, np.ndarray]]:
@@ -124,8 +124,9 @@ def ceiling_findings(e: Evidence, clothes_change: bool) -> list[Finding]:
     out = []
     for name, r in ceilings(e, clothes_change).items():
         for metric, key in metrics.items():
-            mean, lo, hi = bootstrap_ci(r[key], n=e.draws, groups=r['pid'])
-            d = dict(value=mean, lo=lo, hi=hi, evidence='perfect(): as many factors as agree, ties averaged')
+            mean, lo, hi = bootstrap_ci(r[key], groups=r['pid'])
+            d = dict(value=mean, lo=lo, hi=hi, level=95.,
+                     evidence='perfect(): as many factors as agree, ties averaged')
             out.append(Finding('e', 27 if name in OF_IDENTITY else 26, name + ending, metric, **d))
     return out
 
@@ -137,8 +138,8 @@ def above_identity(e: Evidence) -> Finding:
     if not e.folders(FULL): return Finding('e', 26, name, HEAD, verdict=NOT_RUN, rule=rule, **source)
     r1, _ = seed_query_values(e, FULL)                                               # [seeds, Q]
     ceiling = ceilings(e, False)['identity in the caption']['R1']                    # [Q]
-    d = paired_interval(e, r1, np.broadcast_to(ceiling, r1.shape), query_people(e, FULL))
-    return Finding('e', 26, name, HEAD, **d, verdict=judge_interval(d['lo'], d['hi']), rule=rule, **source)
+    d = paired_interval(r1, np.broadcast_to(ceiling, r1.shape), query_people(e, FULL))
+    return Finding('e', 26, name, HEAD, **d, verdict=judge(d), rule=rule, **source)
 
 def part_e(e: Evidence) -> list[Finding]:
     "Ceilings where clothes are kept and changed, and the whole model against that of identity."

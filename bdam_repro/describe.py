@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['UNREADABLE', 'FIRST', 'ReservedPlace', 'SlidingWindow', 'OnlineSettings', 'StopRun', 'DescribeRun', 'start_run',
            'used_up', 'reserve_budget', 'count_failure', 'book_answer', 'ask_within_limits', 'ask_patiently',
-           'record_image', 'unreadable', 'describe_image', 'advance_bar', 'what_helps', 'probe_alone', 'Estimate',
+           'record_image', 'unreadable', 'describe_image', 'advance_bar', 'what_helps', 'probe_alone', 'CostEstimate',
            'estimate_cost', 'print_estimate', 'describe_async', 'describe']
 
-# %% ../nbs/24_describe.ipynb #28134d9b
+# %% ../nbs/24_describe.ipynb #6ef4d730
 import asyncio
 import time
 from collections import deque
@@ -28,7 +28,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from tqdm import tqdm
 
 from .config import UserError
-from .pedes import ImageError
+from .picture_files import ImageError
 from .servers import (Answer, Hopeless, Refused, Server, Transient, ask_server, guess_tokens,
                                 is_about_pictures, keep_client, most_prompt_tokens, run_sync)
 from .lexicon import Description
@@ -370,7 +370,7 @@ async def _describe_rows(run: DescribeRun, rows: pd.Series) -> None:
 
 # %% ../nbs/24_describe.ipynb #67432cde
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     "What a run would do."
     images: int                  # still to describe
     prompt_tokens: int
@@ -382,7 +382,7 @@ class Estimate:
 def estimate_cost(rows: Sequence[str], out: str | Path,   # the images; the JSONL of what is done
                   *, seconds: float = 5.0,                # per answer, where nothing is measured
                   batch: bool = False,                    # through the provider's batches
-                  **settings) -> Estimate:                # of `OnlineSettings`, all optional
+                  **settings) -> CostEstimate:                # of `OnlineSettings`, all optional
     "Images, tokens, dollars and hours of a run. Nothing is sent."
     s, past = OnlineSettings.model_construct(**settings), read_journal(out)
     n = len(set(rows) - set(past['image']))
@@ -399,9 +399,9 @@ def estimate_cost(rows: Sequence[str], out: str | Path,   # the images; the JSON
     guesses = f'guesses: four characters a token, 300 for the image, {seconds:g} s an answer'
     basis = f'the mean of {len(measured)} described images' if len(measured) else guesses
     cost = s.cost(n * prompt, n * completion)
-    return Estimate(n, round(n * prompt), round(n * completion), cost, hours, basis)
+    return CostEstimate(n, round(n * prompt), round(n * completion), cost, hours, basis)
 
-def print_estimate(e: Estimate) -> Estimate:
+def print_estimate(e: CostEstimate) -> CostEstimate:
     "Print it in three lines, and return it."
     money = 'unknown (give prices)' if e.cost is None else f'${e.cost:,.2f}'
     print(f'{e.images:,} images to describe: about {e.prompt_tokens:,} prompt and'
@@ -415,7 +415,7 @@ async def describe_async(records: pd.DataFrame,       # a dataset's whole table;
                          client: openai.AsyncOpenAI,  # of `make_client()`; None in a dry run
                          out: str | Path,             # the JSONL; continued where it exists
                          **settings                   # of `OnlineSettings`; `model` and `images_dir` at least
-                        ) -> Report | Estimate:       # an estimate in a dry run
+                        ) -> Report | CostEstimate:       # an estimate in a dry run
     """Describe every image of `records` once (Sec. 3.3): ask, check, ask again with the reason, write a line.
     Continues a file that is there. Raises `UserError` for wrong settings, another dataset's file, and where
     the server ends the run; the lines so far stay."""

@@ -6,7 +6,7 @@
 __all__ = ['DESCRIBERS', 'sample_sheet', 'failures_by_cause', 'coverage_table', 'purity_table', 'lengths_by_style', 'money_table',
            'choose_describer', 'DescribeParameters', 'check_parameters', 'mllm_options', 'describe_dataset']
 
-# %% ../nbs/28_describers.ipynb #14c08d5a
+# %% ../nbs/28_describers.ipynb #6c8abb40
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -19,18 +19,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .config import ROOT, UserError, given_names
 from .pedes import PedesDataset
+from .picture_files import to_rgb
 from .servers import make_client
 from .lexicon import LEXICON, Policy, spoken_of
 from .journal import Report
 from .offline import describe_split, describe_synth, rows_to_describe
 from .mllm import DescribeSettings, check_styles
-from .describe import Estimate, OnlineSettings, describe, print_estimate
+from .describe import CostEstimate, OnlineSettings, describe, print_estimate
 from .batchmode import describe_batch
 
-# %% ../nbs/28_describers.ipynb #771fe25b
+# %% ../nbs/28_describers.ipynb #651456b2
 def _show_row(left, right, row, images_dir: Path) -> None:
     "One image and its texts on two axes."
-    with Image.open(images_dir/row.image) as im: left.imshow(im.convert('RGB'))
+    with Image.open(images_dir/row.image) as im: left.imshow(to_rgb(im))
     style = 'none' if pd.isna(row.style) else int(row.style)
     lines = [fill(f'identity: {row.identity}', 75), fill(f'clothing: {row.clothing}', 75), f'style: {style}']
     right.text(0, .5, '\n'.join(lines).replace('$', r'\$'), va='center', fontsize=8)
@@ -196,7 +197,7 @@ def _out_path(ds: PedesDataset, p: DescribeParameters, describer: str) -> Path:
 
 def describe_dataset(ds: PedesDataset,         # a loaded dataset
                      p: DescribeParameters
-                    ) -> tuple[Report | Estimate, Path]:  # what was done (or would be), the JSONL
+                    ) -> tuple[Report | CostEstimate, Path]:  # what was done (or would be), the JSONL
     "Describe a dataset as the parameters say. Raises `UserError`."
     describer = choose_describer(p.describer, ds.name, p.model)
     out = _out_path(ds, p, describer)
@@ -207,6 +208,6 @@ def describe_dataset(ds: PedesDataset,         # a loaded dataset
         return call(ds.records, client, out, **options), out
     if p.dry_run:
         images = len(rows_to_describe(ds.records, p.limit))
-        return print_estimate(Estimate(images, 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
+        return print_estimate(CostEstimate(images, 0, 0, 0.0, 0.0, 'a describer that asks no server')), out
     if describer == 'split': return describe_split(ds.records, out, limit=p.limit, ethnicity=p.ethnicity), out
     return describe_synth(ds.root, out, error_rate=p.error_rate, seed=p.seed, limit=p.limit), out

@@ -105,7 +105,7 @@ def complete_command(params: dict,  # papermill's options, as click parsed them;
         if params['progress_bar'] is None:
             params['progress_bar'] = False   # a second bar would draw over the notebook's
 
-# %% ../nbs/02_engine.ipynb #cbbb7e06
+# %% ../nbs/02_engine.ipynb #ab4fe85e
 USER_ERRORS = 'UserError', 'ImageError'   # by name: the kernel that raised them is another process
 
 def not_alarming(record: logging.LogRecord) -> bool:
@@ -123,6 +123,9 @@ def run_ours(invoke,                # papermill's command, without arguments
     for stream in (sys.stdout, sys.stderr):                            # a log may be ASCII or Latin-1
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     try: result = invoke()
+    except KeyboardInterrupt:                        # papermill has told the kernel, and a training saves
+        click.echo('interrupted: the same command goes on from what is saved', err=True)
+        raise SystemExit(130) from None
     except PapermillExecutionError as e:
         if e.ename not in USER_ERRORS: raise
         raise click.ClickException(e.evalue) from None

@@ -110,15 +110,17 @@ def pair_placeholder(first: str, second: str) -> str | None:
         if any(map(pattern.fullmatch, spellings)): return name
     return None
 
-# %% ../nbs/26_generalize.ipynb #3dcbac09
+# %% ../nbs/26_generalize.ipynb #193c26dc
 _PLURAL = {'is': 'are', 'was': 'were', 'has': 'have', 'does': 'do', "isn't": "aren't", "doesn't": "don't"}
-_THEY = re.compile(r"\b(they) (is|was|has|does|isn't|doesn't|[a-z]+(?<![su])s)\b", re.I)
+_ADVERBS = 'always|perhaps|sometimes|besides|(?:to|for|back|after)wards|(?:in|out)doors'
+_SINGULAR = rf"is|was|has|does|isn't|doesn't|(?!(?:{_ADVERBS})\b)[a-z]{{2,}}(?<![su])s"
+_THEY = re.compile(rf'\b(they) ({_SINGULAR})\b', re.I)
 
 def plural_verb(verb: str) -> str:
     "The verb of *they* for the verb of *he* or *she*."
-    if verb in _PLURAL: return _PLURAL[verb]
-    if verb.endswith('ies'): return verb[:-3] + 'y'
-    return verb[:-2] if re.search(r'(?:ch|sh|ss|x|o)es$', verb) else verb[:-1]
+    if verb.lower() in _PLURAL: return _PLURAL[verb.lower()]
+    if verb.lower().endswith('ies'): return verb[:-3] + 'y'
+    return verb[:-2] if re.search(r'(?:ch|sh|ss|x|o)es$', verb, re.I) else verb[:-1]
 
 # %% ../nbs/26_generalize.ipynb #2ba0ce4b
 _NAMES = '|'.join(PLACEHOLDER_NAMES)

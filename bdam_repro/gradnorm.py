@@ -105,27 +105,31 @@ class TaskWeights:
         for k in self.moving: setattr(self, k, copy.deepcopy(state[k]))
         self.s.copy_(state['s'])
 
-# %% ../nbs/41_gradnorm.ipynb #a74d446b
+# %% ../nbs/41_gradnorm.ipynb #abdd125a
 def measure_tasks(names: Sequence[str],  # the K tasks
             losses: dict[str, Tensor],  # scalars by name
             params: Sequence[Tensor],  # the final shared layer
             reduce: Callable[[Tensor], Tensor] | None = None,  # averages a tensor over processes
-            scale: float = 1.  # see `grad_vector`
+            scale: float = 1.,  # see `grad_vector`
+            vectors: Callable[[list[Tensor]], list] | None = None  # losses -> `grad_vector` of each
            ) -> tuple[Tensor, Tensor, Tensor]:  # norms g [K], losses L [K] (float64, CPU), present [K] bool
     "Gradient norms on the shared layer and loss values, averaged over processes where there are several."
-    M = task_gradients(names, losses, params, scale)
+    M = task_gradients(names, losses, params, scale, vectors)
     if reduce is not None: M = reduce(M)
     return task_norms(M)
 
 def task_gradients(names: Sequence[str], losses: dict[str, Tensor], params: Sequence[Tensor],
-                   scale: float = 1.  # all as in `measure_tasks`
+                   scale: float = 1., vectors: Callable | None = None  # all as in `measure_tasks`
                   ) -> Tensor:  # [K, P + 2] gradient, loss, and 1 where the task is present
     "The gradient of each task, on the device of `params`."
+    if vectors is None: vectors = lambda found: [grad_vector(loss, params, scale) for loss in found]
+    there = [k for k in names if k in losses]
+    v_of = dict(zip(there, vectors([losses[k] for k in there])))
     P = sum(p.numel() for p in params)
     dtype = torch.promote_types(params[0].dtype, torch.float32)
     M = torch.zeros(len(names), P + 2, device=params[0].device, dtype=dtype)
     for row, k in zip(M, names):
-        v = grad_vector(losses[k], params, scale) if k in losses else None
+        v = v_of.get(k)
         if v is None: continue
         row[:P], row[P] = v, losses[k].detach()
         row[P + 1].fill_(1)
@@ -166,7 +170,7 @@ class LossRatios(TaskWeights):
         self.mean = torch.where(here, self.ema*self.mean + (1 - self.ema)*L, self.mean)
         return (self.mean + self.eps) / (self.first + self.eps)
 
-# %% ../nbs/41_gradnorm.ipynb #4c4fc189
+# %% ../nbs/41_gradnorm.ipynb #be975b98
 class GradNorm(LossRatios):
     "Task weights moved by GradNorm (Sec. 3.5, 4.2): call `step`, then backward of `total`."
     def __init__(self,
@@ -181,7 +185,7 @@ class GradNorm(LossRatios):
                  ema: float = .9,  # averaging of losses over updates; 0: the last one alone
                  eps: float = 1e-3,  # a loss below this counts as solved: (L + ε)/(L0 + ε)
                  optimizer: str = 'adam',  # 'adam' | 'sgd', on s
-                 apart: Sequence[str] = ()  # tasks that shall not reach the shared layer: no warning
+                 apart: Sequence[str] = ()  # tasks that keep their weight, even where they reach the layer
                 ):
         "Raises `UserError` for settings that make no sense."
         super().__init__(names, ema, eps)
@@ -198,14 +202,15 @@ class GradNorm(LossRatios):
         return (self.calls - 1) % self.every == 0
 
     def step(self, losses: dict[str, Tensor], params: Sequence[Tensor], reduce: Callable | None = None,
-             scale: float = 1.) -> bool:
+             scale: float = 1., vectors: Callable | None = None) -> bool:
         "On every `every`-th call, measure (as `measure_tasks`) and move the weights. True where they moved."
         self._known(losses)
         if not self.due(): return False
-        return self.move(*measure_tasks(self.names, losses, params, reduce, scale))
+        return self.move(*measure_tasks(self.names, losses, params, reduce, scale, vectors))
 
     def move(self, g: Tensor, L: Tensor, here: Tensor) -> bool:
         "Move the weights by a measurement (of `measure_tasks`) that is finite. True where they moved."
+        here = here & torch.tensor([name not in self.apart for name in self.names])
         moved = bool(here.any() and g.isfinite().all() and L.isfinite().all())
         if moved: self._update(g, L, here)
         self.skipped += not moved

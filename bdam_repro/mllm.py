@@ -7,7 +7,7 @@ __all__ = ['SYSTEM', 'QUESTION', 'IN_STYLE', 'prompt_texts', 'draw_style', 'prom
            'whole_number', 'check_styles', 'DescribeOptions', 'DescribeSettings', 'judge_answer', 'again_messages',
            'History']
 
-# %% ../nbs/23_mllm.ipynb #06982064
+# %% ../nbs/23_mllm.ipynb #c7efe06f
 import base64
 import hashlib
 import io
@@ -23,6 +23,7 @@ from pydantic import (BaseModel, BeforeValidator, ConfigDict, SkipValidation, Va
 
 from .answers import Reply, redact
 from .config import UserError
+from .picture_files import to_rgb
 from .lexicon import (SCHEMA, Description, Policy, Rejected, check_description, is_refusal,
                                 parse_answer)
 from .servers import Answer, RequestForm
@@ -66,7 +67,7 @@ def prompt_hash(policy: Policy, exemplars: Sequence[str] = (), temperature: floa
     asked = [*prompt_texts(policy, exemplars), SCHEMA, asdict(policy), temperature]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/23_mllm.ipynb #ba43ccbe
+# %% ../nbs/23_mllm.ipynb #a820d12e
 def image_url(path: Path,          # an image file
               max_side: int = 512  # longest side sent, pixels
              ) -> str:             # a data URL
@@ -78,7 +79,7 @@ def image_url(path: Path,          # an image file
         kind = {'JPEG': 'jpeg', 'PNG': 'png'}.get(im.format) if as_it_is else None
         if kind is None:
             kind, buffer = 'jpeg', io.BytesIO()
-            smaller = im.convert('RGB')
+            smaller = to_rgb(im)            # upright, and 16 bits as 8: as for training
             smaller.thumbnail((max_side, max_side))
             smaller.save(buffer, 'JPEG', quality=90)
             data = buffer.getvalue()

@@ -29,8 +29,8 @@ def orthogonalize(x: Tensor,      # [N, a, b], a <= b
 def lie_flat(x: Tensor) -> Tensor:   # [h, w] -> the same or its transpose, at least as wide as tall
     return x.mT if x.shape[0] > x.shape[1] else x
 
-# %% ../nbs/42_optimizers.ipynb #48b00a67
-def follow(pairs: list[tuple[Tensor, Tensor]],   # parameters and updates [h, w], of one shape or its transpose
+# %% ../nbs/42_optimizers.ipynb #20ac941f
+def follow(pairs: list[tuple[Tensor, Tensor]],   # parameter and update [h, w]; a shape or its transpose
            lr: float | Tensor) -> None:
     "Step along the orthogonalized updates, all at once; a tall one is stepped √(h/w) as far."
     wide = [pair for pair in pairs if pair[1].shape[0] <= pair[1].shape[1]]
@@ -85,16 +85,16 @@ def split_parameters(model: nn.Module,
         (rest if table or vector or channel_filters else matrices).append(p)
     return matrices, rest
 
-# %% ../nbs/42_optimizers.ipynb #b1c700be
+# %% ../nbs/42_optimizers.ipynb #2531b28d
 PARTS = 'towers', 'fusion'
 
 def part_of(name: str) -> str:   # of a parameter; one of `PARTS`
     "Which part of the model a parameter belongs to."
     return 'fusion' if name.startswith('fusion.') else 'towers'
 
-def rate_of(name: str, c: Config) -> float:
-    "A parameter's learning rate, relative to that of the encoders: `lr_factor` where it starts at random."
-    return 1. if name.startswith(('vision.', 'text.')) else c.lr_factor
+def rate_of(name: str, c: Config) -> float:   # of a parameter
+    "Its learning rate, relative to `lr`: each encoder has a factor (0: frozen), and what starts at random."
+    return {'vision': c.lr_vision, 'text': c.lr_text}.get(name.split('.')[0], c.lr_factor)
 
 def by_part(model: nn.Module, params: list[Tensor], lr: float, c: Config, **options) -> list[dict]:
     "Parameter groups of an optimizer, one per part and rate that any of `params` has."
@@ -105,9 +105,12 @@ def by_part(model: nn.Module, params: list[Tensor], lr: float, c: Config, **opti
         if own: groups.append({'params': own, 'part': part, 'lr': lr*rate, **options})
     return groups
 
-# %% ../nbs/42_optimizers.ipynb #0bdf205d
+# %% ../nbs/42_optimizers.ipynb #2db253dd
 def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
     "Adam (4.2) or AdamW, weight decay on matrices only; or Muon for the matrices and AdamW for the rest."
+    for name, p in model.named_parameters():
+        if rate_of(name, c) == 0: p.requires_grad_(False)
+    decay_rest = c.weight_decay if c.decay_all else 0.
     matrices, rest = split_parameters(model, c.optimizer == 'muon')
     on_gpu = matrices[0].is_cuda
     if c.optimizer == 'muon':
@@ -116,9 +119,9 @@ def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
         decay = c.weight_decay
         muon = [Muon(by_part(model, half, c.muon_lr, c), c.muon_lr, weight_decay=decay) for half in halves]
         vectors = by_part(model, rest, c.lr, c)
-        return [*muon, torch.optim.AdamW(vectors, lr=c.lr, weight_decay=0., fused=on_gpu)]
+        return [*muon, torch.optim.AdamW(vectors, lr=c.lr, weight_decay=decay_rest, fused=on_gpu)]
     groups = by_part(model, matrices, c.lr, c, weight_decay=c.weight_decay)
-    groups += by_part(model, rest, c.lr, c, weight_decay=0.)
+    groups += by_part(model, rest, c.lr, c, weight_decay=decay_rest)
     kind = torch.optim.AdamW if c.optimizer == 'adamw' else torch.optim.Adam
     return [kind(groups, lr=c.lr, fused=on_gpu)]
 

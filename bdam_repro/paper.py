@@ -183,7 +183,7 @@ _PROTOCOL = (
               'lasting traits that 3.3 asks for; hair, since it does not come off with the coat'),
 )
 
-# %% ../nbs/01_paper.ipynb #80e14123
+# %% ../nbs/01_paper.ipynb #31ab59f9
 _MODEL = (
     OpenPoint(3, '3.4', 'one weighted sum of two vectors is a sequence of length 1, on which the recurrence '
               'of Mamba does nothing',
@@ -217,7 +217,12 @@ _MODEL = (
               'the dual score needs no fusion', ('dim', 'fusion_dim')),
     OpenPoint(32, '3.4, 4.2', 'expansion of Mamba, normalization before a layer',
               ('expand 2, none', 'expand 2, pre-norm'), 'expand 2, a LayerNorm before each layer',
-              'the defaults of Mamba; a residual stack without norm trains badly'),
+              'the defaults of Mamba; a residual stack without norm trains badly', ('fusion_norm',)),
+    OpenPoint(46, '3.4', 'where Mamba reads tokens: which modality comes first, in which direction it scans, '
+              'which places are pooled',
+              ('patches first', 'words first', 'both directions', 'read from the words'),
+              'patches first, one direction, the mean over all tokens',
+              'then every word has seen every patch', ('fusion_order', 'fusion_scan', 'fusion_read')),
     OpenPoint(21, '4.3, Fig. 3', 'the gate is B×D: the histogram is over entries, dimensions or samples; '
               'right-skewed and bimodal are said of one curve',
               ('all entries', 'per dimension', 'per sample'), 'all entries, the others beside it',
@@ -228,7 +233,7 @@ _MODEL = (
               'another scale of f_id gives another mean and the same ranking'),
 )
 
-# %% ../nbs/01_paper.ipynb #16890675
+# %% ../nbs/01_paper.ipynb #53237504
 _LOSSES = (
     OpenPoint(2, '3.3, Eq. 3', 'which text t_i is', ('caption', 'generated', 'both'),
               'both with a BDAM, the caption without',
@@ -260,10 +265,10 @@ _LOSSES = (
     OpenPoint(34, 'Eq. 3', 'v is the feature "from the visual encoder": before BDAM, before or after the '
               'gate; its index is missing',
               ('encoder output', 'pooled identity', 'gated identity'), 'gated identity',
-              'taken before BDAM, the loss would not train BDAM'),
+              'taken before BDAM, the loss would not train BDAM', ('image_feature',)),
     OpenPoint(35, 'Eq. 4', 'bars of an absolute value, explained as an L2 norm; of raw or of normalized '
               'features', ('raw', 'normalized'),
-              'squared L2, normalized', 'a margin needs a scale'),
+              'squared L2, normalized', 'a margin needs a scale', ('triplet_feature',)),
     OpenPoint(9, 'Eq. 5-6, 4.2', 'α is an exponent (1.5) or a coefficient; weights exp(s) or renormalized; '
               'G_ref of the first task or the mean, detached or not; '
               'L/L⁰ where L⁰ ≈ 0; four tasks or five; which layer is shared',
@@ -274,7 +279,7 @@ _LOSSES = (
               ('norms', 'vectors'), 'norms', 'only these have one shape', ('balance',)),
     OpenPoint(37, '4.2', 'Adam with weight decay 1e-3: added to the gradient, or decoupled; to all '
               'parameters or not', ('Adam', 'AdamW'), 'Adam for `paper`',
-              'as named', ('optimizer', 'weight_decay')),
+              'as named', ('optimizer', 'weight_decay', 'decay_all')),
     OpenPoint(20, '4.2', 'batch size, epochs, warm-up, text length, image augmentation, τ',
               ('those of the field',), '60 epochs, 64 images, 77 tokens, 5 warm-up epochs, τ 0.05',
               'custom of the field',
@@ -282,7 +287,23 @@ _LOSSES = (
                'tau_decay', 'flip', 'pad', 'erase')),
 )
 
-# %% ../nbs/01_paper.ipynb #62b1389e
+# %% ../nbs/01_paper.ipynb #0d7109d4
+_TRAINING = (
+    OpenPoint(45, '4.2', 'whether gradients are clipped, and parts of the model together or apart',
+              ('norm 1', 'none'), 'norm 1, towers and fusion apart',
+              'one odd batch can undo many steps; clipped together, a fusion would change the towers',
+              ('grad_clip',)),
+    OpenPoint(47, 'Eq. 5', 'L/L⁰ of single batches is noise, and fragile where L⁰ ≈ 0: averaged or not, with '
+              'which floor', ('none', 'a moving average and an ε'), 'a moving average of 0.9, ε = 1e-3',
+              'a loss below ε counts as solved; without it the ratio has no bound',
+              ('gradnorm_ema', 'gradnorm_eps')),
+    OpenPoint(48, '3.5, 4.2', 'four terms in 3.5, five in 4.2; a loss of the fusion would be the sixth, and '
+              'whether GradNorm weighs it is open', ('weight 1, apart', 'weighed like the others'),
+              'weight 1, apart', 'by default its gradient does not reach the shared layer',
+              ('fusion_apart', 'fusion_start', 'c_fusion')),
+)
+
+# %% ../nbs/01_paper.ipynb #8ff5479f
 _REST = (
     OpenPoint(14, '3.3, 4.2', 'the style encoder is ViT-L/14 in one section and ViT-B/32 in the other',
               ('ViT-L/14', 'ViT-B/32'), 'TF-IDF of words and characters; ViT-L/14 where CLIP is chosen',
@@ -294,6 +315,9 @@ _REST = (
               'one description an image or many, '
               'prompts, temperature and length unprinted', ('own', 'random', 'many'), 'random, one an image',
               'no caption of the image reaches its own prompt by design', ('descriptions',)),
+    OpenPoint(49, '3.3', '"race" is among the traits that the descriptions name; captions of the datasets '
+              'hardly do, and a model cannot see it', ('asked for', 'not asked for'),
+              'not asked for; SynthPEDES has skin', 'a guess about a person, which no query contains'),
     OpenPoint(39, '3.3', 'whether an MLLM strips content from captions before they are embedded, and how',
               ('strip', 'embed as is'), 'strip attribute words',
               'else clusters are of clothes and not of styles'),
@@ -325,8 +349,9 @@ _REST = (
               'the control shows what training adds'),
 )
 
-# %% ../nbs/01_paper.ipynb #010055
-OPEN_POINTS: tuple[OpenPoint, ...] = tuple(sorted(_PROTOCOL + _MODEL + _LOSSES + _REST, key=lambda p: p.n))
+# %% ../nbs/01_paper.ipynb #0be8a452
+_ALL_POINTS = _PROTOCOL + _MODEL + _LOSSES + _TRAINING + _REST
+OPEN_POINTS: tuple[OpenPoint, ...] = tuple(sorted(_ALL_POINTS, key=lambda p: p.n))
 
 def open_points() -> pd.DataFrame:  # n → where, point, readings, default, why, options
     "The open points as a table, by number."
@@ -344,11 +369,11 @@ class Claim:
     test: str                # how SynthPEDES can test it
     fails: str               # the outcome that speaks against it
 
-# %% ../nbs/01_paper.ipynb #2130ee5e
+# %% ../nbs/01_paper.ipynb #826dcb2e
 _ACCURACY = (
     Claim('whole', '4.4, Tab. 1-3', 'the whole model beats the plain dual encoder', 'R-1 70.54 → 79.93',
-          '`full` and `baseline`, three seeds, same budget',
-          'the interval of the difference holds 0 or lies below'),
+          '`full` and `baseline`, the same seeds and budget',
+          'the interval of the difference lies below 0, or within the smallest effect of interest'),
     Claim('bdam', 'Tab. 1', 'BDAM alone beats the baseline', 'R-1 +5.73, mAP +6.93', '`bdam` and `baseline`',
           'no gain'),
     Claim('cross', 'Tab. 1', 'cross-attention between branches is the part of BDAM that matters most',

@@ -9,7 +9,7 @@ __all__ = ['PROBES', 'DEPENDENCE', 'PLAIN_MODELS', 'ASKED', 'TRAINED', 'CLOTHES_
            'true_dependence', 'other_pictures', 'draw_test', 'other_r1', 'clothes_kept', 'clothes_changed',
            'place_runs', 'PlaceResults', 'place_results', 'place_finding', 'clothes_cost', 'robust_claim']
 
-# %% ../nbs/83_probes.ipynb #44ecc705
+# %% ../nbs/83_probes.ipynb #9b633503
 import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -29,14 +29,16 @@ from .synth import CAPTIONS, LAYOUT_FILES, Spec, annotation, picture_rows
 from .batches import load_tokenizer
 from .pretrained import from_pretrained
 from .losses import rbf_kernel
-from .metrics import bootstrap_ci, metrics_from_scores, paired_bootstrap
+from .deciding import Side
+from .inference import estimate
+from .metrics import metrics_from_scores
 from .evaluate import evaluate
 from .trainer import pick_device, pick_dtype
 from .grid import CLOTHES
 from .features import probe, probe_hits, unit_rows
 from .findings import (BASELINE, FULL, MODEL, NOT_HERE, NOT_RUN, Evidence, Finding, ModelQuestion,
-                                 Side, folder_source, interval_columns, model_findings,
-                                 paired_interval, run_source, runs_with_findings, side_name)
+                                 folder_source, interval_columns, model_findings, paired_interval,
+                                 run_source, runs_with_findings, side_name)
 from .readings import HEAD
 from .claims import claim_finding, gallery_people
 
@@ -69,14 +71,14 @@ def side_probe_hits(e: Evidence, side: Side, feature: str, kind: str) -> np.ndar
     def probe_runs(): return np.stack([run_probe_hits(e, f, feature, kind) for f in e.folders(side)])
     return e.cached(('probe', side, feature, kind), probe_runs)
 
-# %% ../nbs/83_probes.ipynb #af042100
+# %% ../nbs/83_probes.ipynb #09550e8b
 def probe_gap(e: Evidence, a: tuple[Side, str], b: tuple[Side, str], kind: str) -> dict[str, float]:
     "By how much probes do better on feature a than on b; nothing where people are too few for a probe."
-    x, y = side_probe_hits(e, *a, kind), side_probe_hits(e, *b, kind)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()): return {}
-    people = gallery_people(e, len(PROBES[kind]))
-    if a[0] == b[0]: return paired_interval(e, x, y, people)                      # of the same models
-    return dict(value=y.mean(), **interval_columns(paired_bootstrap(x, y, n=e.draws, groups=people)))
+    seeds = [e.seeds(a[0]), e.seeds(b[0])]
+    both = [s for s in seeds[0] if s in seeds[1]]
+    x, y = (side_probe_hits(e, *of, kind)[[own.index(s) for s in both]] for of, own in zip((a, b), seeds))
+    if not (both and np.isfinite(x).all() and np.isfinite(y).all()): return {}
+    return paired_interval(x, y, gallery_people(e, len(PROBES[kind])))
 
 def probe_chance(e: Evidence, kind: str) -> float:
     "What a probe of a constant feature reaches, in percent."
@@ -232,7 +234,7 @@ TRAINED = tuple((v, CLOTHES) for v in ('full', *PLAIN_MODELS))       # on people
 CLOTHES_KEPT = ModelQuestion('other', 't', clothes_kept, sides=(*ASKED, *TRAINED), synth_only=True)
 CLOTHES_CHANGED = ModelQuestion('clothes', MODEL, clothes_changed, sides=ASKED, synth_only=True)
 
-# %% ../nbs/83_probes.ipynb #e82f1e14
+# %% ../nbs/83_probes.ipynb #b93387af
 PLACES = dict(kept='same clothes', changed='clothes change', trained='trained and tested on clothes change')
 GALLERIES = {'all': HEAD, 'other': 'dual R-1, other pictures'}
 
@@ -246,7 +248,7 @@ def place_runs(e: Evidence, variant: str, place: str) -> list[Path]:   # place: 
 
 @dataclass
 class PlaceResults:
-    "R-1 by query of the whole model and a rival, in one place and gallery."
+    "R-1 by query of the whole model and a rival, in one place and gallery; a row of each is of one seed."
     full: np.ndarray                # [seeds, Q] percent
     rival: np.ndarray               # [seeds, Q] percent
     people: np.ndarray              # [Q]
@@ -256,6 +258,8 @@ def place_results(e: Evidence, rival: str, place: str, gallery: str
                  ) -> PlaceResults | None:             # None: runs are missing
     "Both models' answers in one place."
     folders = [place_runs(e, variant, place) for variant in ('full', rival)]
+    seeds = [{f.name for f in of} for of in folders]
+    folders = [[f for f in of if f.name in seeds[0] & seeds[1]] for of in folders]
     if not all(folders): return None
     question = CLOTHES_CHANGED if place == 'changed' else CLOTHES_KEPT
     answers = [[model_findings(e, f, question) for f in runs] for runs in folders]
@@ -264,15 +268,14 @@ def place_results(e: Evidence, rival: str, place: str, gallery: str
     people = pids[answers[0][0]['image']]
     return PlaceResults(full, other, people, folders)
 
-# %% ../nbs/83_probes.ipynb #b2f83cd1
+# %% ../nbs/83_probes.ipynb #9bfc2a11
 def place_finding(e: Evidence, r: PlaceResults | None, rival: str, place: str, gallery: str) -> Finding:
     "The whole model minus a rival in one place."
     decides = (rival, place, gallery) == ('baseline', 'changed', 'other')
     tag = CLOTHES if place == 'trained' else ''
     d = run_source(e, ('full', tag), (rival, tag))
     if r is not None:
-        gap = paired_bootstrap(r.full, r.rival, n=e.draws, groups=r.people)
-        d = dict(value=r.full.mean()) | interval_columns(gap) | folder_source(e, *r.folders)
+        d = paired_interval(r.full, r.rival, r.people) | folder_source(e, *r.folders)
     return claim_finding('robust', f'{PLACES[place]}: full − {rival}', GALLERIES[gallery], d, decides=decides)
 
 def clothes_cost(e: Evidence, kept: PlaceResults | None, changed: PlaceResults | None, rival: str,
@@ -286,10 +289,10 @@ def clothes_cost(e: Evidence, kept: PlaceResults | None, changed: PlaceResults |
     means = {'full': changed.full.mean(), rival: changed.rival.mean()}
     for model, folders in zip(losses, changed.folders):
         if model == 'full' and rival != PLAIN_MODELS[0]: continue        # the first rival has this row
-        loss = bootstrap_ci(losses[model], n=e.draws, groups=kept.people)
+        loss = estimate(losses[model], kept.people)
         d = dict(value=means[model]) | interval_columns(loss) | folder_source(e, folders)
         out.append(claim_finding('robust', f'what the change costs: {model}', metric, d, decides=False))
-    widening = paired_bootstrap(*losses.values(), n=e.draws, groups=kept.people)
+    widening = estimate(losses['full'] - losses[rival], kept.people)
     d = interval_columns(widening) | folder_source(e, *changed.folders)
     return [*out, claim_finding('robust', name, metric, d, decides=False)]
 

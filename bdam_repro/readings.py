@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'SHOWN', 'READING_RULE', 'READING_VERDICTS', 'GATE_VALUES', 'RADII', 'STYLE_READINGS', 'OTHER_PARTS',
-           'plot_readings', 'validation_r1', 'reading_findings', 'default_findings', 'all_readings', 'beside_default',
-           'dual_ranking', 'break_ties', 'tie_readings', 'gate_readings', 'halved_features', 'histories',
-           'chosen_epoch', 'selection_readings', 'small_differences', 'nested_gains', 'style_scores', 'style_readings',
-           'part_a']
+           'plot_readings', 'reading_verdict', 'validation_r1', 'reading_findings', 'default_findings', 'all_readings',
+           'beside_default', 'dual_ranking', 'break_ties', 'tie_readings', 'gate_readings', 'halved_features',
+           'histories', 'chosen_epoch', 'selection_readings', 'small_differences', 'nested_gains', 'style_scores',
+           'style_readings', 'part_a']
 
-# %% ../nbs/81_readings.ipynb #c451187e
+# %% ../nbs/81_readings.ipynb #cea7e670
 import math
 from pathlib import Path
 from typing import Any
@@ -20,46 +20,57 @@ import torch
 
 from .config import Config
 from .paper import OPEN_POINTS
+from .deciding import SMALLEST_EFFECT, Side
 from .generalize import embed_styles, generalize
 from .style import cluster_styles, eps_sweep
 from .metrics import Positives, RetrievalResult, per_query, rank_metrics
 from .grid import LOG_TEST, OPTIONS, READINGS, Reading, reading_reference, reading_run
 from .results import DIFFERENCES, read_csv
-from .findings import (BASELINE, FULL, NOT_HERE, NOT_RUN, NO_OPTION, Evidence, Finding, Side,
-                                 compare_runs, judge_interval, paired_interval, plot_intervals, query_people,
-                                 run_source, seed_query_values, side_name)
+from .findings import (BASELINE, FULL, NOT_HERE, NOT_RUN, NO_OPTION, VERDICT_MARKS, Evidence,
+                                 Finding, compare_runs, judge, paired_interval, plot_intervals,
+                                 query_people, run_source, seed_query_values, side_name)
 
-# %% ../nbs/81_readings.ipynb #0f3d6bb9
+# %% ../nbs/81_readings.ipynb #7e623d1d
 HEAD = 'R-1'        # under the headline score: fused where there is a fusion, else dual
 
 def plot_readings(t: pd.DataFrame):   # t: the audit
     "What each reading is worth: the difference to the default in R-1, with its interval."
     of_part = t[(t['part'] == 'a') & (t['metric'] == HEAD)]
-    return plot_intervals(of_part.dropna(subset=['diff', 'lo']), 'R-1 minus the default, points')
+    judged = of_part['diff'].notna() & of_part['verdict'].isin(VERDICT_MARKS)
+    return plot_intervals(of_part[judged], 'R-1 minus the default, points')
 
-# %% ../nbs/81_readings.ipynb #93ecd004
+# %% ../nbs/81_readings.ipynb #0d968ddf
 SHOWN = (('own', 'R1', HEAD), ('own', 'mAP', 'mAP'), ('dual', 'R1', 'dual R-1'))     # score, metric, name
-READING_RULE = ('better / worse: the interval of the difference to the default (or to what stands beside it) '
-                'lies above / below 0; open: it holds 0')
-READING_VERDICTS = {'for': 'better', 'against': 'worse', 'open': 'open', NOT_RUN: NOT_RUN}
+READING_RULE = ('the interval of the difference to the default (or to what stands beside it): better / '
+                f'worse where it lies above / below 0, negligible within ±{SMALLEST_EFFECT:g}, '
+                'else too noisy')
+READING_VERDICTS = {'for': 'better', 'against': 'worse'}
 
-def validation_r1(e: Evidence, side: Side) -> float:
-    "Mean validation R-1 under the headline score; NaN without a run."
+def reading_verdict(d: dict[str, Any],      # columns of a finding
+                    margin: float = SMALLEST_EFFECT) -> str:
+    "`judge`, in the words for readings."
+    verdict = judge(d, margin=margin)
+    return READING_VERDICTS.get(verdict, verdict)
+
+def validation_r1(e: Evidence, side: Side, beside: Side | None = None) -> float:
+    "Mean validation R-1 under the headline score, over the seeds that `beside` has too; NaN without a run."
     t = e.rows(side).drop_duplicates('seed', keep='last')        # 'fused' comes after 'dual'
+    if beside is not None: t = t[t['seed'].isin(e.seeds(beside))]
     return float(t['val_R1'].mean())
 
-# %% ../nbs/81_readings.ipynb #4cbb0149
+# %% ../nbs/81_readings.ipynb #aaa5c8c4
 def reading_findings(e: Evidence, r: Reading) -> list[Finding]:
     "What a reading is worth: one row for validation, three for test."
     run, ref = reading_run(r, e.base), reading_reference(r, e.base)
     if run == ref: return default_findings(e, r, run)
     name = r.name if ref == FULL else f'{r.name}, beside {side_name(ref)}'
-    r1 = validation_r1(e, run)
-    validation = dict(value=r1, diff=r1 - validation_r1(e, ref), verdict=NOT_RUN if math.isnan(r1) else '')
+    r1 = validation_r1(e, run, ref)
+    verdict = NOT_RUN if math.isnan(r1) else ''
+    validation = dict(value=r1, diff=r1 - validation_r1(e, ref, run), verdict=verdict)
     out = [Finding('a', r.n, name, 'val R-1', 'no', **validation, **run_source(e, run))]
     for score, metric, shown in SHOWN:
         d = compare_runs(e, run, ref, metric, score)
-        d['verdict'] = READING_VERDICTS[judge_interval(d.get('lo', math.nan), d.get('hi', math.nan))]
+        d['verdict'] = reading_verdict(d)
         out.append(Finding('a', r.n, name, shown, 'no', **d, rule=READING_RULE))
     return out
 
@@ -84,13 +95,13 @@ def all_readings(base: Config) -> list[Reading]:
     def place(r): return r.n, list(r.options)[:1]                # by point, then by the first option
     return sorted([*defaults, *READINGS], key=place)
 
-# %% ../nbs/81_readings.ipynb #34bf8409
-def beside_default(e: Evidence, x: np.ndarray, default: np.ndarray, people: np.ndarray,
-                   is_default: bool) -> dict[str, Any]:     # columns of a finding; x, default [seeds, Q]
+# %% ../nbs/81_readings.ipynb #3509a7c4
+def beside_default(x: np.ndarray, default: np.ndarray, people: np.ndarray, is_default: bool,
+                   margin: float = SMALLEST_EFFECT) -> dict[str, Any]:   # columns of a finding; x [seeds, Q]
     "Value, difference and verdict of another reading of the same models."
     if is_default: return dict(value=x.mean(), verdict='default')
-    d = paired_interval(e, x, default, people)
-    return d | dict(verdict=READING_VERDICTS[judge_interval(d['lo'], d['hi'])])
+    d = paired_interval(x, default, people)
+    return d | dict(verdict=reading_verdict(d, margin))
 
 # %% ../nbs/81_readings.ipynb #76dc6e75
 def dual_ranking(e: Evidence, folder: Path) -> RetrievalResult:
@@ -100,7 +111,7 @@ def dual_ranking(e: Evidence, folder: Path) -> RetrievalResult:
     def ranking(): return rank_metrics(torch.from_numpy(t['t']), torch.from_numpy(t['f_id']), q_pids, g_pids)
     return e.cached(('ranking', folder), ranking)
 
-# %% ../nbs/81_readings.ipynb #a6ca9535
+# %% ../nbs/81_readings.ipynb #9db13aec
 def break_ties(P: Positives, how: str) -> Positives:   # 'average', 'pessimistic', 'optimistic'
     "The places of the matches: a tie is averaged, lost, or won."
     above = P.above + P.tied if how == 'pessimistic' else P.above      # wrong pictures that rank higher
@@ -115,7 +126,7 @@ def tie_readings(e: Evidence) -> list[Finding]:
     positives = [dual_ranking(e, f).positives for f in folders]
     def r1(how): return 100*np.stack([per_query(break_ties(P, how)).R1 for P in positives])     # [seeds, Q]
     for how in ('average', 'pessimistic', 'optimistic'):
-        d = beside_default(e, r1(how), r1('average'), people, how == 'average')
+        d = beside_default(r1(how), r1('average'), people, how == 'average')
         default = 'yes' if how == 'average' else 'no'
         out.append(Finding('a', 25, how, 'dual R-1', default, **d, rule=READING_RULE, **source))
     return out
@@ -228,7 +239,7 @@ def style_scores(e: Evidence, samples: int = 5, size: int = 1500
         out['as written'].append(cluster_styles(embed_styles(texts), truth=truth)[1].ari)
     return {name: 100*np.array(ari) for name, ari in out.items()}
 
-# %% ../nbs/81_readings.ipynb #2a5c7f08
+# %% ../nbs/81_readings.ipynb #9d1a2195
 STYLE_READINGS = (                  # open point, reading, key of `style_scores`, default
     (15, 'knee × 1', 'knee × 1', 'yes'),
     (15, 'knee × 0.5', 'knee × 0.5', 'no'),
@@ -242,10 +253,11 @@ def style_readings(e: Evidence) -> list[Finding]:
         unknown = dict(verdict=NOT_HERE, rule='the annotators are not known')
         return [Finding('a', 15, 'k-distance knee', **unknown), Finding('a', 39, 'strip', **unknown)]
     scores = e.cached('styles', lambda: style_scores(e))
-    usual, out = scores['knee × 1'][None], []         # [1, samples]: the bootstrap draws samples, not people
-    common = dict(rule=READING_RULE, evidence='style_scores()')
+    usual, out = scores['knee × 1'][:, None], []      # [samples, 1]: samples stand where seeds stand above
+    rule = 'better / worse: the interval over the samples lies above / below 0, else too noisy'
+    common = dict(rule=rule, evidence='style_scores()')
     for n, reading, key, default in STYLE_READINGS:
-        d = beside_default(e, scores[key][None], usual, np.arange(usual.size), default == 'yes')
+        d = beside_default(scores[key][:, None], usual, np.zeros(1), default == 'yes', margin=math.nan)
         out.append(Finding('a', n, reading, 'ARI of DBSCAN', default, **d, **common))
     return out
 

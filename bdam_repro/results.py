@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['METRICS', 'RUN_COLUMNS', 'KEY', 'DIFFERENCES', 'TEXT', 'KEPT_FEATURES', 'read_json', 'run_rows', 'rows_where',
            'collect_runs', 'run_folder', 'own_options', 'Comparison', 'comparisons', 'VariantResults',
-           'run_query_values', 'variant_results', 'comparison_rows', 'differences', 'write_csv', 'read_csv',
-           'read_runs', 'ArtifactParameters', 'artifact_parameters', 'half', 'Features', 'load_features',
-           'find_features', 'load_dataset']
+           'run_query_values', 'variant_results', 'seed_differences', 'run_means', 'dual_results', 'share_towers',
+           'data_of', 'run_spread', 'comparison_rows', 'differences', 'write_csv', 'read_csv', 'read_runs',
+           'ArtifactParameters', 'artifact_parameters', 'half', 'Features', 'load_features', 'find_features',
+           'load_dataset']
 
-# %% ../nbs/66_results.ipynb #be9c7557
+# %% ../nbs/66_results.ipynb #509af18c
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from .config import (ROOT, Config, Options, UserError, atomic_path, given_names,
 from .files import read_tensors
 from .pedes import PedesDataset
 from .run_data import load_data
-from .metrics import paired_bootstrap
-from .grid import REFERENCE, layout_options, table_rows
+from .deciding import Side
+from .inference import Spread, estimate, mean_squares, person_values, variant_spread
+from .grid import CLOTHES, LAYOUT_TAGS, REFERENCE, layout_options, table_rows
 
 # %% ../nbs/66_results.ipynb #de2fa523
 def read_json(path: Path) -> dict:
@@ -98,13 +100,18 @@ def own_options(folder: Path) -> dict[str, Any]:
     usual = make_config(c['dataset'], c['preset'], c['variant'], **layout).model_dump()
     return {k: v for k, v in c.items() if k not in _NEVER_OWN and usual.get(k) != v}
 
-# %% ../nbs/66_results.ipynb #fc0f2f59
+# %% ../nbs/66_results.ipynb #4ceb6502
 class Comparison(NamedTuple):
     "A variant and the reference of its table, on the same data."
     dataset: str
     tag: str
     reference: str
     variant: str
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        "The variant and its reference; an extra row of a table is compared with the runs without a tag."
+        return (self.variant, self.tag), (self.reference, self.tag if self.tag in LAYOUT_TAGS else '')
 
 def comparisons(datasets: Iterable[str]) -> list[Comparison]:
     "Every comparison that a table shows, once, sorted."
@@ -113,7 +120,7 @@ def comparisons(datasets: Iterable[str]) -> list[Comparison]:
         for n, reference in REFERENCE.items():
             for row in table_rows(n, dataset):
                 found.add(Comparison(row.dataset, row.tag, reference, row.variant))
-    return sorted(c for c in found if c.variant != c.reference)
+    return sorted(c for c in found if c.sides[0] != c.sides[1])
 
 # %% ../nbs/66_results.ipynb #589e3e24
 @dataclass(frozen=True)
@@ -159,41 +166,108 @@ def variant_results(root: Path,               # folder of the runs
     r = runs.iloc[0]
     return VariantResults(r['dataset'], r['preset'], r['tag'], r['variant'], seeds, stacked, asked[0])
 
-# %% ../nbs/66_results.ipynb #7855f387
-DIFFERENCES = ['dataset', 'preset', 'tag', 'reference', 'variant', 'score', 'metric', 'diff', 'lo', 'hi',
-               'seeds', 'reference_seeds', 'queries']
-
-def comparison_rows(a: VariantResults, b: VariantResults,   # variant, reference
-                    score: str,
-                    draws: int                              # bootstrap replicates
-                   ) -> list[dict[str, Any]]:               # one per metric, with the columns `DIFFERENCES`
-    "Compare a variant with its reference. Raises `UserError` where their queries differ."
+# %% ../nbs/66_results.ipynb #c0a640e2
+def seed_differences(a: VariantResults, b: VariantResults, metric: str
+                    ) -> np.ndarray:   # [n, Q], one row per seed that both have
+    "a − b by query, within each seed. Raises `UserError` where their queries differ."
     if not np.array_equal(a.asked, b.asked):
         differ = f'{a.variant} and {b.variant} were tested on other queries'
         raise UserError(f'{differ}: was the data drawn anew between them?')
+    own, other = a.seeds.split(), b.seeds.split()
+    both = [s for s in own if s in other]
+    x, y = a.values[metric], b.values[metric]
+    return x[[own.index(s) for s in both]] - y[[other.index(s) for s in both]]
+
+# %% ../nbs/66_results.ipynb #07cc3a1a
+def run_means(runs: pd.DataFrame,                 # of `collect_runs`, one dataset and preset
+              metric: str,
+              score: str                          # 'own', 'dual', or 'gain': fused − dual
+             ) -> pd.DataFrame:                   # one row per side, one column per seed
+    "The number of each run; without a fusion a side has no gain."
+    by_score = runs.pivot_table(index=['variant', 'tag', 'seed'], columns='score', values=metric)
+    dual = by_score['dual']
+    fused = by_score['fused'] if 'fused' in by_score else dual*np.nan
+    value = {'own': fused.fillna(dual), 'dual': dual, 'gain': (fused - dual).dropna()}[score]
+    return value.unstack('seed')
+
+def dual_results(runs: pd.DataFrame) -> dict[Side, dict[int, tuple]]:   # side -> seed -> its numbers
+    "What the towers of each run give; to the last digit, so that equal towers are seen."
+    out: dict[Side, dict[int, tuple]] = {}
+    for r in rows_where(runs, score='dual').itertuples():
+        out.setdefault((r.variant, r.tag), {})[r.seed] = tuple(getattr(r, m) for m in METRICS)
+    return out
+
+def share_towers(a: dict[int, tuple], b: dict[int, tuple]) -> bool:   # seed -> numbers, of two sides
+    "Whether all seeds that both have gave the same numbers."
+    both = a.keys() & b.keys()
+    return bool(both) and all(a[s] == b[s] for s in both)
+
+def data_of(tag: str) -> str:
+    "What runs with this tag are tested on: '' for the dataset of the preset."
+    return tag if tag in (*LAYOUT_TAGS, CLOTHES) else ''
+
+# %% ../nbs/66_results.ipynb #841c51f5
+def run_spread(runs: pd.DataFrame,      # of `collect_runs`, one dataset and preset
+               metric: str, score: str,
+               data: str = ''           # as of `data_of`
+              ) -> Spread | None:       # None: too few variants with two seeds
+    "How much variants vary from seed to seed, from all that were tested on the same data."
+    runs = runs[runs['tag'].map(data_of) == data]
+    if runs.empty: return None
+    y = run_means(runs, metric, score)
+    if score != 'gain':
+        mean = y.mean(axis=1)
+        y = y[mean >= mean.max()/2]
+        towers, sides = dual_results(runs), list(y.index)
+        twins = [b for i, b in enumerate(sides) if any(share_towers(towers[a], towers[b]) for a in sides[:i])]
+        y = y.drop(twins)
+    return variant_spread(y.to_numpy()) if len(y) else None
+
+# %% ../nbs/66_results.ipynb #03ab2996
+DIFFERENCES = ['dataset', 'preset', 'tag', 'reference', 'variant', 'score', 'metric', 'diff', 'lo', 'hi',
+               'seeds', 'reference_seeds', 'queries', 'people', 'var_seed', 'var_person', 'var_rest']
+
+def comparison_rows(a: VariantResults, b: VariantResults,   # variant, reference
+                    score: str,
+                    spreads: dict[str, Spread | None]       # by metric; None: of this difference alone
+                   ) -> list[dict[str, Any]]:               # one per metric, with the columns `DIFFERENCES`
+    "Compare a variant with its reference. Raises `UserError` where their queries differ."
     common = dict(dataset=a.dataset, preset=a.preset, tag=a.tag, reference=b.variant, variant=a.variant,
                   score=score, seeds=a.seeds, reference_seeds=b.seeds, queries=a.asked.shape[1])
     rows, people = [], a.asked[1]
     for m in METRICS:
-        diff, lo, hi = paired_bootstrap(a.values[m], b.values[m], n=draws, groups=people)
-        rows.append(common | dict(metric=m, diff=round(diff, 6), lo=round(lo, 6), hi=round(hi, 6)))
+        d = seed_differences(a, b, m)
+        if not len(d): continue                             # no seed that both have
+        e = estimate(d, people, spreads[m])
+        lo, hi = e.interval()
+        row = common | dict(metric=m, diff=e.diff, lo=lo, hi=hi, people=e.people)
+        if len(d) > 1:
+            components = mean_squares(person_values(d, people)).components
+            row |= dict(zip(('var_seed', 'var_person', 'var_rest'), components))
+        rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
     return rows
 
-# %% ../nbs/66_results.ipynb #bf637a0f
+# %% ../nbs/66_results.ipynb #3f99645f
 def differences(root: str | Path,        # folder of the runs
-                runs: pd.DataFrame,      # of `collect_runs`, one preset
-                draws: int = 2000        # bootstrap replicates
+                runs: pd.DataFrame       # of `collect_runs`, one preset
                ) -> pd.DataFrame:        # columns `DIFFERENCES`, in percentage points
     "Each variant against the reference of its tables, where both have runs. Raises `UserError`."
     groups = dict(list(runs.groupby(['dataset', 'tag', 'variant'])))
     compared = comparisons(set(runs['dataset']))
-    sides = dict.fromkeys((c.dataset, c.tag, v) for c in compared for v in (c.reference, c.variant))
+    sides = dict.fromkeys((c.dataset, tag, v) for c in compared for v, tag in c.sides)
+    places = dict.fromkeys((c.dataset, data_of(c.tag)) for c in compared)
+    towers = {d: dual_results(rows_where(runs, dataset=d)) for d in set(runs['dataset'])}
     rows = []
     for score in ('own', 'dual'):
         found = {side: variant_results(Path(root), groups[side], score) for side in sides if side in groups}
+        spreads = {(d, data): {m: run_spread(rows_where(runs, dataset=d), m, score, data) for m in METRICS}
+                   for d, data in places}
         for c in compared:
-            variant, reference = (found.get((c.dataset, c.tag, v)) for v in (c.variant, c.reference))
-            if variant and reference: rows += comparison_rows(variant, reference, score, draws)
+            variant, reference = (found.get((c.dataset, tag, v)) for v, tag in c.sides)
+            if not (variant and reference): continue
+            own = share_towers(*(towers[c.dataset][side] for side in c.sides))
+            spread = dict.fromkeys(METRICS) if own else spreads[c.dataset, data_of(c.tag)]
+            rows += comparison_rows(variant, reference, score, spread)
     return pd.DataFrame(rows, columns=DIFFERENCES)
 
 # %% ../nbs/66_results.ipynb #e1ec8178

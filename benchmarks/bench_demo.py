@@ -52,7 +52,7 @@ async def crowd(url, users, seconds, think):
 
 def serve(*arguments):
     "The page in a process of its own, and its address."
-    code = 'from bdam_repro.demo import main; main()'
+    code = 'from bdam_repro.demo import demo_main; demo_main()'
     p = subprocess.Popen([sys.executable, '-c', code, '--port', '0', *arguments], text=True,
                          stdout=subprocess.PIPE, env=os.environ | {'OMP_NUM_THREADS': '1'})
     return p, p.stdout.readline().split()[0]

@@ -1,10 +1,10 @@
 """What a GPU does with this repository: correctness first, then speed and memory, in order of worth.
 
-    python benchmarks/gpu.py [--minutes 4] [--sections correct,tiny,paper,...] [--out tables/benchmarks_gpu.csv]
+    python benchmarks/gpu.py [--minutes 4] [--sections correct,tiny,...] [--out tables/benchmarks_gpu.csv]
     python benchmarks/gpu.py --smoke            every section at toy sizes, on a CPU too
 
-Every figure is a row of the CSV, written as it is measured, so that a run that is cut off loses nothing. A section that
-fails prints why and the next one begins. Sections stop early when the minutes are used up.
+Every figure is a row of the CSV, written as it is measured, so that a run that is cut off loses nothing. A
+section that fails prints why and the next one begins. Sections stop early when the minutes are used up.
 """
 import argparse
 import csv
@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +28,10 @@ from tqdm import tqdm
 from bdam_repro.batches import Batch
 from bdam_repro.capture import StaticStep
 from bdam_repro.config import make_config
-from bdam_repro.fusion import mixer_layers
 from bdam_repro.evaluate import evaluate
+from bdam_repro.fusion import mixer_layers
 from bdam_repro.mamba import mamba_ssm_kernels
 from bdam_repro.model import build_model
-from bdam_repro.objective import batch_losses, forward
 from bdam_repro.run_data import load_data, run_tokenizer
 from bdam_repro.trainer import Trainer, run_batches, train_epoch
 
@@ -57,7 +57,8 @@ class Bench:
         row = (self.section, what, value, unit, batch, precision, self.name, torch.__version__, detail)
         with self.out.open('a', newline='') as f: csv.writer(f).writerow(row)
         at = time.perf_counter() - self.start
-        print(f'[{at:6.1f}] {self.section:8} {what:44} {value:>12g} {unit:10} {batch} {precision} {detail}', flush=True)
+        line = f'[{at:6.1f}] {self.section:8} {what:44} {value:>12g} {unit:10} {batch} {precision} {detail}'
+        print(line, flush=True)
 
     def left(self) -> float: return self.deadline - time.perf_counter()     # seconds
 
@@ -114,7 +115,8 @@ def correct(bench: Bench) -> None:
     "The GPU against the CPU: losses, gradients, steps; a recorded step against the same step unrecorded."
     c, dataset, tokenizer = tiny_setup(bench.folder, bench.smoke, gradnorm_every=3)
     cpu = torch.device('cpu')
-    trainers = {'CPU': tiny_trainer(c, dataset, tokenizer, cpu), 'GPU': tiny_trainer(c, dataset, tokenizer, bench.device)}
+    devices = {'CPU': cpu, 'GPU': bench.device}
+    trainers = {name: tiny_trainer(c, dataset, tokenizer, device) for name, device in devices.items()}
     batch, found = next(iter(trainers['CPU'].loader)), {}
     for name, trainer in trainers.items():
         terms = trainer.losses(batch.to(trainer.device))
@@ -138,13 +140,15 @@ def correct(bench: Bench) -> None:
         if name == 'graph': kept = trainer
     for name in ('eager', 'fixed shapes', 'graph'):
         detail = f'mean losses of {len(kept.loader)} steps'
-        bench.row(f'an epoch, GPU {name} against CPU', apart([losses[name]], [losses['CPU']]), 'relative', len(batch), detail=detail)
+        error = apart([losses[name]], [losses['CPU']])
+        bench.row(f'an epoch, GPU {name} against CPU', error, 'relative', len(batch), detail=detail)
     again = [p.detach().clone() for p in kept.model.parameters()]
     other = tiny_trainer(c, dataset, tokenizer, bench.device)
     other.static = other.static_step()
     if bench.cuda: other.static.capture()
     train_epoch(other, 0, tqdm(disable=True))
-    bench.row('weights of two equal recorded runs', apart(list(other.model.parameters()), again), 'relative', len(batch))
+    error = apart(list(other.model.parameters()), again)
+    bench.row('weights of two equal recorded runs', error, 'relative', len(batch))
 
 
 def graph_runs(setup, device, n: int, capture: bool) -> list[Trainer]:
@@ -211,7 +215,8 @@ def tiny(bench: Bench) -> None:
     for threads in (2,) if bench.smoke else (2, 4, 8):
         if bench.left() < 20: return
         runs += graph_runs(setup, bench.device, threads - len(runs), bench.cuda)
-        bench.row(f'recorded, {threads} runs in threads', at_once(runs, 1 if bench.smoke else 3), 'images/s', n)
+        speed = at_once(runs, 1 if bench.smoke else 3)
+        bench.row(f'recorded, {threads} runs in threads', speed, 'images/s', n)
 
 
 def tiny_process(folder: Path, smoke: bool, ready, results) -> None:
@@ -254,9 +259,10 @@ TOY = dict(hidden=32, layers=2, heads=2)
 def paper_config(smoke: bool, **options):
     "The `paper` preset with random weights of the real sizes."
     size = TOY if smoke else BASE
-    small = dict(image_height=32, image_width=32, dim=32, bdam_depth=2, bdam_heads=2, fusion_dim=16) if smoke else {}
-    own = dict(vision={'type': 'vit', 'patch': 16, **size}, text={'type': 'bert', **size}, graph='off', workers=0,
-               vocab_size=30522)
+    toy = dict(image_height=32, image_width=32, dim=32, bdam_depth=2, bdam_heads=2, fusion_dim=16)
+    small = toy if smoke else {}
+    towers = dict(vision={'type': 'vit', 'patch': 16, **size}, text={'type': 'bert', **size})
+    own = dict(towers, graph='off', workers=0, vocab_size=30522)
     return make_config('synth', 'paper', **(own | small | options))
 
 
@@ -329,27 +335,28 @@ def step_flops(trainer: Trainer, batch: Batch) -> float:
 
 
 def paper(bench: Bench) -> None:
-    "The `paper` preset: images/s, memory, share of the matrix rate; what our parts cost over the bare towers."
+    "The `paper` preset: speed, memory, share of the matrix rate; what our parts cost over the bare towers."
     rate, precision = ceiling(bench), 'bfloat16'
     repeats = 2 if bench.smoke else 6
-    flops = None
-    for n in (8,) if bench.smoke else (64, 128, 256):
+    sizes, times, flops = (8,) if bench.smoke else (64, 128, 256), {}, None
+    for n in sizes:
         if bench.left() < 20: return
         trainer, batch = paper_trainer(bench, n, amp='bf16')
+        step = partial(trainer.train_step, batch)
         try:
             if flops is None: flops = step_flops(trainer, batch)/n
-            memory = bench.peak(lambda: trainer.train_step(batch))
-            t = bench.seconds(lambda: trainer.train_step(batch), repeats, 1)
+            memory = bench.peak(step)
+            times[n] = bench.seconds(step, repeats, 1)
         except torch.cuda.OutOfMemoryError:
             bench.row('full: out of memory', n, 'images', n, precision)
             continue
-        finally: del trainer
-        bench.row('full', n/t, 'images/s', n, precision)
+        finally: del trainer, step
+        share, detail = 100*flops*n/times[n]/rate, f'{flops/1e9:.0f} GFLOP/image'
+        bench.row('full', n/times[n], 'images/s', n, precision)
         bench.row('full: peak memory', memory, 'GiB', n, precision)
-        bench.row('full: MFU against the matrix product', 100*flops*n/t/rate, '%', n, precision, f'{flops/1e9:.0f} GFLOP/image')
-        if n in (8, 64): full = t
+        bench.row('full: MFU against the matrix product', share, '%', n, precision, detail)
         if bench.cuda: torch.cuda.empty_cache()
-    for n in (8,) if bench.smoke else (64, 128, 256):
+    for n in sizes:
         if bench.left() < 20: return
         trainer, batch = paper_trainer(bench, n, amp='bf16')
         try:
@@ -363,21 +370,22 @@ def paper(bench: Bench) -> None:
         bench.row('full, recorded: MFU', 100*flops*n/t/rate, '%', n, precision)
         del step
         if bench.cuda: torch.cuda.empty_cache()
-    n = 8 if bench.smoke else 64
+    n = sizes[0]
+    bare = dict(balance='fixed', c_triplet=0.)
     others = {'full, task weights fixed': dict(balance='fixed'),
-              'bare towers, the same texts': dict(variant='baseline_described', balance='fixed', c_triplet=0.),
-              'bare towers, captions alone': dict(variant='baseline', balance='fixed', c_triplet=0.),
+              'bare towers, the same texts': dict(variant='baseline_described', **bare),
+              'bare towers, captions alone': dict(variant='baseline', **bare),
               'full, grad_checkpoint': dict(grad_checkpoint=True),
               'full, float32': dict(amp='off')}
     for name, options in others.items():
         if bench.left() < 12: return
         trainer, batch = paper_trainer(bench, n, **dict(amp='bf16') | options)
-        memory = bench.peak(lambda t=trainer: t.train_step(batch))
-        t = bench.seconds(lambda tr=trainer: tr.train_step(batch), repeats, 1)
+        step = partial(trainer.train_step, batch)
+        memory, t = bench.peak(step), bench.seconds(step, repeats, 1)
         used = 'float32' if 'float32' in name else precision
-        bench.row(name, n/t, 'images/s', n, used, f'{t/full:.3f} of the time of full')
+        bench.row(name, n/t, 'images/s', n, used, f'{t/times[n]:.3f} of the time of full')
         bench.row(f'{name}: peak memory', memory, 'GiB', n, used)
-        del trainer
+        del trainer, step
         if bench.cuda: torch.cuda.empty_cache()
 
 
@@ -394,7 +402,8 @@ def compiled(bench: Bench) -> None:
     bench.wait()
     bench.row('to compile both encoders', time.perf_counter() - start, 's', n, 'bfloat16')
     t = bench.seconds(lambda: trainer.train_step(batch), 6, 2)
-    bench.row('full, encoders compiled', n/t, 'images/s', n, 'bfloat16', f'{plain/t:.2f} times the plain speed')
+    detail = f'{plain/t:.2f} times the plain speed'
+    bench.row('full, encoders compiled', n/t, 'images/s', n, 'bfloat16', detail)
 
 
 # ---- Mamba
@@ -426,7 +435,8 @@ def mamba(bench: Bench) -> None:
     for name in layers:
         a, b = lengths[-2:] if bench.smoke else (1024, 16384)
         slope = torch.tensor(times[name, b]/times[name, a]).log()/torch.tensor(b/a).log()
-        bench.row(f'{name}: exponent of time in length', float(slope), '', 8, 'bfloat16', f'{a} to {b} tokens')
+        detail = f'{a} to {b} tokens'
+        bench.row(f'{name}: exponent of time in length', float(slope), '', 8, 'bfloat16', detail)
 
 
 SECTIONS = dict(correct=correct, tiny=tiny, paper=paper, mamba=mamba, processes=processes, compiled=compiled)
@@ -439,7 +449,8 @@ def main():
     p.add_argument('--out', type=Path, default=Path('tables/benchmarks_gpu.csv'))
     p.add_argument('--smoke', action='store_true')
     a = p.parse_args()
-    if unknown := set(a.sections.split(',')) - set(SECTIONS): p.error(f'no section {min(unknown)}: {", ".join(SECTIONS)}')
+    if unknown := set(a.sections.split(',')) - set(SECTIONS):
+        p.error(f'no section {min(unknown)}: {", ".join(SECTIONS)}')
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True, warn_only=True)       # as a run does
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from bdam_repro import ceiling, files, findings, probes, protocol, readings, report, results
 from bdam_repro.archive import keep_runs, restore_runs
-from bdam_repro.claims import ALL_CLAIMS
+from bdam_repro.claims import ALL_CLAIMS, METRIC_NAMES
 from bdam_repro.config import Config, UserError, make_config, run_dir
+from bdam_repro.deciding import CONTRASTS, MEASURES
 from bdam_repro.grid import (
     CLOTHES,
     DATA,
@@ -30,38 +31,40 @@ from bdam_repro.results import ArtifactParameters, collect_runs, own_options
 from bdam_repro.testing import demo_run
 
 CKA = ('full', 'hsic_kernel=cka')
-VERDICTS = {'', 'default', 'better', 'worse', 'open', 'for', 'against', 'invalid', 'same epoch', 'holds',
-            'does not', 'not shown', findings.NOT_RUN, findings.NOT_HERE, findings.NO_OPTION}
+VERDICTS = {'', 'default', 'better', 'worse', *findings.JUDGED, findings.ONE_SEED, 'invalid', 'same epoch',
+            'holds', 'does not', findings.NOT_RUN, findings.NOT_HERE, findings.NO_OPTION}
 
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    "Three small runs, audited."
+    "Three small runs of two seeds, audited."
     folder = tmp_path_factory.mktemp('audit')
-    p = findings.demo_audit(folder, (findings.FULL, findings.BASELINE, CKA))
-    return p, *report.write_audit(p, draws=60)
+    p = findings.demo_audit(folder, (findings.FULL, findings.BASELINE, CKA), seeds=(0, 1))
+    return p, *report.write_audit(p)
 
 
 @pytest.fixture
 def drawn(tmp_path):
-    "Run folders whose results a test sets."
-    for variant, tag in (findings.FULL, findings.BASELINE, CKA):
-        c = make_config('synth', 'smoke', variant, tag=tag or None, **layout_options('smoke', tag))
-        demo_run(run_dir(c, tmp_path/'runs'), c)
+    "Run folders of two seeds whose results a test sets."
+    for seed in (0, 1):
+        for variant, tag in (findings.FULL, findings.BASELINE, CKA):
+            of_tag = layout_options('smoke', tag)
+            c = make_config('synth', 'smoke', variant, seed=seed, tag=tag or None, **of_tag)
+            demo_run(run_dir(c, tmp_path/'runs'), c)
     places = {k: str(tmp_path/k) for k in ('runs', 'tables')}
     return ArtifactParameters(preset='smoke', **places, data_root=str(tmp_path/'data'))
 
 
 def change_results(p, side, change):
     "Every query's result of a drawn run goes through `change`."
-    path = p.runs_path/'synth'/'smoke'/findings.side_name(side)/'seed0'/'features.safetensors'
-    t = load_file(path)
-    changed = {k: np.ascontiguousarray(change(v)) for k, v in t.items() if k.endswith(('.R1', '.AP'))}
-    save_file(t | changed, path)
+    for path in (p.runs_path/'synth'/'smoke'/findings.side_name(side)).glob('seed*/features.safetensors'):
+        t = load_file(path)
+        changed = {k: np.ascontiguousarray(change(v)) for k, v in t.items() if k.endswith(('.R1', '.AP'))}
+        save_file(t | changed, path)
 
 
 def verdicts(p):
-    e, r = findings.gather(p, draws=60), next(r for r in READINGS if r.options == dict(hsic_kernel='cka'))
+    e, r = findings.gather(p), next(r for r in READINGS if r.options == dict(hsic_kernel='cka'))
     return {f.metric: f.verdict for f in readings.reading_findings(e, r)}
 
 
@@ -70,11 +73,11 @@ def verdicts(p):
 def test_every_point_and_every_claim_is_there(made):
     _, t, _ = made
     assert list(t.columns) == [*findings.FINDING_COLUMNS, 'decides']
-    assert set(t['part']) == set('abcde') and set(t['verdict']) <= VERDICTS
+    assert set(t['part']) == set('abcdef') and set(t['verdict']) <= VERDICTS
     assert {p.n for p in OPEN_POINTS} == {int(i) for i in t[t['part'].isin(['a', 'c', 'e'])]['item']}
     claims = t[(t['part'] == 'b') & (t['reading'] == '')]
     assert list(claims['item']) == [c.id for c in ALL_CLAIMS]
-    known = {'holds', 'does not', findings.NOT_SHOWN, findings.NOT_RUN, findings.NOT_HERE}
+    known = {'holds', 'does not', *findings.JUDGED[2:], findings.NOT_RUN, findings.NOT_HERE}
     assert set(claims['verdict']) <= known
 
 
@@ -103,17 +106,57 @@ def test_no_verdict_hangs_on_the_wording_of_a_rule():
 
 def test_intervals_and_verdicts_agree(made):
     _, t, _ = made
-    for r in t[t['verdict'].isin(['better', 'worse', 'open', 'for', 'against'])].itertuples():
-        if np.isnan(r.diff): continue
-        bound = float(m[1]) if (m := re.search(r'below (-?[\d.]+)$', r.rule)) and r.part == 'b' else 0.
+    judged = t[t['verdict'].isin(['better', 'worse', *findings.JUDGED]) & t['diff'].notna()]
+    assert len(judged) > 20
+    for r in judged.itertuples():
+        bound = float(m[1]) if (m := re.search(r'below (-?[\d.]+)(,|$)', r.rule)) and r.part == 'b' else 0.
+        margin = float(m[1]) if (m := re.search(r'±([\d.]+)', r.rule)) else np.nan
         verdict = {'better': 'for', 'worse': 'against'}.get(r.verdict, r.verdict)
-        assert verdict == findings.judge_interval(r.lo, r.hi, bound), r
+        assert verdict == findings.judge_interval(r.lo, r.hi, bound, margin), r
         assert r.lo <= r.diff + 1e-3 and r.diff <= r.hi + 1e-3
+        if r.decides and r.p == r.p: assert (r.verdict == findings.TOO_NOISY) == (r.p > 1 - r.level/100), r
+
+
+def test_deciding_findings_are_those_that_were_fixed_beforehand(made):
+    _, t, _ = made
+    decided = t[t['decides']]
+    contrasts = {(c.claim, f'{findings.side_name(c.better)} − {findings.side_name(c.worse)}',
+                  METRIC_NAMES[c.score, c.metric]) for c in CONTRASTS if c.share == 1}
+    found = set(decided[['item', 'reading', 'metric']].itertuples(index=False, name=None))
+    assert contrasts <= found
+    others = {(item, metric) for item, reading, metric in found if (item, reading, metric) not in contrasts}
+    fixed = {(claim, metric) for claim, metrics in MEASURES.items() for metric in metrics}
+    assert others - fixed == {('infonce', readings.HEAD)}
+
+
+def test_one_seed_gets_a_number_and_no_verdict(made, tmp_path):
+    p, _, _ = made
+    shutil.copytree(p.runs_path, tmp_path/'runs')
+    shutil.rmtree(tmp_path/'runs/synth/smoke/full-hsic_kernel=cka/seed1')
+    e = findings.gather(p.model_copy(update=dict(runs=str(tmp_path/'runs'))))
+    r = next(r for r in READINGS if r.options == dict(hsic_kernel='cka'))
+    one = next(f for f in readings.reading_findings(e, r) if f.metric == readings.HEAD)
+    assert one.verdict == findings.ONE_SEED and np.isnan([one.lo, one.hi]).all() and one.seeds == '0 | 0'
+    mine, other = (findings.seed_query_values(e, side, seeds=[0])[0].mean() for side in (CKA, findings.FULL))
+    assert one.diff == pytest.approx(mine - other)          # of the seed that both have
+
+
+def test_runs_of_one_objective_are_the_noise_floor(tmp_path):
+    for seed in (0, 1):
+        for variant in ('baseline', 'fusion', 'fusion_no_mamba', 'bdam'):
+            c = make_config('synth', 'smoke', variant, seed=seed)
+            demo_run(run_dir(c, tmp_path/'runs'), c)
+    places = {k: str(tmp_path/k) for k in ('runs', 'tables')}
+    e = findings.gather(ArtifactParameters(preset='smoke', **places, data_root=str(tmp_path/'data')))
+    names = {tuple(sorted(side[0] for side in pair)) for pair in protocol.null_pairs(e)}
+    assert names == {('baseline', 'fusion'), ('baseline', 'fusion_no_mamba'), ('fusion', 'fusion_no_mamba')}
+    whole, *pairs = protocol.noise_floor(e)
+    assert len(pairs) == 3 and whole.hi == max(f.value for f in pairs) and 'of 3 pairs' in whole.rule
 
 
 def test_what_was_not_run_has_no_difference(made):
     _, t, _ = made
-    missing = t[t['verdict'] == findings.NOT_RUN]
+    missing = t[(t['verdict'] == findings.NOT_RUN) & (t['part'] != 'f')]
     assert len(missing) > 100 and missing[missing['reading'] != ''][['diff', 'lo', 'hi']].isna().all(None)
     row = t[(t['item'] == 'bdam') & (t['reading'] != '')].iloc[0]
     assert row['evidence'] == 'no finished run of bdam' and np.isnan(row['value'])
@@ -131,13 +174,13 @@ def test_every_path_is_a_run_and_every_mean_is_that_of_runs(made):
     for metric, column in ((readings.HEAD, 'R1'), ('mAP', 'mAP'), ('val R-1', 'val_R1')):
         of_cka = t['evidence'].str.startswith('synth/smoke/full-hsic')
         for r in t[of_cka & (t['part'] == 'a') & (t['metric'] == metric)].itertuples():
-            assert r.value == pytest.approx(own.loc[CKA, column], abs=1e-3)
+            assert r.value == pytest.approx(own.loc[CKA, column].mean(), abs=1e-3)
 
 
 def test_markdown_reads_alone(made):
     p, _, files = made
     text = files[1].read_text()
-    heads = [f'## {x}.' for x in 'abcde']
+    heads = [f'## {x}.' for x in 'abcdef']
     said = ['SynthPEDES', 'preset smoke', 'no reproduction', 'Seeds: 0', 'Code ', '(invalid)', *heads]
     assert [part for part in said if part not in text] == []
     for c in ALL_CLAIMS: assert f'| {c.id} | {c.where} |' in text
@@ -150,7 +193,7 @@ def test_markdown_reads_alone(made):
 def test_same_runs_same_bytes_and_no_litter(made):
     p, _, files = made
     before = [f.read_bytes() for f in files]
-    assert [f.read_bytes() for f in report.write_audit(p, draws=60)[1]] == before
+    assert [f.read_bytes() for f in report.write_audit(p)[1]] == before
     assert {f.name for f in p.tables_path.iterdir()} == {'audit.csv', 'audit.md'}
     back = pd.read_csv(files[0], keep_default_na=False, na_values={c: [''] for c in findings.NUMBERS})
     assert list(back.columns) == findings.FINDING_COLUMNS and len(back) == before[0].count(b'\n') - 1
@@ -174,25 +217,26 @@ def test_pictures(made):
 # ---- readings
 
 @pytest.mark.parametrize('change, says', [
-    (lambda v: v*0 + 1, 'better'), (lambda v: v*0, 'worse'), (lambda v: v, 'open')])
+    (lambda v: v*0 + 1, {'better'}), (lambda v: v*0, {'worse'}), (lambda v: v, {'negligible', 'too noisy'}),
+    (lambda v: v*0 + (np.arange(len(v)) < len(v)//2), {'too noisy'})])
 def test_a_reading_is_judged_by_its_queries(drawn, change, says):
     change_results(drawn, findings.FULL, lambda v: v*0 + np.arange(len(v)) % 2)
     change_results(drawn, CKA, lambda v: change(v*0 + np.arange(len(v)) % 2))
-    assert {verdicts(drawn)[m] for m in (readings.HEAD, 'mAP', 'dual R-1')} == {says}
+    assert {verdicts(drawn)[m] for m in (readings.HEAD, 'mAP', 'dual R-1')} <= says
 
 
 def test_other_queries_are_refused(drawn):
-    path = drawn.runs_path/'synth/smoke/full-hsic_kernel=cka/seed0/features.safetensors'
-    t = load_file(path)
-    save_file(t | dict(q_rows=t['q_rows'] + 1), path)
+    for path in (drawn.runs_path/'synth/smoke/full-hsic_kernel=cka').glob('seed*/features.safetensors'):
+        t = load_file(path)
+        save_file(t | dict(q_rows=t['q_rows'] + 1), path)
     with pytest.raises(UserError, match='other queries'): verdicts(drawn)
 
 
 def test_a_run_with_other_options_is_left_out_and_named(drawn):
-    path = drawn.runs_path/'synth/smoke/full-hsic_kernel=cka/seed0/config.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(margin=.9)))
+    for path in (drawn.runs_path/'synth/smoke/full-hsic_kernel=cka').glob('seed*/config.json'):
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(margin=.9)))
     e = findings.gather(drawn)
-    assert e.left_out == ['synth/smoke/full-hsic_kernel=cka/seed0']
+    assert e.left_out == [f'synth/smoke/full-hsic_kernel=cka/seed{s}' for s in (0, 1)]
     assert set(verdicts(drawn).values()) == {findings.NOT_RUN}
     not_run = [findings.Finding('b', c.id, '', verdict=findings.NOT_RUN) for c in ALL_CLAIMS]
     empty = findings.findings_frame(not_run)
@@ -218,6 +262,7 @@ def test_nothing_to_look_at(tmp_path):
 
 
 def test_test_metrics_in_the_history_are_used(drawn):
+    for second in list(drawn.runs_path.glob('*/*/*/seed1')): shutil.rmtree(second)
     folder = drawn.runs_path/'synth/smoke/full/seed0'
     h = pd.DataFrame(dict(epoch=[1, 2, 3], val_fused_R1=[4., 6., 5.], val_fused_mAP=[4., 5., 6.],
                           val_fused_R5=[9., 8., 9.], val_fused_R10=[9., 9., 9.]))
@@ -234,7 +279,6 @@ def test_test_metrics_in_the_history_are_used(drawn):
     e = findings.gather(drawn)
     assert gain(e)['the best epoch on test'] == (3, '')
     assert next(f for f in readings.selection_readings(e) if f.reading == 'mAP').diff == 3
-    assert gain(e)['the best seed on test'][1] == findings.NOT_RUN
 
 
 def test_choosing_a_reading_on_test_gains_what_validation_would_not_choose(drawn):
@@ -284,11 +328,12 @@ def test_tags_and_folders_are_distinct():
 
 def test_settling():
     rows = lambda *v: [findings.Finding('b', 'claim', 'x', verdict=x, decides=True) for x in v]
-    kinds = ('for', 'against', 'open', findings.NOT_RUN)
+    kinds = ('for', *findings.JUDGED[1:], findings.NOT_RUN)
     for n in (1, 2, 3):
         for v in combinations(kinds, n):
             if 'against' in v: want = 'does not'
-            elif 'open' in v: want = findings.NOT_SHOWN
+            elif findings.NEGLIGIBLE in v: want = findings.NEGLIGIBLE
+            elif findings.TOO_NOISY in v: want = findings.TOO_NOISY
             else: want = findings.NOT_RUN if findings.NOT_RUN in v else 'holds'
             assert findings.claim_verdict(rows(*v)) == want
 
@@ -341,11 +386,11 @@ def test_an_audit_without_models_or_large_features_is_the_same(made, tmp_path):
     keep_runs(p.runs_path, runs, tmp_path/'tables')
     options = {(r.variant, r.tag): dict(variant=r.variant, tag=r.tag, **layout_options('smoke', r.tag))
                for r in runs.itertuples()}
-    cs = [make_config('synth', 'smoke', epochs=1, **o) for o in options.values()]
-    assert len(restore_runs(tmp_path/'runs', tmp_path/'tables', cs)) == 3
+    cs = [make_config('synth', 'smoke', epochs=1, seed=s, **o) for o in options.values() for s in (0, 1)]
+    assert len(restore_runs(tmp_path/'runs', tmp_path/'tables', cs)) == 6
     shutil.copy(p.runs_path/'synth/smoke/costs.csv', tmp_path/'runs/synth/smoke')
     places = dict(runs=str(tmp_path/'runs'), tables=str(tmp_path/'audit'))
-    again, _ = report.write_audit(p.model_copy(update=places), draws=60)
+    again, _ = report.write_audit(p.model_copy(update=places))
     pd.testing.assert_frame_equal(again, t)
 
 
@@ -355,7 +400,8 @@ def test_a_run_that_was_never_looked_at_is_left_out(made, tmp_path):
     folder = tmp_path/'runs/synth/smoke/full/seed0'
     (folder/findings.MODEL).unlink()
     for f in folder.glob('look-*'): f.unlink()
-    e = findings.gather(p.model_copy(update=dict(runs=str(tmp_path/'runs'))), draws=20)
+    shutil.rmtree(folder.with_name('seed1'))
+    e = findings.gather(p.model_copy(update=dict(runs=str(tmp_path/'runs'))))
     not_run, = protocol.score_findings(e)
     assert (not_run.verdict, not_run.evidence) == (findings.NOT_RUN, 'no run of full has its model')
     deciding = [f for f in probes.robust_claim(e) if f.decides]

@@ -155,8 +155,9 @@ def test_several_mistakes_are_all_named():
 def test_a_config_is_frozen_and_shares_nothing_with_its_preset():
     c = make_config()
     with pytest.raises(ValueError): c.epochs = 3
-    c.vision['hidden'] = 7
-    assert PRESETS['tiny']['vision']['hidden'] == make_config().vision['hidden'] == 96
+    small = make_config(preset='smoke')
+    small.vision['hidden'] = 7
+    assert PRESETS['smoke']['vision']['hidden'] == make_config(preset='smoke').vision['hidden'] == 32
 
 
 # --- the hash -----------------------------------------------------------------------------------------------

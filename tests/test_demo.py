@@ -41,7 +41,7 @@ def home(tmp_path_factory):
 
 def start(home, *arguments):
     env = os.environ | {'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', 'BDAM_ROOT': str(home)}
-    code = 'from bdam_repro.demo import main; main()'
+    code = 'from bdam_repro.demo import demo_main; demo_main()'
     return subprocess.Popen([sys.executable, '-c', code, '--port', '0', *map(str, arguments)], env=env,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

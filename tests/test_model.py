@@ -31,6 +31,9 @@ CLIP = dict(vision={'type': 'clip', 'hidden': 32, 'layers': 2, 'heads': 2, 'patc
             text={'type': 'clip', 'hidden': 32, 'layers': 2, 'heads': 2})
 READINGS = {'pooled': {}, 'tokens': dict(fusion_input='tokens'), 'cosine': dict(fusion_loss='infonce'),
             'transformer': dict(fusion_input='tokens', fusion_kind='transformer'),
+            'cross': dict(fusion_input='tokens', fusion_kind='cross'), 'product': dict(fusion_kind='product'),
+            'both ways': dict(fusion_input='tokens', fusion_order='text', fusion_scan='both', fusion_read='second'),
+            'encoder': dict(image_feature='encoder'), 'before the gate': dict(image_feature='pooled'),
             'mean': dict(text_pool='mean'), 'clip': CLIP}
 
 
@@ -117,7 +120,7 @@ def test_scores_take_a_text_and_an_image_and_nothing_else():
     class Sneaky(TextFeatures): "A subclass could carry an image along."
     with pytest.raises(TypeError, match='Sneaky'): dual(Sneaky(q.t, q.words, q.mask), g)
     assert {f.name for f in fields(TextFeatures)} == {'t', 'words', 'mask'}
-    assert {f.name for f in fields(ImageFeatures)} == {'f_id', 'f_clo', 'hat_clo', 'g', 'patches'}
+    assert {f.name for f in fields(ImageFeatures)} == {'f_id', 'f_clo', 'hat_clo', 'g', 'patches', 'v'}
 
 
 @pytest.mark.parametrize('reading', READINGS)

@@ -1,12 +1,13 @@
 """The runs of the tables, or of a list, on one GPU: several worker processes, each with its data in memory.
 
-    python workflow/gpu_grid.py --seeds 0,1,2 --processes 8                       # what `make paper` trains, in its order
+    python workflow/gpu_grid.py --seeds 0,1,2 --processes 8         # what `make paper` trains, in its order
     python workflow/gpu_grid.py --variants full,baseline --seeds 0-9 --minutes 15
-    python workflow/gpu_grid.py --list runs.jsonl --pack out/                     # one run per line, as JSON
+    python workflow/gpu_grid.py --list runs.jsonl --pack out/       # one run per line, as JSON
 
-Runs that are complete are passed over, so the same command goes on after a break. `--minutes` begins no run that would
-end too late. With `--pack` what the tables and figures read of each finished run is copied into zip files of at most 15 MiB,
-every 20 seconds; unzip them in the folder of the runs. If a CUDA MPS server runs already, the processes share the card through it.
+Complete runs are passed over, so the same command goes on after a break. `--minutes` begins no run that would
+end too late. With `--pack`, what the tables and figures read of each finished run is copied into zip files of
+at most 15 MiB, every 20 seconds; unzip them in the folder of the runs. If a CUDA MPS server runs already, the
+processes share the card through it.
 """
 import argparse
 import multiprocessing
@@ -19,7 +20,7 @@ from pathlib import Path
 from bdam_repro.archive import SMALL_FILES, WITH_FEATURES, query_results
 from bdam_repro.config import UserError, atomic_path, make_config, run_dir
 from bdam_repro.grid import audit_grid, grid
-from bdam_repro.many import read_runs, train_many
+from bdam_repro.many import read_run_list, train_many
 from bdam_repro.run_data import load_data
 from bdam_repro.runs import finished
 
@@ -82,11 +83,11 @@ def main():
     p.add_argument('--threads', type=int, default=1, help='runs at once in each process')
     p.add_argument('--minutes', type=float, default=float('inf'), help='begin no run that would end later')
     p.add_argument('--pack', type=Path, help='folder for zip files of finished runs')
-    p.add_argument('--options', default='', help='of every run, as name=value separated by commas: data_root=data')
+    p.add_argument('--options', default='', help='of every run, as name=value separated by commas')
     a = p.parse_args()
     options = dict(pair.split('=', 1) for pair in a.options.split(',') if pair)
     start = time.perf_counter()
-    if a.list: configs = read_runs(a.list, **options)
+    if a.list: configs = read_run_list(a.list, **options)
     else:
         given = dict(dataset=a.dataset, preset=a.preset, seeds=a.seeds, **options)
         configs = grid(layouts=a.layouts, variants=[v for v in a.variants.split(',') if v], **given)
@@ -99,7 +100,7 @@ def main():
     usual = make_config(a.dataset, a.preset, **options)
     writer = context.Process(target=write_descriptions, args=(usual, sorted(made)))
     if own:
-        load_data(usual, progress=False)                # drawn here; two that draw would be in each other's way
+        load_data(usual, progress=False)                # drawn before the writer starts, which would draw too
         writer.start()
     for part in (rest, own):
         left = 60*a.minutes - (time.perf_counter() - start)

@@ -2,6 +2,7 @@
 #   DATASET=cuhk PRESET=paper     real data          SEEDS=0,1,2,3,4    other seeds
 #   PROFILE=slurm                 a cluster          JOBS=2             jobs at once (on a cluster: in the queue)
 #   CONFIG="variants=[full,sdm]"  any value of workflow/config.yaml
+#   make paper-gpu JOBS=8   the training runs on one GPU, JOBS at once, before `make paper` makes the rest
 #   ARGS="..."                    anything else that snakemake understands
 DATASET ?= synth
 PRESET  ?=
@@ -18,7 +19,7 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 ONE_PAPER = mkdir -p runs && flock -n runs/.paper.lock sh -c '"$$@" --unlock >/dev/null 2>&1; exec "$$@"' paper
 OR_SAY = || { echo 'not done: where another make paper is running, wait for it; else start again, it goes on where it stopped'; exit 1; }
 
-.PHONY: paper paper-quick paper-plan paper-graph
+.PHONY: paper paper-quick paper-plan paper-graph paper-gpu
 
 paper: $(STAMP)
 	@$(ONE_PAPER) $(SNAKEMAKE) $(PAPER_CONFIG) $(ARGS) $(OR_SAY)
@@ -31,3 +32,6 @@ paper-plan: $(STAMP)
 
 paper-graph: $(STAMP)
 	@$(SNAKEMAKE) $(PAPER_CONFIG) --rulegraph --quiet all 2>/dev/null | $(BIN)/python workflow/graph.py workflow/graph.png
+
+paper-gpu: $(STAMP)
+	$(BIN)/python workflow/gpu_grid.py --dataset $(DATASET) $(if $(PRESET),--preset $(PRESET)) --seeds $(SEEDS) $(if $(JOBS),--processes $(JOBS)) $(ARGS)

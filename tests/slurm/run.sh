@@ -1,5 +1,6 @@
 #!/bin/bash
 # A small grid through a real single-node SLURM, which this script starts and stops, and the same grid on this machine: the numbers must be equal.
+# Before it, one run in two tasks of a job, and the same run in one process: the losses must agree to rounding.
 # Not part of `make test`. Needs root, Debian's slurm-wlm and munge, and snakemake-executor-plugin-slurm in the virtual environment:
 #   apt-get install slurm-wlm munge && .venv/bin/pip install 'snakemake-executor-plugin-slurm>=2,<3' && tests/slurm/run.sh
 set -euo pipefail
@@ -62,6 +63,22 @@ slurmd -D -f "$scratch/slurm.conf" >"$scratch/log/d.out" 2>&1 & pids+=($!)
 for _ in $(seq 100); do [ "$(sinfo -h -o %t 2>/dev/null)" = idle ] && break; sleep .3; done
 [ "$(sinfo -h -o %t)" = idle ] || { echo 'the node did not come up'; tail -n 5 "$scratch"/log/*; exit 1; }
 sinfo
+
+# ---- a run in two tasks
+run() {   # tag, then the command that starts it
+    local tag=$1; shift
+    (cd "$scratch" && BDAM_ROOT=$scratch OMP_NUM_THREADS=1 "$@" "$bin/python" -m bdam_repro.runs -p preset smoke -p epochs 1 -p device cpu -p tag "$tag")
+}
+echo 'one process'; run one env
+echo 'two tasks'; run two srun --ntasks=2 --cpus-per-task=1 --kill-on-bad-exit=1
+"$bin/python" - "$scratch/runs/synth/smoke" <<'PY'
+import sys
+import pandas as pd
+one, two = (pd.read_csv(f'{sys.argv[1]}/full-{tag}/seed0/history.csv').filter(regex='^loss_|^w_|^lr') for tag in ('one', 'two'))
+worst = (one - two).abs().max().max()
+assert 0 < worst < 1e-4, worst
+print(f'losses, task weights and learning rate of two tasks and of one process differ by {worst:.0e} at most')
+PY
 
 # ---- the same grid twice
 export PYTHONWARNINGS=ignore

@@ -1,0 +1,64 @@
+"""What only a GPU can show: it agrees with the CPU, and recorded steps with steps one by one"""
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from bdam_repro.config import make_config
+from bdam_repro.model import build_model
+from bdam_repro.run_data import load_data, run_tokenizer
+from bdam_repro.trainer import Trainer, run_batches, train_epoch
+
+cuda = pytest.mark.cuda
+pytestmark = [cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    c = make_config(preset='smoke', data_root=str(root), amp='off', gradnorm_every=3, epochs=5)
+    dataset = load_data(c, progress=False)
+    return c, dataset, run_tokenizer(c, dataset, root/'tokenizer')
+
+
+def trainer_on(device, data, **options):
+    c, dataset, tokenizer = data
+    c = c.model_copy(update=options)
+    torch.manual_seed(0)
+    model = build_model(c, len(tokenizer))
+    return Trainer(c, model, run_batches(c, dataset, tokenizer), torch.device(device))
+
+
+def same_epochs(a, b, epochs: int):
+    for epoch in range(epochs):
+        x, y = (train_epoch(t, epoch, tqdm(disable=True)) for t in (a, b))
+        for name in x.keys() - {'images_per_s', 'wait_share'}: assert y[name] == pytest.approx(x[name], rel=1e-3)
+
+
+def test_losses_and_gradients_of_the_cpu(data):
+    found = {}
+    for device in ('cpu', 'cuda'):
+        trainer = trainer_on(device, data)
+        terms = trainer.losses(next(iter(trainer.loader)).to(device))
+        sum(terms.values()).backward()
+        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        found[device] = [torch.stack(list(terms.values())).cpu(), torch.cat([g.flatten().cpu() for g in grads])]
+    for a, b in zip(*found.values(), strict=True): assert (a - b).norm() < 1e-3*b.norm()
+
+
+def test_recorded_steps_are_those_of_the_cpu(data):
+    recorded = trainer_on('cuda', data, graph='on')
+    same_epochs(trainer_on('cpu', data), recorded, 2)
+    assert set(recorded.static.graphs) == {'forward', 'measure', 'backward'}
+
+
+def test_two_recorded_runs_are_equal_to_the_bit(data):
+    a, b = (trainer_on('cuda', data, graph='on') for _ in range(2))
+    for trainer in (a, b): train_epoch(trainer, 0, tqdm(disable=True))
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True): assert torch.equal(p, q)
+
+
+def test_what_cannot_be_recorded_trains_step_by_step(data):
+    trainer = trainer_on('cuda', data, graph='on', mining='random')
+    train_epoch(trainer, 0, tqdm(disable=True))
+    assert trainer.static is None
