@@ -23,14 +23,14 @@ from .config import PRESETS, UserError, Config, config_hash, make_config, run_di
 from .paper import table as printed_table
 from .factorial import loss_runs
 
-# %% ../nbs/65_grid.ipynb #3236cf5c
+# %% ../nbs/65_grid.ipynb #f0092b1d
 REFERENCE = {1: 'bdam', 2: 'fusion', 3: 'full', 4: 'full', 5: 'full'}    # table -> what the paper proposes
 RIVALS = {'full': 'Full model',                                            # Table 5: variant -> its row
           'baseline': 'Baseline (dual InfoNCE)',
           'baseline_described': 'Baseline (dual InfoNCE, identity texts too)',
           'sdm': 'Baseline (SDM)',
           'tal': 'Baseline (TAL)'}
-EXTRA_ROWS = {3: [('Matching and Eq. 1', 'clothing=both'),                 # table -> rows of `full` with a tag
+EXTRA_ROWS = {3: [('Matching and Eq. 1', 'clothing=both'),                # table -> rows of `full` with a tag
                   ('Eq. 1, w/o Matching', 'clothing=literal')]}
 LAYOUT_TAGS = {'': 'cuhk', 'icfg': 'icfg', 'rstp': 'rstp'}       # tag of a run -> layout of SynthPEDES
 DATASET_NAMES = {'synth': 'SynthPEDES', 'cuhk': 'CUHK-PEDES', 'icfg': 'ICFG-PEDES', 'rstp': 'RSTPReid'}
@@ -55,7 +55,7 @@ def table_rows(n: int,                   # table, 1 to 5
     if dataset != 'synth': places = [(name, '') for name in LAYOUT_TAGS.values()]
     return [TableRow(method, v, d, tag) for v, method in RIVALS.items() for d, tag in places]
 
-# %% ../nbs/65_grid.ipynb #9526c34e
+# %% ../nbs/65_grid.ipynb #43f60cec
 FIGURE5_VARIANTS = ('fusion_simple', 'fusion_transformer1', 'fusion_transformer2', 'fusion_transformer4')
 
 def grid(dataset: str = 'synth',              # 'synth', 'cuhk', 'icfg', 'rstp'
@@ -68,7 +68,8 @@ def grid(dataset: str = 'synth',              # 'synth', 'cuhk', 'icfg', 'rstp'
         ) -> list[Config]:
     "Every run that the tables and figures need, once. Raises `UserError` for a variant that none needs."
     rows = [row for n in REFERENCE for row in table_rows(n, dataset) if row.dataset == dataset]
-    needed = [(row.variant, row.tag) for row in rows if layouts or not row.tag or row.tag not in LAYOUT_TAGS]
+    of_layout = {tag for tag in LAYOUT_TAGS if tag}
+    needed = [(row.variant, row.tag) for row in rows if layouts or row.tag not in of_layout]
     needed += [(v, '') for v in FIGURE5_VARIANTS]
     if unknown := [v for v in variants if v not in dict(needed)]:
         raise UserError(f'no table or figure needs the variant {unknown[0]!r}')
