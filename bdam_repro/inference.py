@@ -151,7 +151,7 @@ def estimate(d: np.ndarray,                  # [n, Q] differences by seed and qu
     df = variance**2/(seeds**2/df + people**2/(m - 1) + rest**2/((n - 1)*(m - 1)))
     return DifferenceEstimate(float(z.mean()), math.sqrt(variance), df, n, m)
 
-# %% ../nbs/55_inference.ipynb #7b46330d
+# %% ../nbs/55_inference.ipynb #75a859e7
 def simulated_coverage(n: int, m: int,             # seeds, people
                        sd: dict[str, float],       # of a difference: 'seed', 'person', 'rest'
                        variants: int = 20,
@@ -173,7 +173,8 @@ def simulated_coverage(n: int, m: int,             # seeds, people
         out.append(estimate(pair[0] - pair[1], people, variant_spread(means)))
     return out
 
-def coverage(estimates: list[DifferenceEstimate], truth: float = 0., level: float = .95) -> tuple[float, float]:
+def coverage(estimates: list[DifferenceEstimate], truth: float = 0., level: float = .95
+            ) -> tuple[float, float]:       # percent; points
     "How many intervals hold the truth, and their mean half-width."
     ends = np.array([e.interval(level) for e in estimates])
     held = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
