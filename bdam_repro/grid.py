@@ -121,7 +121,7 @@ OPTIONS: dict[int, dict[str, tuple]] = {           # open point -> option -> val
     30: dict(text_pool=('cls', 'mean')),
 }
 
-# %% ../nbs/65_grid.ipynb #0efe2e74
+# %% ../nbs/65_grid.ipynb #8aaf54f1
 @dataclass(frozen=True)
 class Reading:
     "One way to read an open point, and the two runs whose difference measures it."
@@ -132,13 +132,15 @@ class Reading:
     than: str = 'full'                                       # the variant that it is compared with
 
     @property
-    def name(self) -> str: return tag_of(self.options, ' ') or self.variant
+    def name(self) -> str:
+        options = tag_of(self.options, ' ')
+        return options if options and self.variant == 'full' else f'{self.variant} {options}'.strip()
 
 def tag_of(options: dict[str, Any], between: str = '-') -> str:
     "The tag of a run with these options: the ending of its folder's name."
     return between.join(f'{k}={v}' for k, v in options.items())
 
-# %% ../nbs/65_grid.ipynb #a81f0dd5
+# %% ../nbs/65_grid.ipynb #648a3fae
 TINY_EPOCHS = PRESETS['tiny']['epochs']
 _CHOICES = [(n, option, values) for n, options in OPTIONS.items() for option, values in options.items()]
 _ONE_OPTION = [Reading(n, {option: value}) for n, option, values in _CHOICES for value in values]
@@ -149,6 +151,9 @@ _SEVERAL = (
     Reading(11, dict(ids_per_batch=16, images_per_id=4)),       # an epoch is twice as long then: compare it
     Reading(20, dict(epochs=2*TINY_EPOCHS)),                         # with twice as many epochs
     Reading(20, dict(start='random')),                          # the towers of `tiny` without their weights
+    Reading(20, dict(start='random'), variant='baseline', than='baseline'),
+    Reading(20, dict(tau=0.02, tau_decay=1.0), variant='sdm', than='sdm'),       # as published
+    Reading(20, dict(tau=0.015, tau_decay=1.0), variant='tal', than='tal'),
     Reading(12, {}, variant='bdam_shallow', than='bdam'),
     Reading(22, dict(c_clothing=0.0, c_decouple=0.0, c_gate=0.0)),
     Reading(22, {}, variant='fusion'),
