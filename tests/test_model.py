@@ -32,7 +32,8 @@ CLIP = dict(vision={'type': 'clip', 'hidden': 32, 'layers': 2, 'heads': 2, 'patc
 READINGS = {'pooled': {}, 'tokens': dict(fusion_input='tokens'), 'cosine': dict(fusion_loss='infonce'),
             'transformer': dict(fusion_input='tokens', fusion_kind='transformer'),
             'cross': dict(fusion_input='tokens', fusion_kind='cross'), 'product': dict(fusion_kind='product'),
-            'both ways': dict(fusion_input='tokens', fusion_order='text', fusion_scan='both', fusion_read='second'),
+            'both ways': dict(fusion_input='tokens', fusion_order='text', fusion_scan='both',
+                              fusion_read='second'),
             'encoder': dict(image_feature='encoder'), 'before the gate': dict(image_feature='pooled'),
             'mean': dict(text_pool='mean'), 'clip': CLIP}
 

@@ -304,7 +304,7 @@ def test_rewriting_checks_its_answers_and_tries_again(tmp_path, monkeypatch):
     texts = generalize_with(client, list(answers), model='m', cache=tmp_path/'c.jsonl', progress=False)
     assert texts == ['a PERSON'] * 3 + ['a PERSON!']
     by = [json.loads(line)['by'] for line in (tmp_path/'c.jsonl').read_text().splitlines()]
-    assert sorted(by) == ['lexicon'] * 2 + ['m'] and len(asked) == 12       # an empty answer is none: not kept
+    assert sorted(by) == ['lexicon'] * 2 + ['m'] and len(asked) == 12   # an empty answer is not kept
 
 
 def test_rewriting_keeps_to_the_limit_and_to_retry_after(tmp_path, monkeypatch):

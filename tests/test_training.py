@@ -388,7 +388,10 @@ READINGS = [
     *(dict(amp=a, fusion_input=i) for a in ('bf16', 'fp16') for i in ('pooled', 'tokens'))]
 
 
-@pytest.mark.parametrize('kw', READINGS, ids=lambda kw: '-'.join(map(str, kw.values())) if len(kw) < 9 else 'literal')
+def reading_id(kw): return '-'.join(map(str, kw.values())) if len(kw) < 9 else 'literal'
+
+
+@pytest.mark.parametrize('kw', READINGS, ids=reading_id)
 def test_every_reading_trains(home, ready, kw):
     "Two steps: finite losses, and every weight moves that has a gradient."
     c = cfg(home, **kw)
