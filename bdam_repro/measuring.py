@@ -93,7 +93,7 @@ def nap(seconds: float, mb: float = 0.) -> Callable:
         return len(held)
     return work
 
-# %% ../nbs/87_measuring.ipynb #0925e96a
+# %% ../nbs/87_measuring.ipynb #82664688
 def take_turns(sides: dict[str, WorkProcess],    # by name
                rounds: int,               # that count; one more comes before, to warm up
                warm: bool = True
@@ -102,7 +102,7 @@ def take_turns(sides: dict[str, WorkProcess],    # by name
     found = {name: [] for name in sides}
     for _ in range(rounds + warm):
         for name, side in sides.items(): found[name].append(side.round())
-    for name, r in found.items():                                    # memory once taken may be used again
+    for r in found.values():                                         # memory once taken may be used again
         for x in r: x['mb'] = max(y['mb'] for y in r)
     return {name: r[warm:] for name, r in found.items()}
 

@@ -210,7 +210,7 @@ def busy_processes(n: int) -> list[subprocess.Popen]:
     code = 'import torch; torch.set_num_threads(1); x = torch.randn(700, 700)\nwhile True: x @ x'
     return [subprocess.Popen([sys.executable, '-c', code]) for _ in range(n)]
 
-# %% ../nbs/88_workloads.ipynb #fc074cdb
+# %% ../nbs/88_workloads.ipynb #29a6509f
 def start_server(folder: Path, latency: float) -> tuple[subprocess.Popen, str]:
     "The tests' server of chat completions: its process and its address."
     (folder/'settings.json').write_text(json.dumps(dict(latency=latency)))
@@ -226,7 +226,9 @@ def describing(way: str, pictures: int, latency: float = .1) -> Callable:
 
     from bdam_repro.describe import describe
     from bdam_repro.lexicon import Policy
-    from bdam_repro.mllm import first_messages, image_url, judge_answer, make_client
+    from bdam_repro.answers import read_reply
+    from bdam_repro.mllm import first_messages, image_url, judge_answer
+    from bdam_repro.servers import make_client
     folder = tempfile.TemporaryDirectory()
     place, rng = Path(folder.name), np.random.default_rng(0)
     files = [f'{i:05}.png' for i in range(pictures)]
@@ -241,7 +243,7 @@ def describing(way: str, pictures: int, latency: float = .1) -> Callable:
                 answer = client.chat.completions.create(
                     model='m', messages=first_messages(Policy(), (), image_url(place/f)),
                     response_format={'type': 'json_object'})
-                judge_answer(answer.model_dump(), Policy())
+                judge_answer(read_reply(answer.model_dump()), Policy())
         return len(files)
     def work():
         process, url = start_server(place, latency)
