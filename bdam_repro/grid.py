@@ -23,17 +23,18 @@ from .config import PRESETS, UserError, Config, config_hash, make_config, run_di
 from .paper import table as printed_table
 from .factorial import loss_runs
 
-# %% ../nbs/65_grid.ipynb #3236cf5c
+# %% ../nbs/65_grid.ipynb #26c665a1
 REFERENCE = {1: 'bdam', 2: 'fusion', 3: 'full', 4: 'full', 5: 'full'}    # table -> what the paper proposes
 RIVALS = {'full': 'Full model',                                            # Table 5: variant -> its row
           'baseline': 'Baseline (dual InfoNCE)',
           'baseline_described': 'Baseline (dual InfoNCE, identity texts too)',
           'sdm': 'Baseline (SDM)',
           'tal': 'Baseline (TAL)'}
-EXTRA_ROWS = {3: [('Matching and Eq. 1', 'clothing=both'),                 # table -> rows of `full` with a tag
+EXTRA_ROWS = {3: [('Matching and Eq. 1', 'clothing=both'),                # table -> rows of `full` with a tag
                   ('Eq. 1, w/o Matching', 'clothing=literal')]}
 LAYOUT_TAGS = {'': 'cuhk', 'icfg': 'icfg', 'rstp': 'rstp'}       # tag of a run -> layout of SynthPEDES
-DATASET_NAMES = {'synth': 'SynthPEDES', 'cuhk': 'CUHK-PEDES', 'icfg': 'ICFG-PEDES', 'rstp': 'RSTPReid'}
+DATASET_NAMES = {'synth': 'SynthPEDES', 'cuhk': 'CUHK-PEDES', 'icfg': 'ICFG-PEDES',
+                 'rstp': 'RSTPReid'}
 
 # %% ../nbs/65_grid.ipynb #83156942
 class TableRow(NamedTuple):
@@ -222,7 +223,7 @@ def factorial_grid(dataset: str = 'synth',
     return [make_config(dataset, preset, v, seed=seed, tag=tag, **(options | layout_options(preset, tag)))
             for seed in seeds for v, tag in sides if tag]
 
-# %% ../nbs/65_grid.ipynb #e3080756
+# %% ../nbs/65_grid.ipynb #79685472
 DECIDING: tuple[tuple[str, str], ...] = (              # variant and tag; what most differences need
     ('full', ''), ('baseline', ''), ('baseline_described', ''), ('full', 'clothing=both'), ('no_triplet', ''),
     ('no_decoupling', ''), ('no_gate_reg', ''))
@@ -250,7 +251,7 @@ def grid_by_worth(dataset: str = 'synth', preset: str | None = None, styles: boo
         first = side in rank and c.seed < SEEDS['tables']          # then the other seeds of the deciding
         block = 0 if first else 1 + list(SEEDS).index(tier_of(c))
         return block, c.seed, rank.get(side, len(rank))
-    return sorted(wanted, key=worth)                   # stable: within a tier and seed as the tables have them
+    return sorted(wanted, key=worth)                   # stable: else as the tables have them
 
 # %% ../nbs/65_grid.ipynb #650024
 def finished_seconds(folder: Path,           # a run's folder
