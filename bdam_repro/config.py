@@ -6,9 +6,9 @@
 __all__ = ['ROOT', 'TINY_VISION', 'TINY_TEXT', 'PRESETS', 'LITERAL', 'VARIANTS', 'TUNED', 'UserError', 'find_root', 'atomic_path',
            'opt', 'Options', 'RunOptions', 'DataOptions', 'SynthOptions', 'EncoderOptions', 'BdamOptions',
            'FusionOptions', 'LossOptions', 'TrainOptions', 'Config', 'make_config', 'check_config', 'config_hash',
-           'run_dir', 'given_names', 'in_test', 'check_extra', 'from_globals', 'options']
+           'run_dir', 'given_names', 'in_test', 'options']
 
-# %% ../nbs/00_config.ipynb #d3833394
+# %% ../nbs/00_config.ipynb #86332a55
 import difflib
 import hashlib
 import json
@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # %% ../nbs/00_config.ipynb #000006
 class UserError(ValueError):
@@ -440,34 +440,6 @@ def given_names(names: dict[str, Any]  # a notebook's `globals()`
 def in_test() -> bool:
     "Whether `nbdev_test` runs this notebook: it sets `IN_TEST`, papermill and JupyterLab do not."
     return bool(os.environ.get('IN_TEST'))
-
-# %% ../nbs/00_config.ipynb #ca7471a9
-def check_extra(names: dict[str, Any],     # the notebook's `globals()`
-                extra: tuple[str, ...]     # its parameters that are no option
-               ) -> None:
-    "Hold them to the types of the parameters cell: papermill passes `-p overwrite false` as a word."
-    for name in extra:
-        kind, value = names.get('__annotations__', {}).get(name), names.get(name)
-        if kind is None or value is None: continue
-        try: TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
-        except ValidationError as e:
-            hint = ' (True or False)' if kind is bool else ''
-            say = f"parameter {name}={value!r}: {e.errors()[0]['msg'].lower()}{hint}"
-            raise UserError(say) from None
-
-# %% ../nbs/00_config.ipynb #bd832372
-def from_globals(names: dict[str, Any],     # the notebook's `globals()`
-                 extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
-                ) -> Config:                  # the options; under `IN_TEST` the smoke preset
-    "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
-    check_extra(names, extra)
-    given = {k: v for k, v in given_names(names).items() if k not in extra
-             and (k in Config.model_fields or not isinstance(v, (list, tuple, dict)))}
-    for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name
-        raise UserError(f'{k} is now a {type(names[k]).__name__}, no parameter: run the cell of the '
-                        f'parameters again')
-    if in_test() and given.get('preset') is None: given['preset'] = 'smoke'
-    return make_config(**given)
 
 # %% ../nbs/00_config.ipynb #d9a25609
 def options() -> pd.DataFrame:  # columns: value in the paper, and each preset; index: the option

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-# %% ../nbs/57_factorial.ipynb #757e5751
+# %% ../nbs/57_factorial.ipynb #36bc678a
 from .config import VARIANTS
 from .deciding import Side
-from .inference import Estimate, Spread, estimate
+from .inference import DifferenceEstimate, Spread, estimate
 
 # %% ../nbs/57_factorial.ipynb #8926654d
 LOSS_FACTORS = ('triplet', 'matching', 'adversarial', 'decouple', 'gate')
@@ -76,13 +76,13 @@ def loss_runs() -> list[LossRun]:
         out.append(LossRun(levels, options))
     return out
 
-# %% ../nbs/57_factorial.ipynb #f76d076d
+# %% ../nbs/57_factorial.ipynb #5fad0291
 def effect_estimates(values: list[np.ndarray],       # of each kind of run in the order of the design: [n, Q]
                      groups: np.ndarray,             # [Q] the person of each query
                      spread: Spread | None = None,   # of all variants
                      design: list[dict[str, int]] = LOSS_DESIGN,
                      order: int = 2
-                    ) -> dict[tuple[str, ...], Estimate]:
+                    ) -> dict[tuple[str, ...], DifferenceEstimate]:
     "Each loss, and each pair: the mean where the product of their signs is +, minus where it is −."
     stacked, half = np.stack(values), len(design)/2                              # [runs, n, Q]
     return {e: estimate(np.tensordot(x/half, stacked, 1), groups, spread, len(design)/half**2)

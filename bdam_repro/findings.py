@@ -10,7 +10,7 @@ __all__ = ['NOT_RUN', 'NOT_HERE', 'NO_OPTION', 'NEGLIGIBLE', 'TOO_NOISY', 'ONE_S
            'seed_query_values', 'query_people', 'interval_columns', 'folder_source', 'run_source', 'compare_runs',
            'paired_interval', 'ModelQuestion', 'runs_with_findings', 'model_findings']
 
-# %% ../nbs/80_findings.ipynb #37c5156f
+# %% ../nbs/80_findings.ipynb #73765a8b
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -29,14 +29,14 @@ from .files import read_tensors, write_tensors
 from .pedes import PedesDataset
 from .run_data import load_data
 from .deciding import SMALLEST_EFFECT, Side, printed_difference
-from .inference import Estimate, Spread, declared_level, estimate
+from .inference import DifferenceEstimate, Spread, declared_level, estimate
 from .runs import train
 from .grid import layout_options
 from .results import (KEPT_FEATURES, METRICS, ArtifactParameters, collect_runs, data_of,
                                 dual_results, half, own_options, read_json, run_folder, run_spread,
                                 share_towers)
 
-# %% ../nbs/80_findings.ipynb #b14c0a8f
+# %% ../nbs/80_findings.ipynb #da3c1034
 NOT_RUN, NOT_HERE, NO_OPTION = 'not run', 'not testable here', 'not an option'
 NEGLIGIBLE, TOO_NOISY, ONE_SEED = 'negligible', 'too noisy', 'one seed'
 
@@ -63,7 +63,7 @@ class Finding:
     decides: bool | None = None    # whether the verdict on a claim depends on it; None: it is about no claim
     bound: float = 0.              # what the interval is compared with
     margin: float = math.nan       # a diff within ± this is negligible; NaN: none is
-    estimate: Estimate | None = None     # behind diff, lo and hi
+    estimate: DifferenceEstimate | None = None     # behind diff, lo and hi
 
 # %% ../nbs/80_findings.ipynb #beb073d7
 FINDING_COLUMNS = ['part', 'item', 'reading', 'default', 'metric', 'value', 'diff', 'lo', 'hi', 'level', 'p',
@@ -305,12 +305,12 @@ def seed_query_values(e: Evidence, side: Side, metric: str = 'R1',
         raise UserError(f'{other}: was the data drawn anew between them?')
     return np.stack(values), images[0]
 
-# %% ../nbs/80_findings.ipynb #cfccc175
+# %% ../nbs/80_findings.ipynb #7ec8786f
 def query_people(e: Evidence, side: Side) -> np.ndarray:   # [Q]
     "The person that each query asks for."
     return e.tensors(e.folders(side)[0])['q_pids']
 
-def interval_columns(found: Estimate, level: float = .95) -> dict[str, Any]:
+def interval_columns(found: DifferenceEstimate, level: float = .95) -> dict[str, Any]:
     "The columns of a finding from a difference."
     lo, hi = found.interval(level)
     level = 100*level if math.isfinite(lo) else math.nan                    # one seed has no interval

@@ -6,8 +6,8 @@
 __all__ = ['LAMBDAS', 'ENTRIES', 'Frozen', 'precision', 'freeze_texts', 'freeze_images', 'freeze', 'Mined', 'mine',
            'pick_candidates', 'pair_logits', 'Budget', 'train_fusion', 'Candidates', 'candidate_logits',
            'choose_weight', 'Entry', 'entry_name', 'entry_config', 'choose_entries', 'FrozenRun', 'find_runs',
-           'weights_digest', 'busy_seconds', 'measure_entry', 'read_measured', 'measure_fusions_of', 't_mean',
-           'fusion_table', 'measured_on', 'fusion_lines', 'write_fusion_table']
+           'weights_digest', 'busy_seconds', 'measure_entry', 'measure_fusions_of', 't_mean', 'fusion_table',
+           'measured_on', 'fusion_lines', 'write_fusion_table']
 
 # %% ../nbs/56_frozen.ipynb #f387d6d3
 import hashlib
@@ -364,12 +364,8 @@ def measure_entry(frozen: FrozenRun, entry: Entry, seed: int, budget: Budget) ->
         parameters=sum(p.numel() for p in fusion.parameters()), queries=len(test.split),
         device=frozen.device, code=code_version())
 
-# %% ../nbs/56_frozen.ipynb #ed397612
-_KEY = ['towers', 'run', 'fusion', 'reading', 'negatives', 'seed', 'steps']
-
-def read_measured(path: Path) -> pd.DataFrame:
-    "The rows that are there already; none where there is no file."
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=_KEY)
+# %% ../nbs/56_frozen.ipynb #b64fcc65
+_SAME_ROW = ['towers', 'run', 'fusion', 'reading', 'negatives', 'seed', 'steps']
 
 def measure_fusions_of(folders: Iterable[str | Path],   # finished runs
                        path: str | Path,                # of the CSV file
@@ -383,14 +379,14 @@ def measure_fusions_of(folders: Iterable[str | Path],   # finished runs
     "Every fusion on every run and seed. Raises `UserError` where a run is not finished."
     path, seeds, entries = Path(path), list(seeds), list(entries)
     tokens = any(entry.options.get('fusion_input') == 'tokens' for entry in entries)
-    measured = read_measured(path)
+    measured = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=_SAME_ROW)
     for folder in folders:
         run = load_run(folder, data_root, device, progress)
         frozen = FrozenRun.of(run, budget, tokens)
         for seed in seeds:
             for entry in entries:
                 key = (frozen.towers, frozen.name, *entry_name(entry).values(), seed, budget.steps)
-                if key in set(measured[_KEY].itertuples(index=False, name=None)): continue
+                if key in set(measured[_SAME_ROW].itertuples(index=False, name=None)): continue
                 row = measure_entry(frozen, entry, seed, budget)
                 if progress:
                     took = f'{row["seconds"]:.0f} s'

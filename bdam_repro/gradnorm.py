@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['grad_vector', 'gradnorm_gradient', 'to_sum', 'TaskWeights', 'measure_tasks', 'task_gradients', 'task_norms',
-           'LossRatios', 'GradNorm', 'literal_gradnorm', 'literal_total']
+           'LossRatios', 'GradNormUpdate', 'GradNorm', 'literal_gradnorm', 'literal_total']
 
 # %% ../nbs/41_gradnorm.ipynb #410003
 import copy
@@ -170,9 +170,9 @@ class LossRatios(TaskWeights):
         self.mean = torch.where(here, self.ema*self.mean + (1 - self.ema)*L, self.mean)
         return (self.mean + self.eps) / (self.first + self.eps)
 
-# %% ../nbs/41_gradnorm.ipynb #be975b98
-class GradNorm(LossRatios):
-    "Task weights moved by GradNorm (Sec. 3.5, 4.2): call `step`, then backward of `total`."
+# %% ../nbs/41_gradnorm.ipynb #e926b75e
+class GradNormUpdate(LossRatios):
+    "The settings of GradNorm (Sec. 3.5, 4.2), and one move of the weights."
     def __init__(self,
                  names: Sequence[str],  # the K tasks, in a fixed order
                  alpha: float = 1.5,  # exponent of the relative rate (Sec. 4.2)
@@ -196,6 +196,24 @@ class GradNorm(LossRatios):
         self.calls = self.skipped = 0
         self.norms: dict[str, float] = {}       # g_k of the last update, to be logged
 
+    def _update(self, g: Tensor, L: Tensor, here: Tensor) -> None:
+        "One step of s; all [K], `here` says which tasks take part."
+        away = [k for k, h in zip(self.names, here) if not h and k not in self.apart]
+        if away and not self.norms: _warn_unreached(away)       # said once
+        ratio = self.ratios(L, here)
+        before, w = self.s.clone(), self.s.exp()
+        dw = gradnorm_gradient(w[here], g[here], ratio[here], self.alpha, self.ref)
+        self.s.grad = torch.zeros_like(w)
+        self.s.grad[here] = w[here]*dw + 2*self.log_reg*self.s[here]
+        self.opt.step()
+        w_new = self.s[here].exp().clamp(*self.clip)
+        if self.renormalize: w_new = to_sum(w_new, len(w) - w[~here].sum().item(), self.clip)
+        self.s.copy_(before.masked_scatter(here, w_new.log()))
+        self.norms = {k: n for k, n, h in zip(self.names, g.tolist(), here) if h}
+
+# %% ../nbs/41_gradnorm.ipynb #f779cc2d
+class GradNorm(GradNormUpdate):
+    "Task weights moved by GradNorm (Sec. 3.5, 4.2): call `step`, then backward of `total`."
     def due(self) -> bool:
         "Count a training step. True on every `every`-th, from the first."
         self.calls += 1
@@ -215,21 +233,6 @@ class GradNorm(LossRatios):
         if moved: self._update(g, L, here)
         self.skipped += not moved
         return moved
-
-    def _update(self, g: Tensor, L: Tensor, here: Tensor) -> None:
-        "One step of s; all [K], `here` says which tasks take part."
-        away = [k for k, h in zip(self.names, here) if not h and k not in self.apart]
-        if away and not self.norms: _warn_unreached(away)       # said once
-        ratio = self.ratios(L, here)
-        before, w = self.s.clone(), self.s.exp()
-        dw = gradnorm_gradient(w[here], g[here], ratio[here], self.alpha, self.ref)
-        self.s.grad = torch.zeros_like(w)
-        self.s.grad[here] = w[here]*dw + 2*self.log_reg*self.s[here]
-        self.opt.step()
-        w_new = self.s[here].exp().clamp(*self.clip)
-        if self.renormalize: w_new = to_sum(w_new, len(w) - w[~here].sum().item(), self.clip)
-        self.s.copy_(before.masked_scatter(here, w_new.log()))
-        self.norms = {k: n for k, n, h in zip(self.names, g.tolist(), here) if h}
 
     moving = ('first', 'mean', 'calls', 'skipped', 'norms')
     def state_dict(self) -> dict: return super().state_dict() | {'opt': copy.deepcopy(self.opt.state_dict())}

@@ -23,7 +23,7 @@ from .config import PRESETS, UserError, Config, config_hash, make_config, run_di
 from .paper import table as printed_table
 from .factorial import loss_runs
 
-# %% ../nbs/65_grid.ipynb #26c665a1
+# %% ../nbs/65_grid.ipynb #0acb749d
 REFERENCE = {1: 'bdam', 2: 'fusion', 3: 'full', 4: 'full', 5: 'full'}    # table -> what the paper proposes
 RIVALS = {'full': 'Full model',                                            # Table 5: variant -> its row
           'baseline': 'Baseline (dual InfoNCE)',
@@ -56,7 +56,7 @@ def table_rows(n: int,                   # table, 1 to 5
     if dataset != 'synth': places = [(name, '') for name in LAYOUT_TAGS.values()]
     return [TableRow(method, v, d, tag) for v, method in RIVALS.items() for d, tag in places]
 
-# %% ../nbs/65_grid.ipynb #9526c34e
+# %% ../nbs/65_grid.ipynb #43f60cec
 FIGURE5_VARIANTS = ('fusion_simple', 'fusion_transformer1', 'fusion_transformer2', 'fusion_transformer4')
 
 def grid(dataset: str = 'synth',              # 'synth', 'cuhk', 'icfg', 'rstp'
@@ -69,7 +69,8 @@ def grid(dataset: str = 'synth',              # 'synth', 'cuhk', 'icfg', 'rstp'
         ) -> list[Config]:
     "Every run that the tables and figures need, once. Raises `UserError` for a variant that none needs."
     rows = [row for n in REFERENCE for row in table_rows(n, dataset) if row.dataset == dataset]
-    needed = [(row.variant, row.tag) for row in rows if layouts or not row.tag or row.tag not in LAYOUT_TAGS]
+    of_layout = {tag for tag in LAYOUT_TAGS if tag}
+    needed = [(row.variant, row.tag) for row in rows if layouts or row.tag not in of_layout]
     needed += [(v, '') for v in FIGURE5_VARIANTS]
     if unknown := [v for v in variants if v not in dict(needed)]:
         raise UserError(f'no table or figure needs the variant {unknown[0]!r}')
@@ -223,7 +224,7 @@ def factorial_grid(dataset: str = 'synth',
     return [make_config(dataset, preset, v, seed=seed, tag=tag, **(options | layout_options(preset, tag)))
             for seed in seeds for v, tag in sides if tag]
 
-# %% ../nbs/65_grid.ipynb #79685472
+# %% ../nbs/65_grid.ipynb #9c144030
 DECIDING: tuple[tuple[str, str], ...] = (              # variant and tag; what most differences need
     ('full', ''), ('baseline', ''), ('baseline_described', ''), ('full', 'clothing=both'), ('no_triplet', ''),
     ('no_decoupling', ''), ('no_gate_reg', ''))

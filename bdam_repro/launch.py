@@ -68,7 +68,7 @@ def wait_for(processes: list[subprocess.Popen]) -> int:
         time.sleep(.05)
     return next((p.returncode for p in processes if p.returncode), 0)
 
-# %% ../nbs/48_launch.ipynb #70e07f67
+# %% ../nbs/48_launch.ipynb #213975db
 def launch(c: Config, runs: str | Path | None, overwrite: bool, progress: bool) -> None:
     "`train` in `c.processes` processes. Raises `UserError` with the line of the one that failed."
     options = dict(config=c.model_dump(), runs=None if runs is None else str(Path(runs).absolute()),
@@ -76,7 +76,7 @@ def launch(c: Config, runs: str | Path | None, overwrite: bool, progress: bool) 
     with tempfile.TemporaryDirectory() as folder:
         options['error'] = str(Path(folder)/'error.txt')
         (Path(folder)/'options.json').write_text(json.dumps(options))
-        command = [sys.executable, '-m', 'bdam_repro.runs', '--options', f'{folder}/options.json']
+        command = [sys.executable, '-m', 'bdam_repro.shell', '--options', f'{folder}/options.json']
         status = start_processes(command, c.processes)
         if not status: return
         error = Path(options['error'])

@@ -233,7 +233,7 @@ _MODEL = (
               'another scale of f_id gives another mean and the same ranking'),
 )
 
-# %% ../nbs/01_paper.ipynb #c677d547
+# %% ../nbs/01_paper.ipynb #53237504
 _LOSSES = (
     OpenPoint(2, '3.3, Eq. 3', 'which text t_i is', ('caption', 'generated', 'both'),
               'both with a BDAM, the caption without',
@@ -280,6 +280,15 @@ _LOSSES = (
     OpenPoint(37, '4.2', 'Adam with weight decay 1e-3: added to the gradient, or decoupled; to all '
               'parameters or not', ('Adam', 'AdamW'), 'Adam for `paper`',
               'as named', ('optimizer', 'weight_decay', 'decay_all')),
+    OpenPoint(20, '4.2', 'batch size, epochs, warm-up, text length, image augmentation, τ',
+              ('those of the field',), '60 epochs, 64 images, 77 tokens, 5 warm-up epochs, τ 0.05',
+              'custom of the field',
+              ('ids_per_batch', 'images_per_id', 'epochs', 'warmup', 'schedule', 'max_length', 'tau',
+               'tau_decay', 'flip', 'pad', 'erase')),
+)
+
+# %% ../nbs/01_paper.ipynb #0d7109d4
+_TRAINING = (
     OpenPoint(45, '4.2', 'whether gradients are clipped, and parts of the model together or apart',
               ('norm 1', 'none'), 'norm 1, towers and fusion apart',
               'one odd batch can undo many steps; clipped together, a fusion would change the towers',
@@ -292,11 +301,6 @@ _LOSSES = (
               'whether GradNorm weighs it is open', ('weight 1, apart', 'weighed like the others'),
               'weight 1, apart', 'by default its gradient does not reach the shared layer',
               ('fusion_apart', 'fusion_start', 'c_fusion')),
-    OpenPoint(20, '4.2', 'batch size, epochs, warm-up, text length, image augmentation, τ',
-              ('those of the field',), '60 epochs, 64 images, 77 tokens, 5 warm-up epochs, τ 0.05',
-              'custom of the field',
-              ('ids_per_batch', 'images_per_id', 'epochs', 'warmup', 'schedule', 'max_length', 'tau',
-               'tau_decay', 'flip', 'pad', 'erase')),
 )
 
 # %% ../nbs/01_paper.ipynb #8ff5479f
@@ -345,8 +349,9 @@ _REST = (
               'the control shows what training adds'),
 )
 
-# %% ../nbs/01_paper.ipynb #010055
-OPEN_POINTS: tuple[OpenPoint, ...] = tuple(sorted(_PROTOCOL + _MODEL + _LOSSES + _REST, key=lambda p: p.n))
+# %% ../nbs/01_paper.ipynb #0be8a452
+_ALL_POINTS = _PROTOCOL + _MODEL + _LOSSES + _TRAINING + _REST
+OPEN_POINTS: tuple[OpenPoint, ...] = tuple(sorted(_ALL_POINTS, key=lambda p: p.n))
 
 def open_points() -> pd.DataFrame:  # n → where, point, readings, default, why, options
     "The open points as a table, by number."

@@ -6,20 +6,16 @@
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
            'epoch_line', 'code_version', 'device_name', 'provenance', 'intervals', 'own_weights', 'save_features',
            'finish_run', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step',
-           'all_epochs', 'train', 'progress_bar', 'parse_value', 'run_options', 'main', 'score_table', 'result_table',
-           'plot_history']
+           'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
 
-# %% ../nbs/53_runs.ipynb #cd5363e4
-import argparse
+# %% ../nbs/53_runs.ipynb #ef8448f9
 import json
 import math
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -33,7 +29,7 @@ from tqdm import tqdm
 
 import bdam_repro
 from . import __version__
-from .config import Config, UserError, atomic_path, config_hash, make_config, run_dir
+from .config import Config, UserError, atomic_path, config_hash, run_dir
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
 from .run_data import check_pictures, load_data, run_tokenizer
@@ -305,7 +301,7 @@ def resume(training: Training, progress: bool = True) -> None:
     if path.name != LAST: print(f'{LAST} is not whole: taking {path.name}')
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
 
-# %% ../nbs/53_runs.ipynb #e0b970d2
+# %% ../nbs/53_runs.ipynb #3ba01cbd
 class StoppedBySignal(Exception):
     "A signal has asked the run to stop, and it is saved."
     def __init__(self, number: int): self.number = number
@@ -324,7 +320,7 @@ def after_step(training: Training, plan: SavePlan, request: StopRequest) -> None
     if number: raise StoppedBySignal(int(number))
 
 def all_epochs(training: Training, progress: bool) -> None:
-    "Every epoch that is left. A signal ends it with `StoppedBySignal`, a loss that is not finite with `UserError`."
+    "Every epoch that is left. Raises `StoppedBySignal`, and `UserError` for a loss that is not finite."
     trainer, plan = training.trainer, SavePlan(training.c.save_minutes, training.c.save_steps)
     epochs = math.ceil(trainer.steps/len(trainer.loader))
     training.log = RunLog(training.c.log, training.folder, training.c.variant, trainer.world)
@@ -374,51 +370,6 @@ def progress_bar(training: Training, progress: bool) -> tqdm:
     c, trainer = training.c, training.trainer
     done, name = training.state.epoch*len(trainer.loader) + training.done, f'{c.variant} seed {c.seed}'
     return tqdm(total=trainer.steps, initial=done, desc=name, disable=not progress, mininterval=1)
-
-# %% ../nbs/53_runs.ipynb #16db91e9
-def parse_value(text: str):
-    "A value as typed after `-p`: a number, true, false, none, or a string."
-    words = {'true': True, 'false': False, 'none': None}
-    if text.lower() in words: return words[text.lower()]
-    for kind in (int, float):
-        with suppress(ValueError): return kind(text)
-    return text
-
-def run_options(argv: list[str]) -> dict:   # arguments of `train`, and `error`: a file for its message
-    "What the command line asks for. Raises `UserError` for options that cannot be."
-    parser = argparse.ArgumentParser('python -m bdam_repro.runs', description='Train one run, or resume it.')
-    parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
-                        help='an option of 00_config, or runs or overwrite')
-    parser.add_argument('--options', help='a JSON file with all of them, as 48_launch writes it')
-    args = parser.parse_args(argv)
-    if args.options:
-        options = json.loads(Path(args.options).read_text())
-        return options | {'c': make_config(**options.pop('config'))}
-    given = {name: parse_value(value) for name, value in args.p}
-    own = {name: given.pop(name) for name in ('runs', 'overwrite') if name in given}
-    return own | {'c': make_config(**given)}
-
-def main(argv: list[str]) -> int:   # exit status
-    "Train as the command line says, in this process or as one of several."
-    options = {}
-    try:
-        options = run_options(argv)
-        error = options.pop('error', None)
-        train(**options)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-        return 0
-    except UserError as e:
-        print(f'error: {e}', file=sys.stderr)
-        if options and error:
-            with suppress(FileExistsError), open(error, 'x') as f: f.write(str(e))   # of the first to fail
-        return 1
-    except KeyboardInterrupt as e:
-        print(e)
-        return 130
-
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main(sys.argv[1:]))   # not in this notebook
 
 # %% ../nbs/53_runs.ipynb #e9d0cee3
 def score_table(scores: dict, ci: dict, chance: dict) -> pd.DataFrame:   # of `summary`, `intervals`, `chance`

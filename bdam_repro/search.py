@@ -28,7 +28,7 @@ from .vectors import (exact_top, index_kind, index_top, make_index, take_rows, t
 from .hits import Hits
 from .gallery import GalleryKeeper, check_model, filter_sql, list_pictures, open_keeper
 
-# %% ../nbs/60_search.ipynb #28950b27
+# %% ../nbs/60_search.ipynb #dc7a6f00
 @contextmanager
 def step(seconds: dict, name: str) -> Iterator[None]:
     "Note how long a step took."
@@ -36,6 +36,7 @@ def step(seconds: dict, name: str) -> Iterator[None]:
     yield
     seconds[name] = time.perf_counter() - start
 
+# %% ../nbs/60_search.ipynb #6011b6c0
 class SearchedGallery(GalleryKeeper):
     "The parts of a search, one by one."
     def nearest(self, q: np.ndarray,              # [1, D], of length 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'SYNTH_DATA', 'REAL_DATA', 'LIMITS', 'SYNTH_WORDS', 'REAL_WORDS', 'INDEX_FILE', 'TRAVELLING',
            'tokenizer_texts', 'tokenizer_of_texts', 'evaluation_text', 'model_card', 'write_weights', 'read_weights',
-           'TrainedModel', 'model_of_file', 'model_of_folder']
+           'ModelAndTokenizer', 'TrainedModel', 'model_of_file', 'model_of_folder']
 
 # %% ../nbs/37_trained.ipynb #cbd9cc29
 import hashlib
@@ -164,9 +164,9 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict]:   # weights, h
     pieces = [read_tensors(folder/Path(name).name) for name in names]
     return {n: t for tensors, _ in pieces for n, t in tensors.items()}, pieces[0][1]
 
-# %% ../nbs/37_trained.ipynb #a74103d8
-class TrainedModel(ModelHubMixin):
-    "A model with its tokenizer, in evaluation mode: sentences and pictures to features."
+# %% ../nbs/37_trained.ipynb #ea74215a
+class ModelAndTokenizer:
+    "Sentences and pictures to features."
     def __init__(self, model: Model, tokenizer, name: str = 'bdam', evaluation: dict | None = None):
         self.model, self.tokenizer, self.name, self.evaluation = model.eval(), tokenizer, name, evaluation
         self.storage = {}      # `shard` and `half` of `write_weights`
@@ -205,6 +205,9 @@ class TrainedModel(ModelHubMixin):
         c = self.model.config
         return decode_image(path, (c.image_height, c.image_width), columns=c.columns)
 
+# %% ../nbs/37_trained.ipynb #1e5f619c
+class TrainedModel(ModelAndTokenizer, ModelHubMixin):
+    "A model with its tokenizer, in evaluation mode, as it is read, saved and pushed."
     def save_file(self, path: str | Path) -> Path:      # a `.safetensors` file
         "The model in one file, tokenizer and evaluation inside."
         meta = model_header(self.model) | {'tokenizer': tokenizer_texts(self.tokenizer)}

@@ -171,7 +171,7 @@ def memory_advice(c: Config, share: int) -> Iterator[None]:   # `share`: images 
         raise UserError(f'out of memory with {share//c.accumulate} images at a time: try '
                         f'{", ".join(helps)}; 45_accumulate has what each saves') from e
 
-# %% ../nbs/52_trainer.ipynb #4b429fd2
+# %% ../nbs/52_trainer.ipynb #c5b87748
 READ_EVERY, STATIC_READ_EVERY = 20, 200   # steps between two readings of the losses on a GPU
 
 class TrainerBase:
@@ -211,7 +211,8 @@ class TrainerBase:
         "The terms of what the towers, here and on all other processes, made of their shares of a batch."
         c, whole = options_at(self.c, self.step/self.steps), join_batch(self.world, batch)
         with self.amp(), attention_kernel(c):
-            return batch_losses(join_outputs(self.world, self.model, out, whole.pids, c.fusion_grad), whole, c)
+            out = join_outputs(self.world, self.model, out, whole.pids, c.fusion_grad)
+            return batch_losses(out, whole, c)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]: return self.terms(self.encode(batch), batch)
 

@@ -1,9 +1,9 @@
 """Visitors of the search page, all at once: errors, and how long they wait.
 
-    python benchmarks/bench_demo.py --model runs/synth/tiny/full/seed0 [--users 50] [--seconds 120] [--think 1]
+    python benchmarks/bench_demo.py --model runs/synth/tiny/full/seed0 [--users 50] [--seconds 120]
 
-Each visitor asks, waits for the answer, looks at it for `--think` seconds in the mean, and asks again; every third one
-lets the fusion order the answer. The server is `make demo` in a process of its own."""
+Each visitor asks, waits for the answer, looks at it for `--think` seconds in the mean, and asks again. One
+search in three lets the fusion order the answer. The server is `make demo` in a process of its own."""
 import argparse
 import asyncio
 import json
@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -34,7 +35,8 @@ async def visitor(client, url, until, think, seed, waits, errors):
     rng = random.Random(seed)
     await asyncio.sleep(rng.random()*think)
     while time.perf_counter() < until:
-        try: waits.append(await ask(client, url, rng.choice(EXAMPLES), 'fused' if rng.random() < 1/3 else 'dual'))
+        score = rng.choice(['dual', 'dual', 'fused'])
+        try: waits.append(await ask(client, url, rng.choice(EXAMPLES), score))
         except Exception as e: errors.append(f'{type(e).__name__}: {e}')       # counted, and shown at the end
         await asyncio.sleep(rng.expovariate(1/think) if think else 0)
 
@@ -51,29 +53,31 @@ async def crowd(url, users, seconds, think):
 def serve(*arguments):
     "The page in a process of its own, and its address."
     code = 'from bdam_repro.demo import demo_main; demo_main()'
-    p = subprocess.Popen([sys.executable, '-c', code, '--port', '0', *arguments], text=True, stdout=subprocess.PIPE,
-                         env=os.environ | {'OMP_NUM_THREADS': '1'})
+    p = subprocess.Popen([sys.executable, '-c', code, '--port', '0', *arguments], text=True,
+                         stdout=subprocess.PIPE, env=os.environ | {'OMP_NUM_THREADS': '1'})
     return p, p.stdout.readline().split()[0]
 
 
 def measure(arguments, users=50, seconds=120., think=1.):
     p, url = serve(*arguments)
     try:
-        before = os.times()
+        asyncio.run(crowd(url, 2, 2, think))                       # warm
+        before, started = os.times(), server_seconds(p.pid)
         waits, errors = asyncio.run(crowd(url, users, seconds, think))
-        cpu = server_seconds(p.pid)
+        cpu = round(server_seconds(p.pid) - started, 1)
         own = os.times().user - before.user
     finally:
         p.terminate()
         p.wait(30)
     at = lambda q: round(float(np.percentile(waits, q)), 3)
-    return dict(users=users, seconds=seconds, think=think, searches=len(waits), errors=len(errors), first_errors=errors[:3],
-                p50_s=at(50), p95_s=at(95), max_s=at(100), server_cpu_s=cpu, client_cpu_s=round(own, 1))
+    return dict(users=users, seconds=seconds, think=think, searches=len(waits), errors=len(errors),
+                first_errors=errors[:3], p50_s=at(50), p95_s=at(95), max_s=at(100), server_cpu_s=cpu,
+                client_cpu_s=round(own, 1))
 
 
 def server_seconds(pid):
     "Processor time of a process so far."
-    fields = open(f'/proc/{pid}/stat').read().rsplit(')', 1)[1].split()
+    fields = Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()
     return round((int(fields[11]) + int(fields[12]))/os.sysconf('SC_CLK_TCK'), 1)
 
 

@@ -16,11 +16,11 @@ from bdam_repro.config import (
     UserError,
     atomic_path,
     config_hash,
-    from_globals,
     make_config,
     options,
     run_dir,
 )
+from bdam_repro.parameters import from_globals
 
 INF, NAN = float('inf'), float('nan')
 CANNOT_CHANGE_A_RESULT = {'data_root', 'device', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag'}

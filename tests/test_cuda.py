@@ -32,7 +32,8 @@ def trainer_on(device, data, **options):
 def same_epochs(a, b, epochs: int):
     for epoch in range(epochs):
         x, y = (train_epoch(t, epoch, tqdm(disable=True)) for t in (a, b))
-        for name in x.keys() - {'images_per_s', 'wait_share'}: assert y[name] == pytest.approx(x[name], rel=1e-3)
+        for name in x.keys() - {'images_per_s', 'wait_share'}:
+            assert y[name] == pytest.approx(x[name], rel=1e-3), name
 
 
 def test_losses_and_gradients_of_the_cpu(data):
@@ -42,7 +43,8 @@ def test_losses_and_gradients_of_the_cpu(data):
         terms = trainer.losses(next(iter(trainer.loader)).to(device))
         sum(terms.values()).backward()
         grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-        found[device] = [torch.stack(list(terms.values())).cpu(), torch.cat([g.flatten().cpu() for g in grads])]
+        joined = torch.cat([g.flatten() for g in grads])
+        found[device] = torch.stack(list(terms.values())).cpu(), joined.cpu()
     for a, b in zip(*found.values(), strict=True): assert (a - b).norm() < 1e-3*b.norm()
 
 

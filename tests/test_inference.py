@@ -7,7 +7,7 @@ import pytest
 
 from bdam_repro.config import UserError
 from bdam_repro.inference import (
-    Estimate,
+    DifferenceEstimate,
     Spread,
     chance_to_settle,
     coverage,
@@ -157,7 +157,7 @@ def test_intervals_and_p_values_agree():
     (lambda: estimate([[1., math.nan]], [0, 1]), 'finite'),
     (lambda: estimate(np.zeros((2, 3)), [0, 1]), '2 entries for 3 queries'),
     (lambda: estimate(np.zeros((0, 3)), [0, 1, 2]), 'finite'),
-    (lambda: Estimate(0., 1., 5., 3, 9).interval(95), 'level')])
+    (lambda: DifferenceEstimate(0., 1., 5., 3, 9).interval(95), 'level')])
 def test_nonsense_is_one_clear_line(call, says):
     with pytest.raises(UserError, match=says): call()
 

@@ -2,6 +2,7 @@
 import math
 import sys
 import types
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,18 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from bdam_repro import mamba
 from bdam_repro.config import UserError
-from bdam_repro.mamba import Mamba, mamba_flops, selective_scan, selective_scan_cuda, selective_scan_ref
+from bdam_repro.mamba import (
+    Mamba,
+    mamba_flops,
+    selective_scan,
+    selective_scan_c,
+    selective_scan_cuda,
+    selective_scan_ref,
+)
+from bdam_repro.scan_kernel import scan_library
+
+needs_compiler = pytest.mark.skipif(scan_library(torch.float32) is None, reason='needs a C compiler')
+SCANS = [selective_scan, pytest.param(selective_scan_c, marks=needs_compiler)]
 
 
 def inputs(b, L, D, N, dtype=torch.float32, seed=0, shift=-2.):
@@ -55,13 +67,15 @@ def test_any_shape_agrees_with_the_loop(b, L, D, N, seed, shift):
     args = inputs(b, L, D, N, seed=seed, shift=shift)
     beside = lambda k: [(v.detach()*(1 + k*2**-22)).requires_grad_() for v in args]
     own = max(worst_error(selective_scan_ref, beside(k)) for k in range(5))
-    assert worst_error(selective_scan, args) < max(1e-5, 4 * own)
+    for scan in (selective_scan, selective_scan_c)[:1 + bool(scan_library(torch.float32))]:
+        assert worst_error(scan, args) < max(1e-5, 4 * own)
 
 
+@pytest.mark.parametrize('scan', SCANS)
 @pytest.mark.parametrize('L', [1, 2, 3, 7, 8, 9, 66, 197, 261, 1024])
-def test_lengths_of_the_bar(L):
-    assert worst_error(selective_scan, inputs(2, L, 12, 16)) < 1e-5
-    assert worst_error(selective_scan, inputs(1, L, 5, 4, dtype=torch.float64)) < 1e-12
+def test_lengths_of_the_bar(L, scan):
+    assert worst_error(scan, inputs(2, L, 12, 16)) < 1e-5
+    assert worst_error(scan, inputs(1, L, 5, 4, dtype=torch.float64)) < 1e-12
 
 
 @pytest.mark.parametrize('threads', [1, 2])
@@ -77,32 +91,55 @@ def test_long_sequences_are_cut_by_channels():
     assert rows == 1 and w < 512 and T <= 23
 
 
-def test_gradcheck_and_second_derivative():
-    assert gradcheck(selective_scan, inputs(2, 5, 3, 2, dtype=torch.float64))
-    assert gradgradcheck(selective_scan, inputs(1, 4, 2, 2, dtype=torch.float64))
+@pytest.mark.parametrize('scan', SCANS)
+def test_gradcheck_and_second_derivative(scan):
+    assert gradcheck(scan, inputs(2, 5, 3, 2, dtype=torch.float64))
+    assert gradgradcheck(scan, inputs(1, 4, 2, 2, dtype=torch.float64))
 
 
-def test_second_derivative_with_frozen_inputs():
+@pytest.mark.parametrize('scan', SCANS)
+def test_second_derivative_with_frozen_inputs(scan):
     args = inputs(1, 4, 2, 2, dtype=torch.float64)
     frozen = [v.detach() for v in args[2:]]
-    assert gradgradcheck(lambda x, d: selective_scan(x, d, *frozen), args[:2])
+    assert gradgradcheck(lambda x, d: scan(x, d, *frozen), args[:2])
 
 
-def test_strided_inputs():
+@pytest.mark.parametrize('scan', SCANS)
+def test_strided_inputs(scan):
     "z as one half of a wider tensor, B and C as slices of another: what the block hands over."
     x, delta, A, B, C, D, z, bias = (v.detach() for v in inputs(2, 20, 6, 4))
     wide, bc = torch.cat([x, z], -1), torch.cat([B, C], -1)
-    y = selective_scan(wide[..., :6], delta, A, bc[..., :4], bc[..., 4:], D, wide[..., 6:], bias)
+    y = scan(wide[..., :6], delta, A, bc[..., :4], bc[..., 4:], D, wide[..., 6:], bias)
     torch.testing.assert_close(y, selective_scan(x, delta, A, B, C, D, z, bias), rtol=1e-5, atol=1e-6)
 
 
+@needs_compiler
+def test_compiled_scan_takes_gradients_and_channels_in_any_layout():
+    "An expanded gradient (of a sum), and inputs whose last axis is not contiguous."
+    args = inputs(2, 20, 6, 4)
+    across = [v.detach().mT.contiguous().mT.requires_grad_() if v.dim() == 3 else v for v in args]
+    assert across[0].stride(-1) != 1
+    for p, q in zip(torch.autograd.grad(selective_scan_c(*across).sum(), across),
+                    torch.autograd.grad(selective_scan(*args).sum(), args), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('scan', SCANS)
 @pytest.mark.parametrize('shift,rate', [(1e4, 1.), (60., 1e5), (-80., 1e-6), (0., 1e8)])
-def test_extremes_stay_finite(shift, rate):
+def test_extremes_stay_finite(shift, rate, scan):
     args = inputs(2, 50, 4, 8, shift=shift)
     with torch.no_grad(): args[2] *= rate
-    y = selective_scan(*args)
+    y = scan(*args)
     assert all(v.isfinite().all() for v in (y, *torch.autograd.grad(y.square().mean(), args)))
-    assert worst_error(selective_scan, args) < 1e-5
+    assert worst_error(scan, args) < 1e-5
+
+
+@pytest.mark.parametrize('scan', SCANS)
+def test_nan_is_not_hidden(scan):
+    args = [v.detach() for v in inputs(1, 20, 3, 4)]
+    args[0][0, 5, 1] = math.nan
+    y = scan(*args)[0]
+    assert y[5:, 1].isnan().all() and y[:, [0, 2]].isfinite().all() and y[:5].isfinite().all()
 
 
 def test_one_token_needs_no_decay():
@@ -114,20 +151,33 @@ def test_one_token_needs_no_decay():
     assert dA.shape == (5, 4) and not dA.any()
 
 
-def test_deterministic():
+@pytest.mark.parametrize('scan', SCANS)
+def test_deterministic(scan):
     first, second = inputs(3, 40, 20, 16), inputs(3, 40, 20, 16)
-    a, b = (torch.autograd.grad(selective_scan(*args).sum(), args) for args in (first, second))
+    a, b = (torch.autograd.grad(scan(*args).sum(), args) for args in (first, second))
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
-def test_memory_kept_for_backward():
+@needs_compiler
+def test_threads_change_no_bit_of_the_compiled_scan():
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        args = inputs(5, 33, 40, 16)
+        y = selective_scan_c(*args)
+        found.append([y, *torch.autograd.grad(y.sum(), args)])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize('scan', SCANS)
+def test_memory_kept_for_backward(scan):
     "Far below the b·L·D·N numbers of a single copy of all states."
     b, L, D, N, seen = 4, 261, 32, 16, {}
     args = inputs(b, L, D, N)
     note = lambda v: seen.__setitem__(v.untyped_storage().data_ptr(), v.untyped_storage().nbytes()) or v
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda v: v): selective_scan(*args)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda v: v): scan(*args)
     own = {v.untyped_storage().data_ptr() for v in args}
-    assert sum(n for p, n in seen.items() if p not in own) < 4 * b * L * D * N / 8
+    assert sum(n for p, n in seen.items() if p not in own) < 4 * b * L * D * N / 7
     assert sum(seen.values()) < 4 * b * L * D * N / 2
 
 
@@ -207,14 +257,16 @@ def test_autocast_runs_the_scan_in_float32(L):
     for n, p in m.named_parameters(): assert (low[n] - p.grad).norm() <= .05 * p.grad.norm() + 1e-6, n
 
 
-def test_scan_itself_ignores_autocast():
+@pytest.mark.parametrize('scan', SCANS)
+def test_scan_itself_ignores_autocast(scan):
     args = inputs(2, 40, 8, 16)
-    with torch.autocast('cpu', dtype=torch.bfloat16): assert worst_error(selective_scan, args) < 1e-5
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert worst_error(scan, args) < 1e-5
 
 
-def test_bfloat16_inputs_are_computed_in_float32():
+@pytest.mark.parametrize('scan', SCANS)
+def test_bfloat16_inputs_are_computed_in_float32(scan):
     args = inputs(2, 60, 8, 16, dtype=torch.bfloat16)
-    y = selective_scan(*args)
+    y = scan(*args)
     want = selective_scan_ref(*(v.detach().float() for v in args))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, want.bfloat16(), rtol=2 ** -7, atol=1e-6)     # no further than one rounding
@@ -237,10 +289,11 @@ def test_learns_to_remember():
 # ---------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize('options,words', [
-    ({'backend': 'triton'}, 'auto, torch, mamba-ssm'), ({'backend': 'mamba-ssm'}, 'mamba-ssm package'),
-    ({'dt_init': 'zeros'}, 'dt_init')])
+    ({'backend': 'triton'}, 'auto, torch, c, cuda'), ({'backend': 'cuda'}, 'mamba-ssm package'),
+    ({'backend': 'c'}, 'C compiler'), ({'dt_init': 'zeros'}, 'dt_init')])
 def test_unknown_options(options, words, monkeypatch):
     monkeypatch.setattr(mamba, 'mamba_ssm_kernels', lambda: None)
+    monkeypatch.setattr(mamba, 'scan_library', lambda dtype: None)
     with pytest.raises(UserError, match=words) as e: Mamba(16, **options)
     assert '\n' not in str(e.value)
 
@@ -316,20 +369,79 @@ def test_block_by_the_kernels(fake_mamba_ssm, monkeypatch, conv, L):
 
 def test_which_backend(fake_mamba_ssm):
     x = torch.zeros(1)
-    assert mamba._kernels('auto', on_gpu(x)) and mamba._kernels('mamba-ssm', on_gpu(x))
+    assert mamba._kernels('auto', on_gpu(x)) and mamba._kernels('cuda', on_gpu(x))
     assert mamba._kernels('auto', x) is None
     assert mamba._kernels('torch', on_gpu(x)) is None
     assert mamba._kernels('auto', on_gpu(x.double())) is None
     with pytest.raises(UserError, match='move it to a GPU'):
-        Mamba(8, backend='mamba-ssm')(torch.zeros(1, 2, 8))
+        Mamba(8, backend='cuda')(torch.zeros(1, 2, 8))
 
 
-def test_a_broken_install_falls_back(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'mamba_ssm', None)
-    monkeypatch.setitem(sys.modules, 'mamba_ssm.ops.selective_scan_interface', None)
+@pytest.fixture
+def fresh_import(monkeypatch, tmp_path):
+    "Packages are looked for in an empty folder first, and nothing of them is remembered."
+    for name in [n for n in sys.modules if n.split('.')[0] in ('mamba_ssm', 'causal_conv1d')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
     mamba.mamba_ssm_kernels.cache_clear()
+    yield tmp_path
+    mamba.mamba_ssm_kernels.cache_clear()
+    for name in [n for n in sys.modules if n.split('.')[0] in ('mamba_ssm', 'causal_conv1d')]:
+        del sys.modules[name]
+
+
+@pytest.mark.skipif(find_spec('mamba_ssm') is not None, reason='mamba-ssm is installed here')
+def test_without_the_package_nothing_is_said(fresh_import, recwarn):
     assert mamba._kernels('auto', on_gpu(torch.zeros(1))) is None
-    mamba.mamba_ssm_kernels.cache_clear()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize('error', ['ImportError("libcudart.so.12: cannot open shared object file")',
+                                   'OSError("undefined symbol: _ZN3c104cuda")',
+                                   'RuntimeError("Only CUDA is supported\\nsecond line")'])
+def test_a_broken_install_says_so_once_and_falls_back(fresh_import, error):
+    ops = fresh_import/'mamba_ssm'/'ops'
+    ops.mkdir(parents=True)
+    for folder in (ops.parent, ops): (folder/'__init__.py').touch()
+    (ops/'selective_scan_interface.py').write_text(f'raise {error}')
+    with pytest.warns(UserWarning, match='mamba_ssm is installed but does not work here') as caught:
+        for _ in range(3): assert mamba._kernels('auto', on_gpu(torch.zeros(1))) is None
+    assert len(caught) == 1 and 'second line' not in str(caught[0].message)
+    with pytest.raises(UserError, match='mamba-ssm package'): Mamba(8, backend='cuda')
+
+
+def test_broken_convolution_leaves_the_scan(fresh_import, fake_mamba_ssm, monkeypatch):
+    monkeypatch.delitem(sys.modules, 'causal_conv1d')
+    (fresh_import/'causal_conv1d.py').write_text('raise OSError("undefined symbol")')
+    with pytest.warns(UserWarning, match='causal_conv1d is installed'):
+        scan, conv = mamba.mamba_ssm_kernels()
+    assert scan is not None and conv is None
+
+
+# --- C, and what takes its place
+
+@needs_compiler
+def test_blocks_of_all_backends_agree():
+    torch.manual_seed(0)
+    blocks, x = [Mamba(16, backend=name) for name in ('torch', 'c', 'auto')], torch.randn(2, 13, 16)
+    for m in blocks[1:]: m.load_state_dict(blocks[0].state_dict())
+    outputs = [m(x) for m in blocks]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(outputs[1], outputs[2])
+
+
+def test_without_a_compiler_the_block_is_that_of_torch(monkeypatch):
+    monkeypatch.setattr(mamba, 'scan_library', lambda dtype: None)
+    auto, plain = Mamba(16), Mamba(16, backend='torch')
+    plain.load_state_dict(auto.state_dict())
+    x = torch.randn(2, 13, 16)
+    assert torch.equal(auto(x), plain(x))
+
+
+@needs_compiler
+def test_c_refuses_a_tensor_elsewhere():
+    with pytest.raises(UserError, match="backend='c' got a tensor on meta"):
+        Mamba(8, backend='c').to('meta')(torch.zeros(1, 2, 8, device='meta'))
 
 
 # ---------------------------------------------------------------- operation counts

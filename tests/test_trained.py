@@ -29,13 +29,15 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, body, code=200, **headers):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(code)
-        for name, value in {'Content-Length': str(len(data)), **headers}.items(): self.send_header(name, value)
+        headers |= {'Content-Length': str(len(data))}
+        for name, value in headers.items(): self.send_header(name, value)
         self.end_headers()
         if self.command != 'HEAD': self.wfile.write(data)
 
     def do_POST(self):
         data = self.rfile.read(int(self.headers.get('Content-Length', 0)))
-        here, kind = f'http://{self.headers["Host"]}/somebody/people', self.path.split('?')[0].rsplit('/', 2)
+        here = f'http://{self.headers["Host"]}/somebody/people'
+        kind = self.path.split('?')[0].rsplit('/', 2)
         if self.path == '/api/repos/create': return self.answer({'url': here})
         if self.path == '/api/validate-yaml': return self.answer({'errors': [], 'warnings': []})
         if kind[1] == 'preupload':
@@ -56,13 +58,16 @@ class Hub(BaseHTTPRequestHandler):
         path, files = self.path.split('?')[0], sorted(p for p in self.server.folder.rglob('*') if p.is_file())
         names = [str(p.relative_to(self.server.folder)) for p in files]
         if path.startswith('/api/models/somebody/people/tree'):
-            tree = [dict(type='file', path=n, size=p.stat().st_size, oid='0'*40) for n, p in zip(names, files)]
+            sizes = [(n, p.stat().st_size) for n, p in zip(names, files)]
+            tree = [dict(type='file', path=n, size=size, oid='0'*40) for n, size in sizes]
             return self.answer(tree)
         if path.startswith('/api/models/somebody/people'):
-            return self.answer(dict(id='somebody/people', sha=COMMIT, siblings=[dict(rfilename=n) for n in names],
-                                    private=False, downloads=0, likes=0, tags=[]))
-        name = path.removeprefix(f'/somebody/people/resolve/{COMMIT}/').removeprefix('/somebody/people/resolve/main/')
-        if name not in names: return self.answer({'error': 'no entry'}, 404, **{'X-Error-Code': 'EntryNotFound'})
+            siblings = [dict(rfilename=n) for n in names]
+            return self.answer(dict(id='somebody/people', sha=COMMIT, siblings=siblings, private=False,
+                                    downloads=0, likes=0, tags=[]))
+        name = path.removeprefix('/somebody/people/resolve/').partition('/')[2]
+        if name not in names:
+            return self.answer({'error': 'no entry'}, 404, **{'X-Error-Code': 'EntryNotFound'})
         data = (self.server.folder/name).read_bytes()
         etag = hashlib.sha1(data).hexdigest()
         return self.answer(data, ETag=f'"{etag}"', **{'X-Repo-Commit': COMMIT})
@@ -116,4 +121,4 @@ print(model.sha256, model.name)
                    '64 queries', '14.1 | 7.8 … 20.3', 'is no identification'): assert needed in card, needed
     cache = dict(HF_HOME=str(tmp_path/'reader'))
     assert python(load, HF_ENDPOINT=address, **cache).split() == [model.sha256, 'somebody/people']
-    assert python(load, HF_HUB_OFFLINE='1', **cache).split()[0] == model.sha256       # a second time without a network
+    assert python(load, HF_HUB_OFFLINE='1', **cache).split()[0] == model.sha256       # again, offline

@@ -222,7 +222,7 @@ def test_other_options_do_not_touch_an_interrupted_run(home, tmp_path, monkeypat
 def test_the_checkpoint_is_chosen_on_validation_alone(home, tmp_path, monkeypatch):
     "Scripted scores: validation is best in epoch 2, test would be best in epoch 1 or 3."
     script, asked, kept = {'val': [10., 30., 20.], 'test': [90., 0., 90.]}, [], {}
-    def scripted(model, dataset, tokenizer, split, amp=None):
+    def scripted(model, dataset, tokenizer, split, amp=None, *world):
         asked.append(split)
         e = evaluate(model, dataset, tokenizer, split, amp)
         if not model.training: return e                                       # the end: weights are read back
@@ -669,15 +669,15 @@ def test_muon_takes_the_matrices_and_the_patch_embedding(home, tmp_path):
 
 def test_the_temperature_falls(home, tmp_path):
     trainer, seen = prepare(cfg(home, tau=.1, tau_decay=.25), tmp_path, False).trainer, []
-    real = T.forward
-    def spy(model, batch, c):
+    real = T.batch_losses
+    def spy(out, batch, c):
         seen.append((c.tau, c.tau_end))
-        return real(model, batch, c)
-    T.forward = spy
+        return real(out, batch, c)
+    T.batch_losses = spy
     try:
         for step in (0, trainer.steps//2, trainer.steps):
             trainer.step = step
             trainer.losses(next(iter(trainer.loader)))
-    finally: T.forward = real
+    finally: T.batch_losses = real
     assert np.allclose(seen, [(.1, .025), (.05, .025), (.025, .025)])
     assert trainer.c.tau_end == pytest.approx(.025)
