@@ -23,7 +23,7 @@ from .config import PRESETS, UserError, Config, config_hash, make_config, run_di
 from .paper import table as printed_table
 from .factorial import loss_runs
 
-# %% ../nbs/65_grid.ipynb #f0092b1d
+# %% ../nbs/65_grid.ipynb #0acb749d
 REFERENCE = {1: 'bdam', 2: 'fusion', 3: 'full', 4: 'full', 5: 'full'}    # table -> what the paper proposes
 RIVALS = {'full': 'Full model',                                            # Table 5: variant -> its row
           'baseline': 'Baseline (dual InfoNCE)',
@@ -33,7 +33,8 @@ RIVALS = {'full': 'Full model',                                            # Tab
 EXTRA_ROWS = {3: [('Matching and Eq. 1', 'clothing=both'),                # table -> rows of `full` with a tag
                   ('Eq. 1, w/o Matching', 'clothing=literal')]}
 LAYOUT_TAGS = {'': 'cuhk', 'icfg': 'icfg', 'rstp': 'rstp'}       # tag of a run -> layout of SynthPEDES
-DATASET_NAMES = {'synth': 'SynthPEDES', 'cuhk': 'CUHK-PEDES', 'icfg': 'ICFG-PEDES', 'rstp': 'RSTPReid'}
+DATASET_NAMES = {'synth': 'SynthPEDES', 'cuhk': 'CUHK-PEDES', 'icfg': 'ICFG-PEDES',
+                 'rstp': 'RSTPReid'}
 
 # %% ../nbs/65_grid.ipynb #83156942
 class TableRow(NamedTuple):
@@ -223,8 +224,8 @@ def factorial_grid(dataset: str = 'synth',
     return [make_config(dataset, preset, v, seed=seed, tag=tag, **(options | layout_options(preset, tag)))
             for seed in seeds for v, tag in sides if tag]
 
-# %% ../nbs/65_grid.ipynb #1ae85eeb
-DECIDING: tuple[tuple[str, str], ...] = (              # variant and tag, those that most differences need first
+# %% ../nbs/65_grid.ipynb #9c144030
+DECIDING: tuple[tuple[str, str], ...] = (              # variant and tag; what most differences need
     ('full', ''), ('baseline', ''), ('baseline_described', ''), ('full', 'clothing=both'), ('no_triplet', ''),
     ('no_decoupling', ''), ('no_gate_reg', ''))
 NEXT: tuple[tuple[str, str], ...] = (                  # five seeds decide these, or have to
@@ -238,19 +239,20 @@ def tier_of(c: Config) -> str:
     in_table = not c.tag or c.tag in LAYOUT_TAGS or (c.variant, c.tag) in NEXT
     return 'tables' if in_table else 'readings'
 
-def grid_by_worth(dataset: str = 'synth', preset: str | None = None, styles: bool = True, layouts: bool = True,
-                  **options) -> list[Config]:          # the arguments of `grid`
+def grid_by_worth(dataset: str = 'synth', preset: str | None = None, styles: bool = True,
+                  layouts: bool = True, **options) -> list[Config]:          # the arguments of `grid`
     "All runs of all tiers, the most telling first."
     most = range(max(SEEDS.values()))
-    every = grid(dataset, preset, most, styles, layouts, **options) + audit_grid(dataset, preset, most, **options)
+    every = grid(dataset, preset, most, styles, layouts, **options)
+    every += audit_grid(dataset, preset, most, **options)
     rank = {side: place for place, side in enumerate(DECIDING + NEXT)}
     wanted = [c for c in every if c.seed < SEEDS[tier_of(c)]]
     def worth(c):
         side = c.variant, c.tag
-        first = side in rank and c.seed < SEEDS['tables']          # five seeds of these, then ten of the deciding
+        first = side in rank and c.seed < SEEDS['tables']          # then the other seeds of the deciding
         block = 0 if first else 1 + list(SEEDS).index(tier_of(c))
         return block, c.seed, rank.get(side, len(rank))
-    return sorted(wanted, key=worth)                   # stable: within a tier and seed as the tables have them
+    return sorted(wanted, key=worth)                   # stable: else as the tables have them
 
 # %% ../nbs/65_grid.ipynb #650024
 def finished_seconds(folder: Path,           # a run's folder

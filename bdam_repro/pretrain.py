@@ -222,7 +222,7 @@ def save_tower(encoder: VisionEncoder | TextEncoder, folder: Path) -> None:
     encoder.net.to(torch.float16).save_pretrained(folder)
     encoder.net.to(torch.float32)
 
-# %% ../nbs/78_pretrain.ipynb #22281d82
+# %% ../nbs/78_pretrain.ipynb #19545d0d
 TOWER_CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -238,7 +238,7 @@ library_name: transformers
 | mean loss per pass | {losses} |
 | sha256 of model.safetensors | `{sha}` |
 
-Made by `make pretrain` (nbs/78_pretrain.ipynb), byte for byte again on the same machine with the same libraries.
+Made by `make pretrain` (nbs/78_pretrain.ipynb), byte for byte again on the same machine and libraries.
 For drawn people only; it knows nothing of photographs.
 """
 
@@ -249,7 +249,7 @@ def write_card(folder: Path, r: Recipe, losses: list[float], **texts: str) -> No
     card = TOWER_CARD.format(**(asdict(r) | texts), losses=numbers, sha=sha)
     with atomic_path(folder/'README.md') as tmp: tmp.write_text(card)
 
-# %% ../nbs/78_pretrain.ipynb #5541b05c
+# %% ../nbs/78_pretrain.ipynb #dea98769
 def make_vision(others: PedesDataset, folder: Path, r: Recipe, progress: bool = False) -> dict[str, float]:
     "The ViT with its card; what it reads on held-out people."
     factors = [json.loads(line) for line in (others.root/'factors.jsonl').read_text().splitlines()]
@@ -264,7 +264,7 @@ def make_vision(others: PedesDataset, folder: Path, r: Recipe, progress: bool = 
     shown = ('gender', 'hair_color', 'skin', 'upper_color', 'shoes_type')
     some = ', '.join(f'{name} {100*read[name]:.0f}' for name in shown)
     write_card(folder, r, losses, title='A small ViT that knows attributes',
-               what='{layers} layers of {hidden}, '.format(**r.vision) + '{}×{} pixels.'.format(*r.image_size),
+               what='{layers} layers of {hidden}, {0}×{1} pixels.'.format(*r.image_size, **r.vision),
                data=f'{n:,} pictures, {len(ATTRIBUTES)} attribute labels, {r.vision_passes} passes',
                result=f'{100*mean:.1f} % of the labels are read ({some})')
     return read
