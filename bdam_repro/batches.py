@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'wordpiece_vocab', 'save_tokenizer', 'load_tokenizer', 'train_tokenizer', 'encode_texts', 'trim',
-           'Batch', 'combine_seeds', 'uniform_share', 'CaptionChoice', 'with_stand_ins', 'Draw', 'Loader', 'split_rows',
-           'kept_tokens', 'train_batches', 'image_batches', 'text_batches']
+           'Batch', 'combine_seeds', 'uniform_share', 'CaptionChoice', 'with_stand_ins', 'Draw', 'Loader', 'plan_line',
+           'split_rows', 'kept_tokens', 'train_batches', 'image_batches', 'text_batches']
 
 # %% ../nbs/17_batches.ipynb #6a2df913
 import json
@@ -273,7 +273,7 @@ class _TrainData(Dataset):
         rows, pids = torch.from_numpy(self.rows[i]), torch.from_numpy(self.pids[i])
         return Batch(rows, pids, images, **tensors)
 
-# %% ../nbs/17_batches.ipynb #82dae573
+# %% ../nbs/17_batches.ipynb #3c0b2b11
 class Loader:
     "Each iteration is an epoch of training batches; `wait_share` measures how long its user waited."
     def __init__(self, data: _TrainData, workers: int):
@@ -291,15 +291,6 @@ class Loader:
     def files(self, rows: torch.Tensor) -> list[str]:
         "The picture files of a batch, to be named in a message."
         return [self.data.images.paths[row].name for row in rows.tolist()]
-
-    def plan(self, epochs: int) -> str:
-        "How much a training of so many epochs is, in one line."
-        sampler, steps = self.data.sampler, epochs*len(self)
-        size, images = sampler.p*sampler.k, len(self.data.pids)
-        pairs = int(self.data.choice.counts.sum())
-        seen = f'{images:,} images with {pairs:,} captions of {len(sampler.groups):,} people'
-        run = f'{steps:,} steps, {steps*size:,} samples'
-        return f'{epochs} epochs of {len(self):,} steps of {size}: {run}; {seen}'
 
     @property
     def wait_share(self) -> float:  # 0…1, of the latest epoch
@@ -336,6 +327,16 @@ class Loader:
             self.wait += time.perf_counter() - asked
             yield batch
             self.total = time.perf_counter() - start
+
+# %% ../nbs/17_batches.ipynb #4b510dae
+def plan_line(loader: Loader, epochs: int) -> str:
+    "How much a training of so many epochs is, in one line."
+    sampler, steps = loader.data.sampler, epochs*len(loader)
+    size, images = sampler.p*sampler.k, len(loader.data.pids)
+    pairs = int(loader.data.choice.counts.sum())
+    seen = f'{images:,} images with {pairs:,} captions of {len(sampler.groups):,} people'
+    run = f'{steps:,} steps, {steps*size:,} samples'
+    return f'{epochs} epochs of {len(loader):,} steps of {size}: {run}; {seen}'
 
 # %% ../nbs/17_batches.ipynb #a739897c
 def split_rows(dataset: PedesDataset, split: str) -> np.ndarray:  # positions in `dataset.records`

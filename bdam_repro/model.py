@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'TextFeatures', 'ImageFeatures', 'Pool', 'own_start', 'start_layers', 'make_fusion', 'Retriever',
            'check_sides', 'dual', 'fuse', 'match_score', 'rescore', 'InvalidPairs', 'invalid_pairs',
            'invalid_pair_scores', 'candidates', 'encode_by_length', 'encode_together', 'FusedCandidates', 'Outputs',
-           'Model', 'build_model']
+           'PairFuser', 'Model', 'build_model']
 
 # %% ../nbs/34_model.ipynb #c1004412
 import random
@@ -311,8 +311,29 @@ class Outputs(FusedCandidates):
         names = ('caption', 'identity', 'clothing', 'other')
         return {name: text for name in names if (text := getattr(self, name)) is not None}
 
-# %% ../nbs/34_model.ipynb #a9651654
-class Model(Retriever):
+# %% ../nbs/34_model.ipynb #fca85721
+class PairFuser(Retriever):
+    "A retriever that fuses the texts of a training batch with its images."
+    def fuse_candidates(self, image: ImageFeatures, texts: dict[str, TextFeatures], pids: Tensor,
+                        first: int = 0,            # the image of text 0, where `texts` are a share of a batch
+                        grad: bool | None = None   # whether the towers get its gradient; None: as configured
+                       ) -> FusedCandidates:
+        "The fusion of each text with its candidates. `fusion_text` names the text that it reads."
+        c, main = self.config, texts['caption']
+        if c.id_text == 'generated': main = texts.get('identity', main)
+        query = main if c.fusion_text == 'query' else texts.get(c.fusion_text, main)
+        sim = dual(main, image)                                                          # [B, G]
+        rows, valid = candidates(sim, pids, c.fusion_negatives, first)                   # [B, 1+N]
+        if not (c.fusion_grad if grad is None else grad): query, image = query.detach(), image.detach()
+        i = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows).flatten()   # [B(1+N)]
+        pairs = fuse(self, query, i, image, rows.flatten())
+        match = match_score(self, query.t[i], pairs).view_as(rows).masked_fill(~valid, -torch.inf)
+        f_final, w = pairs.f_final.unflatten(0, rows.shape), pairs.w.unflatten(0, rows.shape)
+        cos = sim.detach().gather(1, rows)
+        return FusedCandidates(match=match, cos=cos, fused=f_final, valid=valid, anchor=query.t, w=w[:, 0])
+
+# %% ../nbs/34_model.ipynb #459b1fef
+class Model(PairFuser):
     "The whole model of a configuration (Sec. 3)."
     second = None   # a second thread for the text tower: see `35_threads`
     fixed = False   # texts of one fixed length: see `46_capture`
@@ -362,24 +383,6 @@ class Model(Retriever):
         if not texts[0][0].is_cuda: return encode_by_length(self, texts, parts, words)
         features = [self.encode_text(*text) for text in texts]
         return features if words else [f.cut(0) for f in features]
-
-    def fuse_candidates(self, image: ImageFeatures, texts: dict[str, TextFeatures], pids: Tensor,
-                        first: int = 0,            # the image of text 0, where `texts` are a share of a batch
-                        grad: bool | None = None   # whether the towers get its gradient; None: as configured
-                       ) -> FusedCandidates:
-        "The fusion of each text with its candidates. `fusion_text` names the text that it reads."
-        c, main = self.config, texts['caption']
-        if c.id_text == 'generated': main = texts.get('identity', main)
-        query = main if c.fusion_text == 'query' else texts.get(c.fusion_text, main)
-        sim = dual(main, image)                                                          # [B, G]
-        rows, valid = candidates(sim, pids, c.fusion_negatives, first)                   # [B, 1+N]
-        if not (c.fusion_grad if grad is None else grad): query, image = query.detach(), image.detach()
-        i = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows).flatten()   # [B(1+N)]
-        pairs = fuse(self, query, i, image, rows.flatten())
-        match = match_score(self, query.t[i], pairs).view_as(rows).masked_fill(~valid, -torch.inf)
-        f_final, w = pairs.f_final.unflatten(0, rows.shape), pairs.w.unflatten(0, rows.shape)
-        cos = sim.detach().gather(1, rows)
-        return FusedCandidates(match=match, cos=cos, fused=f_final, valid=valid, anchor=query.t, w=w[:, 0])
 
 # %% ../nbs/34_model.ipynb #eb50f131
 def build_model(config: Config,

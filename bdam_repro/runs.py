@@ -32,6 +32,7 @@ from . import __version__
 from .config import Config, UserError, atomic_path, config_hash, run_dir
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
+from .batches import plan_line
 from .run_data import check_pictures, load_data, run_tokenizer
 from .model import Model, build_model, fuse
 from .threads import SecondThread, one_at_a_time
@@ -97,7 +98,7 @@ def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDatase
     torch.utils.deterministic.fill_uninitialized_memory = False            # debugging aid, slow
     model = build_model(c, len(tokenizer), described)
     if two_cores(c, device) and world.size == 1: model.second = SecondThread()
-    if progress: print(batches.plan(c.epochs), batches.note, sep='\n' if batches.note else '')
+    if progress: print(plan_line(batches, c.epochs), batches.note, sep='\n' if batches.note else '')
     return Training(folder, dataset, tokenizer, Trainer(c, model, batches, device, world))
 
 # %% ../nbs/53_runs.ipynb #d605be20

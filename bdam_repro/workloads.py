@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIT_B', 'BERT_B', 'TINY', 'find_peer', 'people_features', 'ranking', 'bare_product', 'in_parts', 'ranking_by_sort',
            'ranking_by_irra', 'ranking_by_torchmetrics', 'sequence_layer', 'sequence_pass', 'pairs_batch',
-           'training_step', 'bare_step', 'tiny_step', 'busy_processes', 'start_server', 'describing', 'draw_dataset',
+           'measured_step', 'bare_step', 'tiny_step', 'busy_processes', 'start_server', 'describing', 'draw_dataset',
            'embed_pictures', 'search_gallery', 'cluster_captions', 'seconds_of']
 
 # %% ../nbs/88_workloads.ipynb #9387071d
@@ -149,7 +149,7 @@ def pairs_batch(size: int, image: tuple[int, int], words: int, texts: int):
     images = torch.randint(0, 256, (size, 3, *image), dtype=torch.uint8)
     return Batch(torch.arange(size), torch.arange(size)//2, images, ids, mask, **more)
 
-def training_step(variant: str, batch: int, vision: dict = VIT_B, text: dict = BERT_B,
+def measured_step(variant: str, batch: int, vision: dict = VIT_B, text: dict = BERT_B,
                   image: tuple[int, int] = (224, 224), words: int = 77, **options) -> Callable:
     "A step of the trainer, as it runs on the paper's preset."
     from bdam_repro.model import build_model
