@@ -75,7 +75,7 @@ def mentioned(y: Heard) -> dict:   # factors as they were written
 def captions_heard(s: Spec) -> list[dict]:   # one per caption of the test split, in the order of the queries
     "The factors that each caption names."
     out = []
-    for i in range(s.n_ids - s.test_ids, s.n_ids):
+    for i in (i for i in range(s.n_ids) if s.split(i) == 'test'):
         for k, row in enumerate(picture_rows(s, i)):
             rng = stream(s.seed, CAPTION, i, k)
             rng.permutation(s.n_styles)                          # as `picture_rows` drew them

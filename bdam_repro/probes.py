@@ -53,7 +53,8 @@ def spec_of(c: Config, clothes_change: bool) -> Spec:
 def gallery_rows(s: Spec) -> list[dict]:
     "Factors, captions and styles of the test pictures, in the order of the dataset."
     rows = []
-    for i in range(s.n_ids - s.test_ids, s.n_ids): rows += picture_rows(s, i)      # the last people
+    for i in range(s.n_ids):
+        if s.split(i) == 'test': rows += picture_rows(s, i)
     return rows
 
 # %% ../nbs/83_probes.ipynb #df8f84f3
