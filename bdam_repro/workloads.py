@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIT_B', 'BERT_B', 'TINY', 'find_peer', 'people_features', 'ranking', 'bare_product', 'in_parts', 'ranking_by_sort',
-           'ranking_by_irra', 'ranking_by_torchmetrics', 'sequence_layer', 'sequence_pass', 'pairs_batch',
+           'ranking_by_irra', 'ranking_by_torchmetrics', 'sequence_layer', 'sequence_pass', 'pairs_batch', 'OneBatch',
            'measured_step', 'bare_step', 'tiny_step', 'busy_processes', 'start_server', 'describing', 'draw_dataset',
            'embed_pictures', 'search_gallery', 'cluster_captions', 'seconds_of']
 
@@ -137,7 +137,7 @@ def sequence_pass(kind: str, batch: int, length: int, dim: int = 256) -> Callabl
         h.square().mean().backward()
     return work
 
-# %% ../nbs/88_workloads.ipynb #06eb2a83
+# %% ../nbs/88_workloads.ipynb #248d1227
 VIT_B = dict(type='vit', hidden=768, layers=12, heads=12, patch=16)
 BERT_B = dict(type='bert', hidden=768, layers=12, heads=12)
 
@@ -149,6 +149,10 @@ def pairs_batch(size: int, image: tuple[int, int], words: int, texts: int):
     images = torch.randint(0, 256, (size, 3, *image), dtype=torch.uint8)
     return Batch(torch.arange(size), torch.arange(size)//2, images, ids, mask, **more)
 
+class OneBatch(list):
+    "A loader of one batch, whose pictures have no files."
+    def files(self, rows: torch.Tensor) -> list[str]: return []
+
 def measured_step(variant: str, batch: int, vision: dict = VIT_B, text: dict = BERT_B,
                   image: tuple[int, int] = (224, 224), words: int = 77, **options) -> Callable:
     "A step of the trainer, as it runs on the paper's preset."
@@ -158,7 +162,7 @@ def measured_step(variant: str, batch: int, vision: dict = VIT_B, text: dict = B
                     image_width=image[1], max_length=words, dim=vision['hidden'], dropout=0., device='cpu',
                     **options)
     data = pairs_batch(batch, image, words, 3 if variant == 'full' else 1)
-    trainer = Trainer(c, build_model(c, 30522), [data], torch.device('cpu'))
+    trainer = Trainer(c, build_model(c, 30522), OneBatch([data]), torch.device('cpu'))
     trainer.steps = 1000                                          # the schedule's length is no matter here
     return lambda: sum(trainer.train_step(data).values())
 
@@ -189,7 +193,7 @@ def bare_step(batch: int, vision: dict = VIT_B, text: dict = BERT_B, image: tupl
         return loss.item()
     return work
 
-# %% ../nbs/88_workloads.ipynb #e6af4d50
+# %% ../nbs/88_workloads.ipynb #1f295301
 TINY = dict(vision=dict(type='vit', hidden=96, layers=4, heads=4, patch=16),
             text=dict(type='bert', hidden=96, layers=2, heads=4))
 
@@ -200,7 +204,7 @@ def tiny_step(towers: bool, batch: int = 64) -> Callable:
     from bdam_repro.trainer import Trainer
     c = make_config('synth', 'tiny', device='cpu', **TINY)
     data = pairs_batch(batch, (c.image_height, c.image_width), 40, 3)
-    trainer = Trainer(c, build_model(c, 1000), [data], torch.device('cpu'))
+    trainer = Trainer(c, build_model(c, 1000), OneBatch([data]), torch.device('cpu'))
     trainer.steps = 1000
     if towers: trainer.model.second = SecondThread(LoadWatch(loss=float('inf')))       # it never gives up
     return lambda: [trainer.train_step(data) for _ in range(5)] and None
