@@ -164,7 +164,7 @@ def measured_step(variant: str, batch: int, vision: dict = VIT_B, text: dict = B
     data = pairs_batch(batch, image, words, 3 if variant == 'full' else 1)
     trainer = Trainer(c, build_model(c, 30522), OneBatch([data]), torch.device('cpu'))
     trainer.steps = 1000                                          # the schedule's length is no matter here
-    return lambda: sum(trainer.train_step(data).values())
+    return lambda: float(sum(trainer.train_step(data).values()))
 
 def bare_step(batch: int, vision: dict = VIT_B, text: dict = BERT_B, image: tuple[int, int] = (224, 224),
               words: int = 77, amp: bool = True) -> Callable:

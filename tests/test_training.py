@@ -522,7 +522,6 @@ BAD_DATA = {
     'a huge train image': (picture('train', huge), 'pixels'),
     'an image that is a link out': (picture('train', link_out), 'link that leaves'),
     'no train split': (move('train'), "'train'"),
-    'no val split': (move('val'), "'val'"),
     'no test split': (move('test'), "'test'"),
     'descriptions cut': (bad_descriptions('{"image": 3}\n{"image'), 'descriptions.jsonl'),
     'descriptions of other images': (
