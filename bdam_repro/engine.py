@@ -106,7 +106,7 @@ def complete_command(params: dict,  # papermill's options, as click parsed them;
             params['progress_bar'] = False   # a second bar would draw over the notebook's
 
 # %% ../nbs/02_engine.ipynb #ab4fe85e
-USER_ERRORS = 'UserError', 'ImageError', 'LossError'   # by name: the kernel that raised them is another process
+USER_ERRORS = 'UserError', 'ImageError', 'LossError'   # by name: they come from another process
 
 def not_alarming(record: logging.LogRecord) -> bool:
     "Any option is a parameter of ours; papermill warns of those that the parameters cell does not list."

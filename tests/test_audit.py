@@ -294,7 +294,7 @@ def test_choosing_a_reading_on_test_gains_what_validation_would_not_choose(drawn
 def test_each_reading_changes_what_it_says_and_nothing_else():
     for base in (make_config(), make_config('synth', 'smoke')):
         for c in audit_grid('synth', base.preset):
-            if base.preset == 'smoke' and c.variant in ('sdm', 'tal'): continue    # the published τ is theirs there
+            if base.preset == 'smoke' and c.variant in ('sdm', 'tal'): continue    # their τ is the published
             usual = make_config('synth', base.preset, c.variant).model_dump()
             changed = {k for k, v in c.model_dump().items() if usual[k] != v} - {'tag', 'folder'}
             assert changed == set(layout_options(None, c.tag)) and changed, c.tag
