@@ -94,7 +94,9 @@ class BatchRun:
 
     def save(self) -> None:
         "Write the state file; a kill leaves the old one or the new one."
-        with atomic_path(state_path(self.out)) as tmp: tmp.write_text(self.state.model_dump_json())
+        content = json.dumps(self.state.model_dump(), ensure_ascii=False, default=vars)
+        # a server's words may hold half a UTF-16 pair, which no file can
+        with atomic_path(state_path(self.out)) as tmp: tmp.write_bytes(content.encode(errors='replace'))
 
     def money_left(self) -> float:
         "Dollars of the budget that are neither spent nor promised to a batch under way."
