@@ -405,8 +405,8 @@ def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256
     rows, (rank, world) = split_rows(dataset, split), share
     if images is None and getattr(dataset, 'memory', None) is not None:
         images = kept(dataset, ('gallery', split, size, columns),
-                      lambda: ImageStore(dataset, size, rows, cache=True, columns=columns))
-    images = images or ImageStore(dataset, size, rows, columns=columns)
+                      lambda: ImageStore(dataset, size, rows, cache=True, columns=columns, show=False))
+    images = images or ImageStore(dataset, size, rows, columns=columns, show=False)
     parts = np.split(rows, range(batch, len(rows), batch))
     for part in parts[rank::world]: yield torch.from_numpy(part), images[part]
 

@@ -89,12 +89,13 @@ class ImageStore:
                  budget: int = 2**30,  # bytes of memory that decoded images may take
                  columns: float = 1.,  # see `decode_image`
                  keep: int = KEEP,  # more images than this are decoded once for all runs
+                 show: bool = True,  # a bar while they are; off inside another bar
                  ):
         if cache not in (True, False, 'auto'):
             raise UserError(f"cache={cache!r} is none of True, False, 'auto'")
         rows = np.arange(len(dataset.records)) if rows is None else np.asarray(rows)
         files = dataset.records['file'].to_numpy()
-        self.size, self.columns, self.folder = size, columns, dataset.root/'imgs'
+        self.size, self.columns, self.folder, self.show = size, columns, dataset.root/'imgs', show
         self.paths = {row: self.folder/files[row] for row in rows.tolist()}
         n_bytes = len(rows)*3*size[0]*size[1]
         self.cached = n_bytes <= budget if cache == 'auto' else cache
@@ -128,7 +129,7 @@ class ImageStore:
         dates = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         which = zlib.crc32(''.join(name for name, *_ in dates).encode())     # of two splits of one length
         path = root/'.prepared'/f'{len(paths)}x{self.size[0]}x{self.size[1]}-{which:08x}.safetensors'
-        make = lambda: {'images': self._decode(paths, show=True)}
+        make = lambda: {'images': self._decode(paths, show=self.show)}
         return remember(path, [self.size, self.columns, dates], make)['images']
 
 # %% ../nbs/16_images.ipynb #2205cbad

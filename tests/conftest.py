@@ -10,6 +10,16 @@ settings.register_profile('patient', deadline=None, suppress_health_check=[Healt
 settings.load_profile('patient')
 
 
+@pytest.fixture
+def one_thread():
+    "A run has the same bits for the same number of threads; more would only fight for the few cores."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(config, items):
     if 'soak' in config.getoption('markexpr'):
         return

@@ -31,12 +31,7 @@ OFFICIAL = {'cuhk': ('CUHK-PEDES', 'reid_raw.json'), 'icfg': ('ICFG-PEDES', 'ICF
 WIDTHS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

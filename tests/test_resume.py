@@ -23,12 +23,7 @@ OFTEN = dict(epochs=3, ids_per_batch=4, save_steps=2, gradnorm_every=2, dropout=
 KILLS = int(os.environ.get('BDAM_KILLS', 1))         # of each of four kinds; `make soak`: 5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

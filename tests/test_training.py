@@ -38,13 +38,7 @@ SMALL = dict(preset='smoke', folder='small', synth_train_ids=16, synth_val_ids=4
              amp='off', vocab_size=300)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "A run has the same bits for the same number of threads; more would only fight for the few cores."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')
