@@ -214,13 +214,18 @@ def busy_processes(n: int) -> list[subprocess.Popen]:
     code = 'import torch; torch.set_num_threads(1); x = torch.randn(700, 700)\nwhile True: x @ x'
     return [subprocess.Popen([sys.executable, '-c', code]) for _ in range(n)]
 
-# %% ../nbs/88_workloads.ipynb #29a6509f
+# %% ../nbs/88_workloads.ipynb #1bd306b3
 def start_server(folder: Path, latency: float) -> tuple[subprocess.Popen, str]:
-    "The tests' server of chat completions: its process and its address."
+    "The tests' server of chat completions: its process and its address. Raises `UserError` with its last words."
     (folder/'settings.json').write_text(json.dumps(dict(latency=latency)))
-    process = subprocess.Popen([sys.executable, ROOT/'tests'/'mllm_server.py', folder/'settings.json',
-                                folder/'log.jsonl'], stdout=subprocess.PIPE, text=True)
-    return process, f'http://127.0.0.1:{int(process.stdout.readline())}/v1'
+    command = [sys.executable, ROOT/'tests'/'mllm_server.py', folder/'settings.json', folder/'log.jsonl']
+    for _ in range(3):                                       # a machine that is short of memory may refuse
+        with (folder/'said.txt').open('w') as said:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+        if port := process.stdout.readline().strip(): return process, f'http://127.0.0.1:{port}/v1'
+        process.wait()
+    words = (folder/'said.txt').read_text().strip().splitlines() or ['no word']
+    raise UserError(f'the server of the tests ended with code {process.returncode}: {words[-1]}')
 
 def describing(way: str, pictures: int, latency: float = .1) -> Callable:
     "'ours': `describe` with its defaults; 'loop': one request after the other."
