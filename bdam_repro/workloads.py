@@ -216,7 +216,7 @@ def busy_processes(n: int) -> list[subprocess.Popen]:
 
 # %% ../nbs/88_workloads.ipynb #1bd306b3
 def start_server(folder: Path, latency: float) -> tuple[subprocess.Popen, str]:
-    "The tests' server of chat completions: its process and its address. Raises `UserError` with its last words."
+    "The tests' server of chat completions: process and address. Raises `UserError` with its last words."
     (folder/'settings.json').write_text(json.dumps(dict(latency=latency)))
     command = [sys.executable, ROOT/'tests'/'mllm_server.py', folder/'settings.json', folder/'log.jsonl']
     for _ in range(3):                                       # a machine that is short of memory may refuse
