@@ -53,7 +53,7 @@ class PKSampler:
             batch = [position for pid in pids[i:i + self.p] for position in self.images_of(pid)]
             yield batch[self.rank*share:(self.rank + 1)*share]
 
-# %% ../nbs/09_sampler.ipynb #62e96096
+# %% ../nbs/09_sampler.ipynb #ed1f6cf9
 class PairSampler(PKSampler):
     "Every pair of image and caption once per epoch, as rows of the table of all captions (`CaptionChoice`)."
     def __init__(self, pids: Sequence[int],    # [N] identity of each image
@@ -67,14 +67,16 @@ class PairSampler(PKSampler):
 
     def shares_of(self, pid: int) -> list[list[int]]:  # [K] pairs each
         "This epoch's pairs of an identity; the last share is filled up from the first."
-        chance = random.Random(f'{self.seed} {self.epoch} {pid}')
-        pairs, seen = chance.sample(self.groups[pid], len(self.groups[pid])), defaultdict(int)
-        by_round = []                                                 # (captions of its image before, pair)
+        pairs = list(self.groups[pid])
+        pairs = random.Random(f'{self.seed} {self.epoch} {pid}').sample(pairs, len(pairs))
+        earlier, captions_before = defaultdict(int), {}               # of the same image
         for pair in pairs:
-            by_round.append((seen[self.image_of[pair]], pair))
-            seen[self.image_of[pair]] += 1
-        pairs = [pair for _, pair in sorted(by_round, key=lambda item: item[0])]
-        return [[pairs[(i + j) % len(pairs)] for j in range(self.k)] for i in range(0, len(pairs), self.k)]
+            image = self.image_of[pair]
+            captions_before[pair] = earlier[image]
+            earlier[image] += 1
+        pairs.sort(key=captions_before.get)                           # stable: first captions come first
+        starts = range(0, len(pairs), self.k)
+        return [[pairs[(start + j) % len(pairs)] for j in range(self.k)] for start in starts]
 
     def spread(self) -> list[tuple[int, list[int]]]:   # (identity, share)
         "All shares, those of one identity evenly over the epoch."
@@ -84,19 +86,26 @@ class PairSampler(PKSampler):
             placed += [((i + chance.random())/len(shares), pid, share) for i, share in enumerate(shares)]
         return [(pid, share) for _, pid, share in sorted(placed)]
 
+    def next_shares(self, waiting: deque) -> list[list[int]]:   # at most P
+        "Take the next shares of different identities; of the same ones where no others are left."
+        taken, skipped = {}, []                                       # identity -> share; shares for later
+        while waiting and len(taken) < self.p:
+            pid, share = waiting.popleft()
+            if pid in taken: skipped.append((pid, share))
+            else: taken[pid] = share
+        chosen = list(taken.values())
+        while skipped and len(chosen) < self.p:
+            _, share = skipped.pop(0)
+            chosen.append(share)
+        waiting.extendleft(reversed(skipped))                         # they come first in the next batch
+        return chosen
+
     def __iter__(self) -> Iterator[list[int]]:
         shares = self.spread()
         waiting, refill = deque(shares), [share for _, share in shares]
         own = self.p*self.k//self.world
         for _ in range(len(self)):
-            taken, skipped = {}, []                                   # identity -> share; shares for later
-            while waiting and len(taken) < self.p:
-                pid, share = waiting.popleft()
-                if pid in taken: skipped.append((pid, share))
-                else: taken[pid] = share
-            chosen = list(taken.values())
-            while skipped and len(chosen) < self.p: chosen.append(skipped.pop(0)[1])    # nobody else is left
-            waiting.extendleft(reversed(skipped))
+            chosen = self.next_shares(waiting)
             chosen += refill[:self.p - len(chosen)]                   # the last batch
             batch = [pair for share in chosen for pair in share]
             yield batch[self.rank*own:(self.rank + 1)*own]
