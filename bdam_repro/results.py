@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'RUN_COLUMNS', 'KEY', 'DIFFERENCES', 'TEXT', 'KEPT_FEATURES', 'read_json', 'run_rows', 'rows_where',
-           'collect_runs', 'run_folder', 'own_options', 'Comparison', 'comparisons', 'VariantResults',
+           'collect_runs', 'run_folder', 'seed_values', 'own_options', 'Comparison', 'comparisons', 'VariantResults',
            'run_query_values', 'variant_results', 'seed_differences', 'run_means', 'dual_results', 'share_towers',
            'data_of', 'run_spread', 'comparison_rows', 'differences', 'write_csv', 'read_csv', 'read_runs',
            'ArtifactParameters', 'artifact_parameters', 'half', 'Features', 'load_features', 'find_features',
            'load_dataset']
 
-# %% ../nbs/66_results.ipynb #509af18c
+# %% ../nbs/66_results.ipynb #d43bd3ec
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from .pedes import PedesDataset
 from .run_data import load_data
 from .deciding import Side
 from .inference import Spread, estimate, mean_squares, person_values, variant_spread
-from .grid import CLOTHES, LAYOUT_TAGS, REFERENCE, layout_options, table_rows
+from .grid import CLOTHES, LAYOUT_TAGS, REFERENCE, TableRow, layout_options, table_rows
 
 # %% ../nbs/66_results.ipynb #de2fa523
 def read_json(path: Path) -> dict:
@@ -66,7 +66,7 @@ def run_rows(folder: Path) -> list[dict[str, Any]]:
         lacks = f'{folder}: a finished run must state {e}; train it again with this version'
         raise UserError(lacks) from None
 
-# %% ../nbs/66_results.ipynb #839b02d5
+# %% ../nbs/66_results.ipynb #4ec30758
 def rows_where(t: pd.DataFrame, **values) -> pd.DataFrame:
     "The rows of a table that have these values in these columns."
     for column, value in values.items(): t = t[t[column] == value]
@@ -88,6 +88,15 @@ def run_folder(root: Path, run) -> Path:   # `run`: a row of `collect_runs`
     "The folder that a row came from."
     name = run.variant + (f'-{run.tag}' if run.tag else '')
     return Path(root)/run.dataset/run.preset/name/f'seed{run.seed}'
+
+def seed_values(runs: pd.DataFrame,       # of `read_runs`
+                row: TableRow,
+                score: str                # 'own' or 'dual'
+               ) -> pd.DataFrame:
+    "The rows of `runs` behind a row of a table, one per seed."
+    t = rows_where(runs, variant=row.variant, dataset=row.dataset, tag=row.tag)
+    own = 'fused' if score == 'own' and (t['score'] == 'fused').any() else 'dual'
+    return rows_where(t, score=own).sort_values('seed')
 
 # %% ../nbs/66_results.ipynb #5027867f
 _NEVER_OWN = {'seed', 'tag', 'data_root', 'device', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test',
