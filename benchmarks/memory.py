@@ -66,7 +66,7 @@ def gradients_once(batch: int, **options):
     data = pairs_batch(batch, (c.image_height, c.image_width), c.max_length, 3)
     trainer = Trainer(c, build_model(c, c.vocab_size), OneBatch([data]), torch.device('cpu'))
     trainer.steps = 1000
-    for p in trainer.model.parameters(): p.grad = torch.ones_like(p)       # written, so that they are resident
+    for p in trainer.model.parameters(): p.grad = torch.ones_like(p)      # written, so it is resident
     for opt in trainer.opts: opt.zero_grad = lambda *_: [p.grad.zero_() for p in trainer.model.parameters()]
     return lambda: float(sum(x.detach() for x in trainer.gradients(data).values()))
 
@@ -106,7 +106,7 @@ def main():
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--measure', action='store_true', help='the peak of resident memory, in place of the count')
+    p.add_argument('--measure', action='store_true', help='the peak of resident memory, not the count')
     p.add_argument('--batch', type=int, default=8, help='of the measurement')
     a = p.parse_args()
     if a.measure: measure(a.batch)
