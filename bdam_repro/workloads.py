@@ -138,7 +138,7 @@ def sequence_pass(kind: str, batch: int, length: int, dim: int = 256) -> Callabl
         h.square().mean().backward()
     return work
 
-# %% ../nbs/88_workloads.ipynb #00c2a644
+# %% ../nbs/88_workloads.ipynb #9fd0d3da
 VIT_B = dict(type='vit', hidden=768, layers=12, heads=12, patch=16)
 BERT_B = dict(type='bert', hidden=768, layers=12, heads=12)
 
@@ -167,6 +167,7 @@ def measured_step(variant: str, batch: int, vision: dict = VIT_B, text: dict = B
     trainer.steps = 1000                                          # the schedule's length is no matter here
     return lambda: float(sum(trainer.train_step(data).values()))
 
+# %% ../nbs/88_workloads.ipynb #6bedc9ca
 class BareTowers(nn.Module):
     "Two `transformers` models and a projection of each: pixels and words -> two features."
     def __init__(self, vision: dict, text: dict, image: tuple[int, int]):
