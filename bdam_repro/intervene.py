@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAYERS', 'FIRST_PERSON', 'NEAR_ONE', 'MOVE_COLUMNS', 'ASKED_VARIANTS', 'exchange', 'partners', 'variants_of',
            'read_pictures', 'draw_variants', 'moves', 'run_moves', 'untrained_model', 'log_ratio', 'over_people',
-           'purity_verdict', 'branch_verdict', 'ModelMoves', 'collect_moves', 'ratio_rows', 'intervention_table',
-           'write_interventions']
+           'purity_verdict', 'branch_verdict', 'ModelMoves', 'collect_moves', 'ratio_rows', 'compared_row',
+           'intervention_table', 'write_interventions']
 
 # %% ../nbs/64_intervene.ipynb #82ecfe87
 import math
@@ -162,7 +162,7 @@ def collect_moves(runs: str | Path,                 # e.g. runs/synth/tiny
             out.append(ModelMoves(variant, state, [m.config.seed for m in models], by_feature))
     return out
 
-# %% ../nbs/64_intervene.ipynb #f5826119
+# %% ../nbs/64_intervene.ipynb #a98f6f4f
 def ratio_rows(m: ModelMoves, people: np.ndarray,   # [n] bool: which pairs
                pairs: str                           # their name
               ) -> list[dict]:
@@ -186,11 +186,25 @@ def ratio_rows(m: ModelMoves, people: np.ndarray,   # [n] bool: which pairs
                         f'clothing_branch {branch_verdict(d)}' if decides else ''))
     return rows
 
+def compared_row(a: ModelMoves, b: ModelMoves) -> list[dict]:   # none where they share no seed
+    "How many times as large r of `f_id` is in one model as in another, within the seeds of both."
+    both = [s for s in a.seeds if s in b.seeds]
+    if not both: return []
+    def z(m):
+        rows = [m.seeds.index(s) for s in both]
+        return log_ratio(*(m.moves['f_id'][k][rows] for k in ('clothing', 'identity')))
+    e = over_people(z(a) - z(b))
+    value, lo, hi = (math.exp(v) for v in (e.diff, *e.interval()))
+    return [dict(variant=f'{a.variant} / {b.variant}', state=f'{a.state} / {b.state}', feature='f_id',
+                 quantity='clothing / identity', pairs='all', value=value, lo=lo, hi=hi,
+                 seeds=' '.join(map(str, both)), people=e.people, verdict='')]
+
 def intervention_table(models: list[ModelMoves], same_gender: np.ndarray) -> pd.DataFrame:   # `MOVE_COLUMNS`
     "All rows: of all pairs, and of those in which gender is not exchanged."
     rows = []
     for m in models:
         rows += ratio_rows(m, np.ones_like(same_gender), 'all') + ratio_rows(m, same_gender, 'same gender')
+    for rival in models[1:]: rows += compared_row(models[0], rival)
     return pd.DataFrame(rows, columns=list(MOVE_COLUMNS))
 
 # %% ../nbs/64_intervene.ipynb #bee1fd47
