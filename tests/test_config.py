@@ -144,7 +144,8 @@ def test_a_wrong_option_is_one_line_that_names_it(kw, words): assert words in re
     (dict(warmup=99), 'warmup'), (dict(warmup=make_config().epochs), 'warmup'),
     (dict(variant='no_infonce', fusion=False), 'nothing relates'),
     (dict(variant='baseline', c_align=0.), 'nothing relates'),
-    (dict(dataset='cuhk', clothes_change=True), 'synth only'), (dict(synth_outfits=0), 'synth_outfits='), (dict(ids_per_batch=1), 'negative'),
+    (dict(dataset='cuhk', clothes_change=True), 'synth only'),
+    (dict(synth_outfits=0), 'synth_outfits='), (dict(ids_per_batch=1), 'negative'),
 ])
 def test_a_wrong_combination_is_one_line(kw, words): assert words in refused(**kw)
 

@@ -301,7 +301,8 @@ BAD = [dict(layout='market'), dict(n_ids=0), dict(n_ids=1), dict(n_ids='many'), 
        dict(val_ids=5, test_ids=5), dict(val_ids=-1), dict(size=(8, 8)), dict(size=64), dict(size=(64,)),
        dict(error_rate=-.1), dict(mistakes=2), dict(n_styles=13), dict(n_styles=0),
        dict(captions_per_image=-1), dict(captions_per_image=0), dict(workers=0), dict(workers='all'),
-       dict(folder='../x'), dict(folder=''), dict(clothes_change='yes'), dict(outfits=0), dict(outfits=2, clothes_change=True)]
+       dict(folder='../x'), dict(folder=''), dict(clothes_change='yes'),
+       dict(outfits=0), dict(outfits=2, clothes_change=True)]
 
 @pytest.mark.parametrize('kw', BAD, ids=str)
 def test_bad_arguments(tmp_path, kw):
