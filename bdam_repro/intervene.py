@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAYERS', 'FIRST_PERSON', 'NEAR_ONE', 'MOVE_COLUMNS', 'ASKED_VARIANTS', 'exchange', 'partners', 'variants_of',
            'read_pictures', 'draw_variants', 'moves', 'run_moves', 'untrained_model', 'log_ratio', 'over_people',
-           'purity_verdict', 'branch_verdict', 'ModelMoves', 'collect_moves', 'ratio_rows', 'compared_row',
-           'intervention_table', 'write_interventions']
+           'purity_verdict', 'branch_verdict', 'ModelMoves', 'collect_moves', 'ratio_and_ends', 'ratio_rows',
+           'compared_row', 'intervention_table', 'write_interventions']
 
 # %% ../nbs/64_intervene.ipynb #82ecfe87
 import math
@@ -162,13 +162,17 @@ def collect_moves(runs: str | Path,                 # e.g. runs/synth/tiny
             out.append(ModelMoves(variant, state, [m.config.seed for m in models], by_feature))
     return out
 
-# %% ../nbs/64_intervene.ipynb #a98f6f4f
+# %% ../nbs/64_intervene.ipynb #208fbbfe
+def ratio_and_ends(e: DifferenceEstimate) -> list[float]:   # value, lower, upper
+    "A ratio and its interval from those of its logarithm."
+    return np.exp(np.clip([e.diff, *e.interval()], -700, 700)).tolist()       # no overflow at two odd seeds
+
 def ratio_rows(m: ModelMoves, people: np.ndarray,   # [n] bool: which pairs
                pairs: str                           # their name
               ) -> list[dict]:
     "The rows of one model in some of the pairs."
     def row(feature, quantity, e, verdict=''):
-        value, lo, hi = (math.exp(v) for v in (e.diff, *e.interval()))
+        value, lo, hi = ratio_and_ends(e)
         return dict(variant=m.variant, state=m.state, feature=feature, quantity=quantity, pairs=pairs,
                     value=value, lo=lo, hi=hi, seeds=' '.join(map(str, m.seeds)), people=e.people,
                     verdict=verdict)
@@ -194,7 +198,7 @@ def compared_row(a: ModelMoves, b: ModelMoves) -> list[dict]:   # none where the
         rows = [m.seeds.index(s) for s in both]
         return log_ratio(*(m.moves['f_id'][k][rows] for k in ('clothing', 'identity')))
     e = over_people(z(a) - z(b))
-    value, lo, hi = (math.exp(v) for v in (e.diff, *e.interval()))
+    value, lo, hi = ratio_and_ends(e)
     return [dict(variant=f'{a.variant} / {b.variant}', state=f'{a.state} / {b.state}', feature='f_id',
                  quantity='clothing / identity', pairs='all', value=value, lo=lo, hi=hi,
                  seeds=' '.join(map(str, both)), people=e.people, verdict='')]
