@@ -190,7 +190,7 @@ def robust_verdict(d: DifferenceEstimate) -> str:
     if hi < 0: return 'against'
     return 'negligible' if max(-lo, hi) < SMALLEST_EFFECT else 'too noisy'
 
-# %% ../nbs/90_change.ipynb #23f79ed8
+# %% ../nbs/90_change.ipynb #132314b8
 COMPARED = [('change', 'baseline_described'), ('change', 'baseline_all_texts'),
             ('kept', 'baseline_described'), ('kept', 'baseline')]    # `full` minus these
 
@@ -231,6 +231,7 @@ def claim_of(differences: pd.DataFrame) -> str:   # rows of `change_table` that 
     said = [v.removeprefix('decides: ') for v in differences.verdict if v.startswith('decides')]
     if len(said) < 2: return 'not run'
     if any(v in ('against', 'negligible') for v in said): return 'does not'
+    if 'one seed' in said: return 'one seed'
     return 'holds' if all(v == 'for' for v in said) else 'too noisy'
 
 # %% ../nbs/90_change.ipynb #19d9a97c
