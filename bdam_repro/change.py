@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUERIES', 'TRAINED_ON', 'CHANGE_VARIANTS', 'PEOPLE_COLUMNS', 'COMPARED', 'Changing', 'changing_people',
            'named_identity', 'person_sentence', 'Queries', 'draw_queries', 'r1_other', 'preferred', 'change_ceilings',
-           'change_run', 'query_scores', 'change_answers', 'collect_change', 'seed_values', 'robust_verdict',
+           'change_run', 'query_scores', 'change_answers', 'collect_change', 'change_values', 'robust_verdict',
            'change_table', 'claim_of', 'read_people', 'write_change']
 
 # %% ../nbs/90_change.ipynb #5c01fb5a
@@ -153,7 +153,7 @@ def change_answers(folder: Path,                 # of a run with weights
     found = {(kind, 'R-1'): r1_other(s, people) for kind, s in scores.items()}
     return found | {('conflict', 'person above wearer'): preferred(scores['conflict'], people)}
 
-# %% ../nbs/90_change.ipynb #0dfc45aa
+# %% ../nbs/90_change.ipynb #bef75b89
 PEOPLE_COLUMNS = ('query', 'metric', 'trained', 'variant', 'seed', 'code')   # and one column per person
 
 def collect_change(runs: str | Path,          # e.g. runs/synth/tiny
@@ -176,7 +176,7 @@ def collect_change(runs: str | Path,          # e.g. runs/synth/tiny
                                 | {str(i): round(v, 4) for i, v in by_person.items()})
     return pd.concat([known, pd.DataFrame(rows)], ignore_index=True) if rows or known is None else known
 
-def seed_values(t: pd.DataFrame, query: str, metric: str, trained: str, variant: str
+def change_values(t: pd.DataFrame, query: str, metric: str, trained: str, variant: str
                ) -> pd.DataFrame:   # seed -> people
     "What one variant's runs scored."
     own = t[(t['query'] == query) & (t.metric == metric) & (t.trained == trained) & (t.variant == variant)]
@@ -190,7 +190,7 @@ def robust_verdict(d: DifferenceEstimate) -> str:
     if hi < 0: return 'against'
     return 'negligible' if max(-lo, hi) < SMALLEST_EFFECT else 'too noisy'
 
-# %% ../nbs/90_change.ipynb #132314b8
+# %% ../nbs/90_change.ipynb #e92d4468
 COMPARED = [('change', 'baseline_described'), ('change', 'baseline_all_texts'),
             ('kept', 'baseline_described'), ('kept', 'baseline')]    # `full` minus these
 
@@ -209,13 +209,13 @@ def change_table(t: pd.DataFrame,                                    # of `colle
     measures = list(dict.fromkeys(zip(t['query'], t.metric)))
     for query, metric in measures:
         for trained, variant in dict.fromkeys(zip(t.trained, t.variant)):
-            x = seed_values(t, query, metric, trained, variant)
+            x = change_values(t, query, metric, trained, variant)
             for seed, by_person in x.iterrows():
                 add('run', query, metric, f'{trained}: {variant}', value=by_person.mean(), seeds=str(seed))
             add('mean', query, metric, f'{trained}: {variant}', estimated(x), seeds=seeds_of(x))
     for query, metric in measures:
         for trained, rival in COMPARED:
-            x, y = (seed_values(t, query, metric, trained, v) for v in ('full', rival))
+            x, y = (change_values(t, query, metric, trained, v) for v in ('full', rival))
             both = x.index.intersection(y.index)
             if not len(both): continue
             e = estimated(x.loc[both] - y.loc[both])
