@@ -30,8 +30,8 @@ def test_a_name_is_imported_when_it_is_used():
 
 
 @pytest.mark.parametrize('name, module', [
-    ('BDAM', 'bdam'), ('Mamba', 'mamba'), ('MambaFusion', 'fusion'), ('make_config', 'config'), ('train', 'runs'),
-    ('load_run', 'ranked'), ('Gallery', 'search')])
+    ('BDAM', 'bdam'), ('Mamba', 'mamba'), ('MambaFusion', 'fusion'), ('make_config', 'config'),
+    ('train', 'runs'), ('load_run', 'ranked'), ('Gallery', 'search')])
 def test_the_main_names(name, module):
     assert getattr(bdam_repro, name) is getattr(import_module(f'bdam_repro.{module}'), name)
     assert name in dir(bdam_repro) and name in bdam_repro.__all__
