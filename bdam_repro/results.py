@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'RUN_COLUMNS', 'KEY', 'DIFFERENCES', 'TEXT', 'FUSION_TOWER
            'VariantResults', 'run_query_values', 'variant_results', 'seed_differences', 'run_means', 'dual_results',
            'share_towers', 'data_of', 'run_spread', 'comparison_rows', 'differences', 'write_csv', 'read_csv',
            'read_runs', 'ArtifactParameters', 'artifact_parameters', 'read_fusions', 'half', 'Features',
-           'load_features', 'find_features', 'load_dataset']
+           'load_features', 'find_features', 'load_dataset', 'test_people']
 
 # %% ../nbs/66_results.ipynb #d43bd3ec
 import json
@@ -411,7 +411,7 @@ def load_features(folder: str | Path  # a finished run's
     rounded = {k: v.half().float() if k in KEPT_FEATURES else v for k, v in tensors.items()}
     return Features(folder, make_config(**options), made.get('code', 'unknown'), rounded)
 
-# %% ../nbs/66_results.ipynb #1377ffb4
+# %% ../nbs/66_results.ipynb #3e1e5e3e
 def find_features(p: ArtifactParameters,
                   variant: str = 'full',
                   needed: bool = True   # False: the list may be empty
@@ -427,3 +427,9 @@ def find_features(p: ArtifactParameters,
 def load_dataset(run: Features, p: ArtifactParameters) -> PedesDataset:
     "The dataset that the run was tested on: who is on each image and, on SynthPEDES, what was drawn."
     return load_data(run.config.model_copy(update=dict(data_root=p.data_root)))
+
+def test_people(run: Features) -> np.ndarray:   # by row of the dataset; -1 on rows that the test does not use
+    "Who is on each test picture. Every picture has queries, and they say it, so no dataset is needed."
+    pids = np.full(1 + max(run['q_rows'].max(), run['g_rows'].max()), -1)
+    pids[run['q_rows']] = run['q_pids']
+    return pids
