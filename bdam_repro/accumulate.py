@@ -38,7 +38,7 @@ def from_named(features: dict[str, Tensor]) -> Outputs:
     image = ImageFeatures(**grouped.pop('image'))
     return Outputs(image=image, clo=features.get('clo'), **{k: TextFeatures(**v) for k, v in grouped.items()})
 
-# %% ../nbs/45_accumulate.ipynb #a3570cd8
+# %% ../nbs/45_accumulate.ipynb #434ae706
 class FeatureCache:
     "The features of a batch, and the way back through the towers, part by part."
     def __init__(self, encode: Callable[[int], Outputs], n: int):
@@ -74,6 +74,7 @@ class FeatureCache:
             for k, want in enumerate(wants):
                 v = self.vector(part, want, i, params)
                 if v is not None: sums[k] = v if sums[k] is None else sums[k] + v
+            del part                              # its graph, before the next part makes another
         return [None if v is None else v/scale for v in sums]
 
     def wishes(self, loss: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
