@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'RIVALS', 'AS_PRINTED', 'EXTRA_ROWS', 'LAYOUT_TAGS', 'DATASET_NAMES', 'FIGURE5_VARIANTS', 'NOISE',
-           'CLOTHES', 'DATA', 'OPTIONS', 'TINY_EPOCHS', 'READINGS', 'LONGER', 'LOG_TEST', 'TAGS', 'DECIDING', 'NEXT',
-           'SEEDS', 'TableRow', 'table_rows', 'grid', 'layout_options', 'data_tag', 'Reading', 'tag_of', 'subsets',
-           'changed_options', 'reading_run', 'reading_reference', 'audit_grid', 'factorial_grid', 'tier_of',
+           'CLOTHES', 'CHANGE', 'DATA', 'OPTIONS', 'TINY_EPOCHS', 'READINGS', 'LONGER', 'LOG_TEST', 'TAGS', 'DECIDING',
+           'NEXT', 'SEEDS', 'TableRow', 'table_rows', 'grid', 'layout_options', 'data_tag', 'Reading', 'tag_of',
+           'subsets', 'changed_options', 'reading_run', 'reading_reference', 'audit_grid', 'factorial_grid', 'tier_of',
            'grid_by_worth', 'finished_seconds', 'past_seconds', 'estimate_hours']
 
 # %% ../nbs/65_grid.ipynb #44c0df0a
@@ -89,13 +89,15 @@ def grid(dataset: str = 'synth',              # 'synth', 'cuhk', 'icfg', 'rstp'
     runs = [(v, tag) for v, tag in dict.fromkeys(needed) if wanted(v)]
     return [config(v, tag, seed) for seed in seeds for v, tag in runs]
 
-# %% ../nbs/65_grid.ipynb #77fb55ad
+# %% ../nbs/65_grid.ipynb #aa68ec16
 NOISE = (0.0, 0.2, 0.5)          # share of wrong attributes in the descriptions, beside that of the preset
 CLOTHES = 'clothes_change=True'
+CHANGE = 'outfits=2'             # two outfits each, half as many people: see `90_change`
 DATA: dict[str, dict[str, Any]] = {                # tag -> options of the data
     'icfg': dict(synth_layout='icfg'),
     'rstp': dict(synth_layout='rstp'),
     CLOTHES: dict(clothes_change=True),
+    CHANGE: dict(synth_outfits=2, synth_train_ids=3500, synth_val_ids=200),
     **{f'synth_error={e}': dict(synth_error=e) for e in NOISE}}
 
 def layout_options(preset: str | None, tag: str) -> dict[str, Any]:
