@@ -93,12 +93,12 @@ FUSION_VARIANTS = {       # its name among frozen fusions -> the variant that tr
     'w/o alignment': 'fusion_no_align', 'Simple': 'fusion_simple', 'Transformer ×4': 'fusion_transformer4',
     'dual': 'baseline'}
 
-# %% ../nbs/39_deciding.ipynb #ca1b715c
+# %% ../nbs/39_deciding.ipynb #908665bb
 MEASURES = {       # claim -> metrics that decide it
-    'purity': ('balanced accuracy, colors of upper and lower',),
-    'clothing_branch': ('balanced accuracy, colors of upper and lower',),
+    'purity': ('clothing / identity',),
+    'clothing_branch': ('clothing / identity, f_clo over f_id',),
     'independent': ('HSIC / shuffled',),
-    'robust': ('dual R-1, other pictures',),
+    'robust': ('identity sentence, R-1, other pictures',),
     'gate_mean': ('mean of g − 60 %',),
     'balance': ('mean, %', 'sd, %'),
     'tsne': ('silhouette, %',),

@@ -9,7 +9,7 @@ __all__ = ['NEEDS_FACTORS', 'EPOCH_NOTE', 'VERDICTS', 'NULL_RUNS', 'CEILING', 'M
            'pairs_table', 'findings_table', 'claim_tables', 'plan_table', 'audit_markdown', 'write_audit',
            'find_in_models']
 
-# %% ../nbs/86_report.ipynb #d7f48c8b
+# %% ../nbs/86_report.ipynb #d0fbcdf1
 import math
 import re
 from collections.abc import Iterable
@@ -30,12 +30,12 @@ from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_RUN, NO_OPTION, ON
 from .readings import HEAD, READING_RULE, part_a
 from .claims import (ALL_CLAIMS, GATE, accuracy_claims, efficiency_claims, factorial_claims,
                                fusion_claims, gate_claims, region_claim, sota_claim, style_claims)
-from .probes import (CLOTHES_CHANGED, CLOTHES_KEPT, DEPENDENCE, feature_claims, independence_claim,
-                               robust_claim)
+from .probes import (CLOTHES_CHANGED, CLOTHES_KEPT, DEPENDENCE, exchange_claims, feature_claims,
+                               independence_claim, robust_claim)
 from .protocol import NOISE_RULE, PROTOCOL_RULE, RERANK, part_c, part_d, part_f, seed_plan
 from .ceiling import part_e
 
-# %% ../nbs/86_report.ipynb #b04353a3
+# %% ../nbs/86_report.ipynb #fbe6cbbe
 NEEDS_FACTORS = ('purity', 'clothing_branch', 'descriptions', 'robust')
 
 def part_b(e: Evidence) -> list[Finding]:
@@ -44,7 +44,7 @@ def part_b(e: Evidence) -> list[Finding]:
     cannot_be_asked = ('sota',) if on_synth else NEEDS_FACTORS
     found = accuracy_claims(e) + fusion_claims(e) + factorial_claims(e) + style_claims(e) + sota_claim(e)
     found += efficiency_claims(e) + gate_claims(e) + independence_claim(e) + region_claim(e)
-    if on_synth: found += feature_claims(e) + robust_claim(e)
+    if on_synth: found += exchange_claims(e) + feature_claims(e) + robust_claim(e)
     found = settle(found)
     for c in ALL_CLAIMS:
         own = [f for f in found if f.item == c.id]

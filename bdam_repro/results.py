@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'RUN_COLUMNS', 'KEY', 'DIFFERENCES', 'TEXT', 'FUSION_TOWER
            'read_runs', 'ArtifactParameters', 'artifact_parameters', 'read_fusions', 'half', 'Features',
            'load_features', 'find_features', 'load_dataset', 'test_people']
 
-# %% ../nbs/66_results.ipynb #d43bd3ec
+# %% ../nbs/66_results.ipynb #72d30da5
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from .pedes import PedesDataset
 from .run_data import load_data
 from .deciding import Side
 from .inference import Spread, estimate, mean_squares, person_values, variant_spread
-from .grid import CLOTHES, LAYOUT_TAGS, REFERENCE, TableRow, layout_options, table_rows
+from .grid import CHANGE, CLOTHES, LAYOUT_TAGS, REFERENCE, TableRow, layout_options, table_rows
 
 # %% ../nbs/66_results.ipynb #de2fa523
 def read_json(path: Path) -> dict:
@@ -187,7 +187,7 @@ def seed_differences(a: VariantResults, b: VariantResults, metric: str
     x, y = a.values[metric], b.values[metric]
     return x[[own.index(s) for s in both]] - y[[other.index(s) for s in both]]
 
-# %% ../nbs/66_results.ipynb #07cc3a1a
+# %% ../nbs/66_results.ipynb #7b3b5dc6
 def run_means(runs: pd.DataFrame,                 # of `collect_runs`, one dataset and preset
               metric: str,
               score: str                          # 'own', 'dual', or 'gain': fused − dual
@@ -213,7 +213,7 @@ def share_towers(a: dict[int, tuple], b: dict[int, tuple]) -> bool:   # seed -> 
 
 def data_of(tag: str) -> str:
     "What runs with this tag are tested on: '' for the dataset of the preset."
-    return tag if tag in (*LAYOUT_TAGS, CLOTHES) else ''
+    return tag if tag in (*LAYOUT_TAGS, CLOTHES, CHANGE) else ''
 
 # %% ../nbs/66_results.ipynb #841c51f5
 def run_spread(runs: pd.DataFrame,      # of `collect_runs`, one dataset and preset
