@@ -192,7 +192,7 @@ def section(d: Definition) -> tuple[str, str]:
 
 
 def paper_places(d: Definition, source: str) -> list[str]:
-    "Sections and equations of the paper, as the definition names them, else the prose above it, else its page."
+    "Sections and equations of the paper: as the definition names them, else the prose above, else the page."
     cells = notebook_cells(numbered()[d.module])
     at = defining_cell(d)
     above = [c['source'] for c in cells[max(0, at - 2):at] if c['cell_type'] == 'markdown']
@@ -247,10 +247,11 @@ def shortened(source: str, name: str) -> str:
     lines, kept = source.splitlines(), []
     if len(lines) <= LONGEST_EXAMPLE: return source
     for n in ast.parse(source).body:
-        if any(isinstance(x, ast.Name) and x.id == name or isinstance(x, ast.Attribute) and x.attr == name
+        if any((isinstance(x, ast.Name) and x.id == name) or (isinstance(x, ast.Attribute) and x.attr == name)
                for x in ast.walk(n)):
             kept += [*lines[n.lineno - 1:n.end_lineno], '']
-    return '\n'.join(kept[:-1]) if 0 < len(kept) <= LONGEST_EXAMPLE else '\n'.join(lines[:LONGEST_EXAMPLE] + ['...'])
+    if not 0 < len(kept) <= LONGEST_EXAMPLE: kept = [*lines[:LONGEST_EXAMPLE], '...', '']
+    return '\n'.join(kept[:-1])
 
 
 @dataclass
@@ -285,13 +286,14 @@ def used_in_package() -> dict[str, list[Definition]]:
 
 
 def direct_example(d: Definition) -> Example | None:
-    "The first cell below the definition that uses it, else one above, one of another notebook, a hidden one, a test."
+    "The first use in a cell below the definition, else above it, in other notebooks, hidden cells, tests."
     home, at = numbered()[d.module], defining_cell(d)
     own = notebook_cells(home)
     others = [p.stem for p in sorted(NBS.glob('*.ipynb')) if p.stem not in (home, 'index')]
     others = [o for o in others if d.name in imported_by(o)]
+    places = [(home, own[at + 1:]), (home, own[:at]), *((o, notebook_cells(o)) for o in others)]
     for hidden in (False, True):
-        for notebook, cells in [(home, own[at + 1:]), (home, own[:at]), *((o, notebook_cells(o)) for o in others)]:
+        for notebook, cells in places:
             for code in shown_code(cells, hidden):
                 if d.name in names_in(code): return Example(notebook, shortened(code, d.name))
     for file, code, taken in tests():
@@ -307,7 +309,9 @@ def example(d: Definition) -> Example | None:
         for user in ring:
             if found := direct_example(user):
                 return found if user is d else Example(found.place, found.code, user.name)
-        ring = [u for x in ring for u in used_in_package().get(x.name, []) if u.name not in seen and not seen.add(u.name)]
+        users = {u.name: u for x in ring for u in used_in_package().get(x.name, []) if u.name not in seen}
+        seen |= set(users)
+        ring = list(users.values())
     return None
 
 
@@ -323,8 +327,10 @@ def fields(module: Module, node: ast.ClassDef) -> list[str]:
             words = [x.value for x in [*n.value.args[1:], *(k.value for k in n.value.keywords)]
                      if isinstance(x, ast.Constant) and isinstance(x.value, str)]
             said = said or (words[0] if words else '')
-        default = f' = `{short(n.value)}`' if n.value is not None and not isinstance(n.value, ast.Call) else ''
-        out.append(f'- `{n.target.id}` ({plain(short(n.annotation))}){default}' + (f': {plain(said)}' if said else ''))
+        plain_value = n.value is not None and not isinstance(n.value, ast.Call)
+        default = f' = `{short(n.value)}`' if plain_value else ''
+        about = f': {plain(said)}' if said else ''
+        out.append(f'- `{n.target.id}` ({plain(short(n.annotation))}){default}{about}')
     return ['**Fields**', '', *out, ''] if out else []
 
 
@@ -334,12 +340,13 @@ def directive(kind: str, head: str, body: list[str], fence: int, options: tuple 
 
 def method_entry(module: Module, f: Function) -> list[str]:
     decorators = {ast.unparse(d).split('(')[0].split('.')[-1] for d in f.decorator_list}
-    body = [in_lines(ast.get_docstring(f) or ''), '', *parameters(module, f, method='staticmethod' not in decorators)]
+    method = 'staticmethod' not in decorators
+    body = [in_lines(ast.get_docstring(f) or ''), '', *parameters(module, f, method)]
     if decorators & {'property', 'cached_property'}:
         kind = f':type: {ast.unparse(f.returns)}' if f.returns else ''
         return directive('property', f.name, body, 5, (kind,) if kind else ())
     options = tuple(f':{d}:' for d in ('classmethod', 'staticmethod') if d in decorators)
-    return directive('method', f.name + signature(f, 'staticmethod' not in decorators), body, 5, options)
+    return directive('method', f.name + signature(f, method), body, 5, options)
 
 
 def entry(module: Module, d: Definition, source: str) -> list[str]:
@@ -378,7 +385,8 @@ def entry(module: Module, d: Definition, source: str) -> list[str]:
 
 def module_page(module: Module) -> str:
     lines = (PACKAGE/f'{module.name}.py').read_text().splitlines()
-    out = [f'# {module.name}', '', f'{plain(module.about)}. Notebook: [{module.notebook}](../nbs/{module.notebook}.ipynb).', '',]
+    notebook = f'[{module.notebook}](../nbs/{module.notebook}.ipynb)'
+    out = [f'# {module.name}', '', f'{plain(module.about)}. Notebook: {notebook}.', '']
     for d in module.definitions:
         out += entry(module, d, '\n'.join(lines[d.node.lineno - 1:d.node.end_lineno]))
     return '\n'.join(out)
@@ -391,9 +399,9 @@ def index_page() -> str:
     tree = '\n'.join(m.name for m in modules() if m.definitions)
     return f'''# Reference
 
-{len(public_names())} public names in {len(rows)} modules. Each has its signature, the shapes and meaning of its parameters, the place
-in the paper, and an example. The examples are cells of the notebooks, which `make test` runs; a variable that an example
-does not define comes from a cell above it, one link away.
+{len(public_names())} public names in {len(rows)} modules. Each has its signature, the shapes and meaning of its
+parameters, the place in the paper, and an example. The examples are cells of the notebooks, which
+`make test` runs; a variable that an example does not define comes from a cell above it, one link away.
 
 | module | about | names |
 |---|---|---|

@@ -23,11 +23,15 @@ SRC, HTML = OUT/'src', OUT/'html'
 MATHJAX = 'mathjax@3.2.2'        # the last one whose SVG output is a single file, without fonts to load
 
 GROUPS = [      # title, numbers, what they hold
-    ('The paper and every option', range(0, 10), 'The printed numbers as data, open points, claims, options, and small tools that all others use.'),
-    ('Data', range(10, 18), 'Three datasets from their official files, SynthPEDES drawn from factors, and batches of them.'),
-    ('Descriptions', range(18, 30), 'What a multimodal language model says of a picture: servers, limits, checks, styles.'),
+    ('The paper and every option', range(0, 10),
+     'The printed numbers as data, open points, claims, options, and small tools that all others use.'),
+    ('Data', range(10, 18),
+     'Three datasets from their official files, SynthPEDES drawn from factors, and batches of them.'),
+    ('Descriptions', range(18, 30),
+     'What a multimodal language model says of a picture: servers, limits, checks, styles.'),
     ('The model', range(30, 40), 'Encoders, BDAM, Mamba, the fusion, and the model in a file.'),
-    ('Losses and optimization', range(40, 50), 'Equations 1 to 6, optimizers, several processes, CUDA graphs, checkpoints.'),
+    ('Losses and optimization', range(40, 50),
+     'Equations 1 to 6, optimizers, several processes, CUDA graphs, checkpoints.'),
     ('Training and scoring', range(50, 59), 'Metrics, evaluation, the loop, the run folder, intervals.'),
     ('Search', range(59, 65), 'A gallery, a query, the reason for a hit, a page and a panel.'),
     ('Tables and figures', range(65, 80), 'From finished runs to every table and figure.'),
@@ -58,8 +62,8 @@ def outside_code(text: str, change) -> str:
 
 def links_for_site(text: str, up: str) -> str:
     "Links that mean another page here: figures, the index, folders. `up` leads to the root, '' or '../'."
-    folder = re.escape(up)
-    text = re.sub(rf'(?<!!)(\[[^\]]*\])\({folder}figures/fig(\d)\.png\)', rf'\1({up}results/figures.md#figure-\2)', text)
+    figure = rf'(?<!!)(\[[^\]]*\])\({re.escape(up)}figures/fig(\d)\.png\)'
+    text = re.sub(figure, rf'\1({up}results/figures.md#figure-\2)', text)
     text = re.sub(r'(\[[^\]]*\])\((?:nbs/)?index\.ipynb(#[^)]*)?\)', rf'\1({up}handbook.md\2)', text)
     def keep(m):
         target = (REPO/'nbs'/m[2] if up else REPO/m[2])
@@ -76,13 +80,14 @@ def site_cell(cell: dict) -> dict | None:
     if cell['cell_type'] == 'markdown':
         text = outside_code(source, lambda t: api.link_names(links_for_site(t, '../')))
         return cell | {'source': text}
-    if cell['cell_type'] != 'code' or 'remove_cell' in tags or re.search(r'(?m)^#\|\s*(hide|default_exp)\b', source):
-        return None
+    hidden = 'remove_cell' in tags or re.search(r'(?m)^#\|\s*(hide|default_exp)\b', source)
+    if cell['cell_type'] != 'code' or hidden: return None
     if 'remove_input' in tags: tags.add('remove-input')
     if cell['metadata'].get('jupyter', {}).get('source_hidden'): tags.add('hide-input')
     outputs = [o for o in map(site_output, cell['outputs']) if o]
     source = re.sub(r'(?m)^#\|.*\n?', '', source)
-    return cell | {'source': source, 'outputs': outputs, 'metadata': {'tags': sorted(tags)}} if source.strip() else None
+    if not source.strip(): return None
+    return cell | {'source': source, 'outputs': outputs, 'metadata': {'tags': sorted(tags)}}
 
 
 def site_output(output: dict) -> dict | None:
@@ -104,13 +109,14 @@ def stage_notebook(path: Path) -> None:
         cells.insert(1, {'cell_type': 'markdown', 'id': 'reference', 'metadata': {}, 'source':
                          f'[Reference of `bdam_repro.{module}`](../api/{module}.md)'})
     without_widgets = {k: v for k, v in notebook['metadata'].items() if k != 'widgets'}
-    write(SRC/'nbs'/path.name, json.dumps(notebook | {'cells': cells, 'metadata': without_widgets}, ensure_ascii=False))
+    notebook |= {'cells': cells, 'metadata': without_widgets}
+    write(SRC/'nbs'/path.name, json.dumps(notebook, ensure_ascii=False))
 
 
 def heading(path: Path) -> tuple[str, str]:
     "(title, the line below it) of a notebook."
-    first = next(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown')
-    title, *rest = first.splitlines()
+    cells = json.loads(path.read_text())['cells']
+    title, *rest = next(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown').splitlines()
     return title.lstrip('# ').strip(), next((r.lstrip('> ').strip() for r in rest if r.startswith('>')), '')
 
 
@@ -139,12 +145,14 @@ def stage_notebooks() -> list[str]:
         group_page(name, title, about, notebooks)
         pages.append(f'read/{name}')
     guides = [p for p in all_of_them if p.stem.startswith('guide_')]
-    group('guides', 'Guides', 'One task each, from the first line to a result. They run as notebooks in `make test`.', guides)
+    group('guides', 'Guides',
+          'One task each, from the first line to a result. They run as notebooks in `make test`.', guides)
     for title, numbers, about in GROUPS:
         members = [p for p in all_of_them if p.stem[:2].isdigit() and int(p.stem[:2]) in numbers]
         group(re.sub(r'\W+', '-', title.lower()), title, about, members)
     named = [p for p in all_of_them if not p.stem[:2].isdigit() and p not in guides and p.stem != 'index']
-    group('run', 'Run with papermill', 'One job or one artifact each: `papermill nbs/train.ipynb -p dataset synth`.', named)
+    group('run', 'Run with papermill',
+          'One job or one artifact each: `papermill nbs/train.ipynb -p dataset synth`.', named)
     return pages
 
 
@@ -166,23 +174,27 @@ def stage_results() -> None:
             if p.suffix in ('.png', '.pdf', '.csv'): write(SRC/folder/p.name, p.read_bytes())
             if p.suffix == '.md': write(SRC/folder/p.name, titled(p))
     write(SRC/'LICENSE', (REPO/'LICENSE').read_bytes())
-    figures = ['# Figures', '', 'Each is drawn by its notebook from finished runs. What it shows, and of which runs, stands there.', '']
+    figures = ['# Figures', '',
+               'Each is drawn by its notebook from finished runs; what it shows stands there.', '']
     for p in sorted((REPO/'figures').glob('*.png')):
         title, below = heading(REPO/'nbs'/f'{p.stem}.ipynb')
         figures += [f'## Figure {p.stem[3:]}', '', f'![{title}](../figures/{p.name})', '',
                     f'{below} Notebook: [{p.stem}](../nbs/{p.stem}.ipynb). '
                     f'[PDF](../figures/{p.stem}.pdf), [PNG](../figures/{p.name}).', '']
     write(SRC/'results'/'figures.md', '\n'.join(figures))
-    data = ['# Data', '', 'The numbers behind the tables, to load and count again.', '', '| file | rows | columns |', '|---|---|---|']
+    data = ['# Data', '', 'The numbers behind the tables, to load and count again.', '',
+            '| file | rows | columns |', '|---|---|---|']
     for p in sorted((REPO/'tables').glob('*.csv')):
         with p.open(newline='') as f: rows = list(csv.reader(f))
-        names = ', '.join(f'`{c}`' for c in rows[0][:8]) + (f' and {len(rows[0]) - 8} more' if len(rows[0]) > 8 else '')
+        names = ', '.join(f'`{c}`' for c in rows[0][:8])
+        if len(rows[0]) > 8: names += f' and {len(rows[0]) - 8} more'
         data.append(f'| [{p.name}](../tables/{p.name}) | {len(rows) - 1:,} | {names} |')
     write(SRC/'results'/'data.md', '\n'.join(data) + '\n')
     tables = [p.stem for p in sorted((REPO/'tables').glob('*.md'))]
     listing = '\n'.join(f'- [{result_name(p)}](../tables/{p}.md)' for p in tables)
     entries = [f'{result_name(p)} <../tables/{p}>' for p in tables]
-    write(SRC/'results'/'index.md', '# Results\n\nTables with their intervals and the paper\'s values beside them, the '
+    write(SRC/'results'/'index.md',
+          '# Results\n\nTables with their intervals and the paper\'s values beside them, the '
           f'[audit](../tables/audit.md), the [figures](figures.md) and the [data](data.md).\n\n{listing}\n\n'
           + toctree([*entries, 'figures', 'data']))
 
@@ -210,7 +222,8 @@ def stage_prose(reading: list[str]) -> None:
     start = ['handbook', 'troubleshooting', 'contributing', 'changelog']
     start = [s for s in start if s in ('handbook', 'troubleshooting') or (REPO/f'{s.upper()}.md').exists()]
     trees = [('Start', ['read/guides', *start] if 'read/guides' in reading else start),
-             ('Read', [r for r in reading if r != 'read/guides']), ('Look up', ['results/index', 'api/index'])]
+             ('Read', [r for r in reading if r != 'read/guides']),
+             ('Look up', ['results/index', 'api/index'])]
     tree = '\n'.join(toctree(entries, f':hidden:\n:caption: {caption}') for caption, entries in trees)
     write(SRC/'index.md', outside_code(front, lambda t: links_for_site(t, '')) + '\n\n' + tree)
     write(SRC/'handbook.md', '# Handbook\n\n' + outside_code(rest, lambda t: links_for_site(t, '')))
@@ -231,14 +244,18 @@ def stage_reference() -> None:
 def stage_mathjax() -> None:
     kept = OUT/MATHJAX.replace('@', '-')
     if not (kept/'tex-svg.js').exists():
-        if not shutil.which('npm'): raise SystemExit('docs: npm is needed once, to fetch MathJax: install Node.js')
+        if not shutil.which('npm'):
+            raise SystemExit('docs: npm is needed once, to fetch MathJax: install Node.js')
         OUT.mkdir(exist_ok=True)
-        packed = subprocess.run(['npm', 'pack', '--silent', MATHJAX], cwd=OUT, capture_output=True, text=True)
-        if packed.returncode: raise SystemExit(f'docs: npm cannot fetch {MATHJAX}: {packed.stderr.strip()[:300]}')
+        pack = ['npm', 'pack', '--silent', MATHJAX]
+        packed = subprocess.run(pack, cwd=OUT, capture_output=True, text=True)
+        if packed.returncode:
+            raise SystemExit(f'docs: npm cannot fetch {MATHJAX}: {packed.stderr.strip()[:300]}')
         archive = OUT/packed.stdout.split()[-1]
         with tarfile.open(archive) as tar: tar.extractall(OUT/'unpacked', filter='data')
-        shutil.copytree(OUT/'unpacked'/'package'/'es5'/'input'/'tex'/'extensions', kept/'input'/'tex'/'extensions')
-        shutil.copy(OUT/'unpacked'/'package'/'es5'/'tex-svg.js', kept)
+        es5, extensions = OUT/'unpacked'/'package'/'es5', Path('input', 'tex', 'extensions')
+        shutil.copytree(es5/extensions, kept/extensions)
+        shutil.copy(es5/'tex-svg.js', kept)
         shutil.rmtree(OUT/'unpacked')
         archive.unlink()
     for p in sorted(kept.rglob('*.js')): write(SRC/'_static'/'mathjax'/p.relative_to(kept), p.read_bytes())
@@ -266,14 +283,16 @@ def needs() -> list[str]:
 def main() -> None:
     if sys.argv[1:] == ['--needs']: return print(*needs())
     stage()
-    command = [sys.executable, '-m', 'sphinx', '-b', 'html', '-j', 'auto', '-q', '-W', '--keep-going', '-c', str(REPO/'docs'),
-               '-d', str(OUT/'doctrees'), str(SRC), str(HTML)]
+    command = [sys.executable, '-m', 'sphinx', '-b', 'html', '-j', 'auto', '-q', '-W', '--keep-going',
+               '-c', str(REPO/'docs'), '-d', str(OUT/'doctrees'), str(SRC), str(HTML)]
     done = subprocess.run(command, env=os.environ | {'PYTHONWARNINGS': 'ignore::DeprecationWarning'})
     problems = check.problems(HTML)
     print(*problems, sep='\n', end='\n' if problems else '')
-    if done.returncode or problems: raise SystemExit(f'docs: {len(problems)} broken links; Sphinx ended with {done.returncode}')
+    if done.returncode or problems:
+        raise SystemExit(f'docs: {len(problems)} broken links; Sphinx ended with {done.returncode}')
     pages = sum(1 for _ in HTML.rglob('*.html'))
-    print(f'{pages} pages, every link leads somewhere, nothing comes from another host: {HTML.relative_to(REPO)}/index.html')
+    print(f'{pages} pages, every link leads somewhere, nothing comes from another host: '
+          f'{HTML.relative_to(REPO)}/index.html')
 
 
 if __name__ == '__main__': main()

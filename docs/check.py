@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-LOADS = {('script', 'src'), ('img', 'src'), ('source', 'src'), ('iframe', 'src'), ('video', 'src'), ('object', 'data')}
+LOADS = {('script', 'src'), ('img', 'src'), ('source', 'src'), ('iframe', 'src'),
+         ('video', 'src'), ('object', 'data')}
 
 
 class Page(HTMLParser):
@@ -35,7 +36,8 @@ def problems(site: Path) -> list[str]:
             parts = urlsplit(url)
             if parts.scheme == 'data': continue
             if parts.netloc or parts.scheme: found.append(f'{where}: fetches {url}')
-            elif not (path.parent/unquote(parts.path)).resolve().exists(): found.append(f'{where}: {url} is not there')
+            elif not (path.parent/unquote(parts.path)).resolve().exists():
+                found.append(f'{where}: {url} is not there')
         for url in page.links:
             parts = urlsplit(url)
             if parts.scheme or parts.netloc: continue
@@ -45,8 +47,8 @@ def problems(site: Path) -> list[str]:
             elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids:
                 found.append(f'{where}: {url}: no such place on that page')
     for style in sorted(site.rglob('*.css')):
-        for url in re.findall(r'url\(\s*["\']?((?:https?:)?//[^"\')]+)|@import\s+["\']((?:https?:)?//[^"\']+)', style.read_text()):
-            found.append(f'{style.relative_to(site)}: fetches {"".join(url)}')
+        for url in re.findall(r'''(?:url\(|@import)\s*["']?((?:https?:)?//[^"')]+)''', style.read_text()):
+            found.append(f'{style.relative_to(site)}: fetches {url}')
     return found
 
 

@@ -1,4 +1,4 @@
-"Sphinx's settings. The sources are staged by build.py; nothing is executed and nothing is fetched by a reader's browser."
+"Sphinx's settings. build.py stages the sources. Nothing is executed, and no reader asks another host."
 import tomllib
 from pathlib import Path
 
@@ -39,7 +39,8 @@ html_copy_source = False
 html_show_sourcelink = False
 html_sidebars = {'**': ['navbar-logo.html', 'search-button-field.html', 'sbt-sidebar-nav.html']}
 html_theme_options = {
-    'show_toc_level': 2, 'show_navbar_depth': 1, 'collapse_navigation': True, 'max_navbar_depth': 3, 'use_download_button': False, 'use_fullscreen_button': False,
+    'show_toc_level': 2, 'show_navbar_depth': 1, 'collapse_navigation': True, 'max_navbar_depth': 3,
+    'use_download_button': False, 'use_fullscreen_button': False,
     'home_page_in_toc': True, 'navigation_with_keys': False, 'show_prev_next': True,
 }
 mathjax_path = 'mathjax/tex-svg.js'
