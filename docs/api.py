@@ -399,8 +399,8 @@ def index_page() -> str:
     tree = '\n'.join(m.name for m in modules() if m.definitions)
     return f'''# Reference
 
-{len(public_names())} public names in {len(rows)} modules. Each has its signature, the shapes and meaning of its
-parameters, the place in the paper, and an example. The examples are cells of the notebooks, which
+{len(public_names())} public names in {len(rows)} modules. Each has its signature, the shapes and meaning
+of its parameters, the place in the paper, and an example. The examples are cells of the notebooks, which
 `make test` runs; a variable that an example does not define comes from a cell above it, one link away.
 
 | module | about | names |

@@ -252,11 +252,12 @@ def stage_mathjax() -> None:
         if packed.returncode:
             raise SystemExit(f'docs: npm cannot fetch {MATHJAX}: {packed.stderr.strip()[:300]}')
         archive = OUT/packed.stdout.split()[-1]
-        with tarfile.open(archive) as tar: tar.extractall(OUT/'unpacked', filter='data')
-        es5, extensions = OUT/'unpacked'/'package'/'es5', Path('input', 'tex', 'extensions')
-        shutil.copytree(es5/extensions, kept/extensions)
-        shutil.copy(es5/'tex-svg.js', kept)
-        shutil.rmtree(OUT/'unpacked')
+        with tarfile.open(archive) as tar:
+            for member in tar.getmembers():
+                name = member.name.removeprefix('package/es5/')
+                if not member.isfile() or not name.startswith(('tex-svg.js', 'input/tex/extensions/')): continue
+                (kept/name).parent.mkdir(parents=True, exist_ok=True)
+                (kept/name).write_bytes(tar.extractfile(member).read())
         archive.unlink()
     for p in sorted(kept.rglob('*.js')): write(SRC/'_static'/'mathjax'/p.relative_to(kept), p.read_bytes())
 
