@@ -20,6 +20,7 @@ import check  # noqa: E402
 REPO = api.REPO
 OUT = REPO/'_docs'
 SRC, HTML = OUT/'src', OUT/'html'
+SHOWN = 'nbs', 'tables', 'figures', 'workflow', 'LICENSE'        # what of the repository is on the site
 MATHJAX = 'mathjax@3.2.2'        # the last one whose SVG output is a single file, without fonts to load
 
 GROUPS = [      # title, numbers, what they hold
@@ -65,9 +66,14 @@ def links_for_site(text: str, up: str) -> str:
     figure = rf'(?<!!)(\[[^\]]*\])\({re.escape(up)}figures/fig(\d)\.png\)'
     text = re.sub(figure, rf'\1({up}results/figures.md#figure-\2)', text)
     text = re.sub(r'(\[[^\]]*\])\((?:nbs/)?index\.ipynb(#[^)]*)?\)', rf'\1({up}handbook.md\2)', text)
+    for name in ('docs/troubleshooting', 'CONTRIBUTING', 'CHANGELOG'):
+        text = text.replace(f']({up}{name}.md', f']({up}{name.split("/")[-1].lower()}.md')
     def keep(m):
-        target = (REPO/'nbs'/m[2] if up else REPO/m[2])
-        return m[1] if target.is_dir() else m[0]
+        "Text alone where a link leads to a folder, or to a file of the repository that the site has not."
+        target = (REPO/'nbs'/m[2] if up else REPO/m[2]).resolve()
+        place = target.relative_to(REPO).parts if target.is_relative_to(REPO) else ()
+        outside = target.exists() and place[:1] not in {(p,) for p in SHOWN}
+        return m[1] if target.is_dir() or outside else m[0]
     return re.sub(r'(?<!!)\[([^\]]*)\]\(([^)#:\s]+)\)', keep, text)
 
 
@@ -255,7 +261,8 @@ def stage_mathjax() -> None:
         with tarfile.open(archive) as tar:
             for member in tar.getmembers():
                 name = member.name.removeprefix('package/es5/')
-                if not member.isfile() or not name.startswith(('tex-svg.js', 'input/tex/extensions/')): continue
+                wanted = name.startswith(('tex-svg.js', 'input/tex/extensions/'))
+                if not (member.isfile() and wanted): continue
                 (kept/name).parent.mkdir(parents=True, exist_ok=True)
                 (kept/name).write_bytes(tar.extractfile(member).read())
         archive.unlink()
