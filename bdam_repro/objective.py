@@ -18,11 +18,12 @@ from .losses import (batch_triplet, clothing_adversarial, clothing_matching, gat
                                grad_reverse, hsic, info_nce, match_loss, sdm, tal, text_ids, triplet)
 from .gradnorm import GradNorm, TaskWeights, literal_total
 
-# %% ../nbs/43_objective.ipynb #878a3c3e
+# %% ../nbs/43_objective.ipynb #a95843f0
 def identity_texts(out: Outputs, c: Config) -> list[TextFeatures]:
     "The texts that stand for t_i of Eq. 3: the human captions, the generated description, or all of them."
     captions = [] if c.id_text == 'generated' else [out.caption, out.other]
     generated = [] if c.id_text == 'caption' else [out.identity]
+    if c.id_text == 'all': generated.append(out.clothing)
     return [text for text in captions + generated if text is not None]
 
 def align_loss(out: Outputs, pids: Tensor, c: Config) -> Tensor:
@@ -87,11 +88,11 @@ def batch_losses(out: Outputs, batch: Batch, c: Config,
         if c.c_gate and c.fusion_gate: terms['fusion'] += c.c_gate*gate_regularization(out.w, c.gate_reg)
     return terms
 
-# %% ../nbs/43_objective.ipynb #322cb5aa
+# %% ../nbs/43_objective.ipynb #a0f44995
 def encode_batch(model: Model, batch: Batch, c: Config) -> Outputs:
     "The towers' outputs of a batch; a text that no term of this configuration reads is not encoded."
     fused = c.fusion_text if c.fusion else None
-    reads_clothing = model.proj_clo is not None or fused == 'clothing'
+    reads_clothing = model.proj_clo is not None or fused == 'clothing' or c.id_text == 'all'
     reads_identity = c.c_align > 0 or fused == 'identity' or (c.fusion and c.id_text == 'generated')
     reads_other = c.c_align > 0 and c.id_text != 'generated'
 
