@@ -22,6 +22,8 @@ help:
 	@echo 'make fusion   every fusion on the frozen towers of runs          (ARGS="-p run runs/synth/tiny/full/seed0 -p seeds 3")'
 	@echo 'make test     lint, all notebooks, all tests'
 	@echo 'make soak     20 kills, 2 and 4 processes, damaged answers and files, 40 minutes of training watched, SLURM where it is installed'
+	@echo 'make docs     the site, in _docs/html: notebooks, reference, tables, figures, search'
+	@echo 'make lock     requirements/lock.txt from the ranges in pyproject.toml'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make readme   README.md from nbs/index.ipynb'
 	@echo 'make venv     the virtual environment alone                      (TORCH=... for another build of PyTorch)'
