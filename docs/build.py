@@ -185,7 +185,7 @@ def stage_results() -> None:
     for p in sorted((REPO/'figures').glob('*.png')):
         title, below = heading(REPO/'nbs'/f'{p.stem}.ipynb')
         figures += [f'## Figure {p.stem[3:]}', '', f'![{title}](../figures/{p.name})', '',
-                    f'{below} Notebook: [{p.stem}](../nbs/{p.stem}.ipynb). '
+                    f'{below.rstrip(".")}. Notebook: [{p.stem}](../nbs/{p.stem}.ipynb). '
                     f'[PDF](../figures/{p.stem}.pdf), [PNG](../figures/{p.name}).', '']
     write(SRC/'results'/'figures.md', '\n'.join(figures))
     data = ['# Data', '', 'The numbers behind the tables, to load and count again.', '',
