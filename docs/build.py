@@ -178,7 +178,8 @@ def result_name(stem: str) -> str: return stem.replace('table', 'table ').capita
 def stage_results() -> None:
     for folder in ('figures', 'tables', 'workflow'):
         for p in sorted((REPO/folder).iterdir()):
-            if p.suffix in ('.png', '.pdf', '.csv'): write(SRC/folder/p.name, p.read_bytes())
+            plain = p.suffix in ('.png', '.pdf', '.csv') or (folder == 'workflow' and p.is_file())
+            if plain: write(SRC/folder/p.name, p.read_bytes())
             if p.suffix == '.md': write(SRC/folder/p.name, titled(p))
     write(SRC/'LICENSE', (REPO/'LICENSE').read_bytes())
     figures = ['# Figures', '',
