@@ -1,16 +1,18 @@
-# make train | demo | test | lab | readme | help
+# make train | demo | test | docs | lab | readme | help
 VENV   ?= .venv
 BIN    ?= $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH  ?= torch==2.13.0
 STAMP  ?= $(VENV)/.installed
 README ?= README.md
+LOCK   ?=
 ARGS   ?=
 
 export OMP_WAIT_POLICY ?= PASSIVE
+EXACTLY = $(addprefix -c ,$(LOCK))
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help venv train fusion pretrain demo test soak lab readme clean
+.PHONY: help venv train fusion pretrain demo test soak docs lock lab readme clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,17 +22,20 @@ help:
 	@echo 'make fusion   every fusion on the frozen towers of runs          (ARGS="-p run runs/synth/tiny/full/seed0 -p seeds 3")'
 	@echo 'make test     lint, all notebooks, all tests'
 	@echo 'make soak     20 kills, 2 and 4 processes, damaged answers and files, 40 minutes of training watched, SLURM where it is installed'
+	@echo 'make docs     the site, in _docs/html: notebooks, reference, tables, figures, search'
+	@echo 'make lock     requirements/lock.txt from the ranges in pyproject.toml'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make readme   README.md from nbs/index.ipynb'
 	@echo 'make venv     the virtual environment alone                      (TORCH=... for another build of PyTorch)'
+	@echo '              LOCK=requirements/lock.txt: exactly the versions that were tried'
 	@echo 'make clean    delete build and cache folders; .venv, runs and data stay'
 
 # PyTorch first: the build that is there stays when the package asks for torch
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 venv'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(EXACTLY) $(TORCH)
+	$(BIN)/python -m pip install --quiet $(EXACTLY) -e '.[dev]'
 	@touch $@
 
 venv: $(STAMP)
@@ -62,6 +67,25 @@ soak: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m soak -rs tests/soak tests/test_slurm.py
 	if command -v slurmctld >/dev/null && [ "$$(id -u)" = 0 ]; then BIN=$(abspath $(BIN)) tests/slurm/run.sh; fi
 
+# Nothing is run and the package is not imported, so PyTorch is not needed. npm brings MathJax once
+docs:
+	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 docs'; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import myst_nb, sphinx_book_theme, sphinx_copybutton' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet $(EXACTLY) $$($(BIN)/python docs/build.py --needs)
+	$(BIN)/python docs/build.py
+
+# The CPU build of PyTorch: the CUDA libraries of other builds belong to the machine, and are left out.
+# The versions that the file has stay where they can; UPGRADE=--upgrade takes the newest
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet 'uv>=0.9'
+	echo '$(TORCH)' > requirements/.torch.txt
+	$(BIN)/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 --extra dev --extra docs --extra log --extra paper \
+	  --constraints requirements/.torch.txt --no-annotate --no-header --no-emit-index-url --no-emit-find-links $(UPGRADE) \
+	  --output-file requirements/lock.txt
+	sed -i -E '/^(nvidia-|cuda-|triton)/d' requirements/lock.txt
+	rm requirements/.torch.txt
+
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
@@ -72,7 +96,7 @@ readme: $(STAMP)
 	@mv $(README).tmp $(README)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist _docs *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 include workflow/paper.mk
