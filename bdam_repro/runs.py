@@ -30,6 +30,7 @@ from tqdm import tqdm
 import bdam_repro
 from . import __version__
 from .config import Config, UserError, atomic_path, config_hash, run_dir
+from .parameters import changed_modules, code_fingerprint, joined_modules, run_modules
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
 from .batches import plan_line
@@ -241,7 +242,8 @@ def finish_run(training: Training) -> None:
     save_features(folder/'features.safetensors', model, e, pids)
     test_seconds = time.perf_counter() - start
     times = dict(train_seconds=round(training.state.seconds, 1), test_seconds=round(test_seconds, 1))
-    write_json(folder/'provenance.json', provenance(trainer.device, trainer.dtype) | times)
+    modules = {'modules': run_modules(folder)}                             # `open_run` wrote it
+    write_json(folder/'provenance.json', provenance(trainer.device, trainer.dtype) | modules | times)
     write_json(folder/'metrics.json', run_metrics(training, e, pids))
     (folder/'bad_step.json').unlink(missing_ok=True)
     drop_checkpoints(folder)
@@ -286,6 +288,9 @@ def open_run(c: Config, runs: str | Path | None = None, overwrite: bool = False
         if not same and any((folder/name).exists() for name in (LAST, PREVIOUS)):
             raise UserError(f'{folder} holds an interrupted run of other options (now {h}): {advice}')
     if overwrite or not same: shutil.rmtree(folder, ignore_errors=True)    # asked for, or no epoch was done
+    modules, began = code_fingerprint(), any((folder/name).exists() for name in (LAST, PREVIOUS))
+    if began: modules = joined_modules(run_modules(folder) or dict.fromkeys(modules, 'unknown'), modules)
+    write_json(folder/'provenance.json', {'modules': modules})
     write_json(folder/'config.json', {'config_hash': h} | c.model_dump())
     return folder, None
 
@@ -356,6 +361,9 @@ def train(c: Config,                        # from `make_config`
     folder, done = world.from_main(open_run(c, runs, overwrite) if world.is_main else None)
     if done:
         if progress: print(f'{folder.name} of {c.variant} is complete already (config {done["config_hash"]})')
+        if progress and (changed := changed_modules(folder, code_fingerprint())):
+            print(f'it was made by other code ({", ".join(changed)}); with a tag, such as -p tag new, this '
+                  'one is trained beside it')
         return folder
     training = prepare(c, folder, progress, dataset, world)
     resume(training, progress)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bdam_repro.parameters import DECIDING_MODULES
+
 REPO = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((REPO/'nbs').glob('*.ipynb'))
@@ -85,6 +87,21 @@ def test_imports_go_one_way():
         used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1
                 and n.module}
         assert [u for u in used if MODULES[u] >= number] == [], name
+
+
+def test_each_module_behind_a_run_decides_it_or_does_not():
+    "A new module that the trainer imports has to be put on one side or the other."
+    left, behind = ['runs'], set()
+    while left:
+        behind.add(name := left.pop())
+        for n in ast.walk(ast.parse((REPO/'bdam_repro'/f'{name}.py').read_text())):
+            if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module and n.module not in behind:
+                left.append(n.module)
+    draws = {'people', 'drawing', 'rendering', 'captions', 'synth'}         # a dataset that is drawn once
+    handles = {'config', 'parameters', 'files', 'hub', 'compiled', 'launch', 'pretrained', 'threads',
+               'checkpoints'}                                               # options, files, processes
+    assert behind == {*DECIDING_MODULES} | draws | handles
+    assert not {*DECIDING_MODULES} & (draws | handles)
 
 
 def top_level_names(module):
