@@ -10,7 +10,7 @@ __all__ = ['TABLE', 'STYLE_COLUMNS', 'LABEL', 'seed_values', 'cell', 'check_budg
            'markdown_block', 'table_markdown', 'tex', 'Span', 'group_spans', 'tex_tabular', 'tex_block', 'table_latex',
            'describe_styles', 'write_styles', 'collect_styles', 'collect', 'write_table', 'demo_tables']
 
-# %% ../nbs/70_artifacts.ipynb #24ab46c7
+# %% ../nbs/70_artifacts.ipynb #0da8f800
 import json
 import math
 import os
@@ -26,8 +26,8 @@ import pandas as pd
 
 from .config import ROOT, Config, UserError, atomic_path, make_config
 from .paper import TITLES, table as printed_table
-from .generalize import embed_styles, generalize
-from .style import METHODS, cluster_styles, style_descriptions, style_prompts
+from .style import METHODS, cluster_styles, style_descriptions
+from .describers import divide_styles, exemplar_sets, show_styles, style_points
 from .run_data import load_data
 from .grid import DATASET_NAMES, LAYOUT_TAGS, REFERENCE, TableRow, table_rows
 from .results import (DIFFERENCES, KEY, ArtifactParameters, collect_runs, differences, own_options,
@@ -360,10 +360,12 @@ def table_latex(n: int, table: pd.DataFrame, words: str) -> str:
     if footnotes: lines += [r'\\[2pt]', *footnotes]
     return '\n'.join([*lines, r'\end{table*}']) + '\n'
 
-# %% ../nbs/70_artifacts.ipynb #1a231352
+# %% ../nbs/70_artifacts.ipynb #13fd3acb
 def describe_styles(config: Config,                          # of the dataset
                     methods: Iterable[str] = METHODS,        # clusterings
-                    progress: bool = True
+                    progress: bool = True,
+                    styles: int = 0,                         # real data: at least so many styles
+                    **way                                    # real data: of `style_points`
                    ) -> tuple[pd.DataFrame, Path]:           # columns `STYLE_COLUMNS`; the dataset's folder
     """Cluster the training captions, and write descriptions (SynthPEDES) or exemplars beside the images.
 
@@ -371,19 +373,23 @@ def describe_styles(config: Config,                          # of the dataset
     methods = list(methods)
     if unknown := [m for m in methods if m not in METHODS]:
         raise UserError(f'no clustering {unknown[0]!r}: choose of {", ".join(METHODS)}')
+    if config.dataset == 'synth' and (styles or any(way.values())):
+        raise UserError('styles, clip and generalize_model are for real data: leave them out for synth')
     ds = load_data(config.model_copy(update=dict(descriptions='none')), progress)
     train, synth = rows_where(ds.records, split='train'), config.dataset == 'synth'
     captions = [text for texts in train['captions'] for text in texts]
     truth = [style for of_image in train['styles'] for style in of_image] if synth else None
-    points, rows = embed_styles([generalize(text) for text in captions]), []
+    points, rows, found = style_points(captions, ds.root, **way), [], {}
     for method in methods:
         labels, d = cluster_styles(points, method, truth=truth)
         scores = dict(k=d.k, noise=d.noise_before, silhouette=d.silhouette, ari=d.ari, nmi=d.nmi)
         rows.append(dict(dataset=config.dataset, method=method) | scores)
         if synth: style_descriptions(ds, method, error_rate=config.synth_error)
         elif method != 'none':
-            exemplars = json.dumps(list(style_prompts(labels, captions).values()))
+            found[method] = divide_styles(points, labels, styles)
+            exemplars = json.dumps(exemplar_sets(found[method], captions))
             with atomic_path(ds.root/f'styles_{method}.json') as tmp: tmp.write_text(exemplars)
+    show_styles(found)
     return pd.DataFrame(rows, columns=STYLE_COLUMNS), ds.root
 
 # %% ../nbs/70_artifacts.ipynb #73c1f4fb

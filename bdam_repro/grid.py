@@ -107,7 +107,7 @@ def data_tag(config: Config) -> str:
     "The tag of a run's data; empty where it is trained on the dataset of the preset."
     return config.tag if config.tag in DATA else ''
 
-# %% ../nbs/65_grid.ipynb #650014
+# %% ../nbs/65_grid.ipynb #4e86bdf2
 OPTIONS: dict[int, dict[str, tuple]] = {           # open point -> option -> values
     2: dict(id_text=('caption', 'generated', 'both')),
     3: dict(fusion_input=('pooled', 'tokens')),
@@ -123,6 +123,7 @@ OPTIONS: dict[int, dict[str, tuple]] = {           # open point -> option -> val
     16: dict(fusion_text=('query', 'identity', 'clothing')),
     20: dict(tau=(0.05,), schedule=('cosine', 'hold')),
     30: dict(text_pool=('cls', 'mean')),
+    50: dict(equal_texts=('negatives', 'same'), nothing_said=('caption', 'out')),
 }
 
 # %% ../nbs/65_grid.ipynb #8aaf54f1

@@ -48,7 +48,7 @@ def from_globals(names: dict[str, Any],     # the notebook's `globals()`
     if in_test() and given.get('preset') is None: given['preset'] = 'smoke'
     return make_config(**given)
 
-# %% ../nbs/07_parameters.ipynb #1337acb8
+# %% ../nbs/07_parameters.ipynb #49de4b74
 SYNTH_OPTIONS = ('synth_train_ids synth_val_ids synth_test_ids synth_images synth_seed synth_layout '
                  'synth_error clothes_change')
 BDAM_OPTIONS = 'bdam_depth bdam_heads bdam_mlp bdam_cross bdam_order bdam_gate keep_cls c_decouple c_clothing'
@@ -64,7 +64,8 @@ def unmet_needs(c: Config) -> dict[str, str]:   # the condition that does not ho
         'dataset=synth': (c.dataset == 'synth', SYNTH_OPTIONS),
         'bdam=True': (c.bdam, BDAM_OPTIONS),
         'fusion=True': (c.fusion, FUSION_OPTIONS),
-        'align_loss=infonce': (c.align_loss == 'infonce', 'c_triplet positives symmetric'),
+        'align_loss=infonce': (c.align_loss == 'infonce', 'c_triplet positives symmetric equal_texts'),
+        'a generated text in Eq. 3': (c.align_loss == 'infonce' and c.id_text != 'caption', 'nothing_said'),
         'a triplet loss': (has_triplet, 'mining'),
         'a loss with a margin': (has_margin, 'margin'),
         'fusion_kind=mamba': (c.fusion and c.fusion_kind == 'mamba', 'd_state d_conv'),
@@ -101,9 +102,9 @@ def idle_line(c: Config) -> str:   # empty where everything has an effect
     if not idle: return ''
     return 'no effect here: ' + ', '.join(f'{name} (needs {need})' for name, need in idle.items())
 
-# %% ../nbs/07_parameters.ipynb #e0525961
+# %% ../nbs/07_parameters.ipynb #ca6cc7aa
 DECIDING_MODULES = (
-    'sampler', 'pedes', 'picture_files', 'images', 'batches', 'run_data',                   # what is read
+    'sampler', 'pedes', 'picture_files', 'images', 'batches', 'lexicon', 'run_data',        # what is read
     'encoders', 'bdam', 'scan_kernel', 'mamba', 'fusion', 'model',                          # Sec. 3
     'losses', 'gradnorm', 'optimizers', 'objective',                                        # Eq. 1-6
     'distributed', 'accumulate', 'capture', 'trainer', 'metrics', 'evaluate', 'runs')       # step and score

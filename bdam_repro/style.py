@@ -222,7 +222,7 @@ def _diagnose(rows: WeightedRows, inverse: np.ndarray, raw: np.ndarray, final: n
                        noise_before=float((raw[inverse] < 0).mean()), noise_after=float((labels < 0).mean()),
                        silhouette=_silhouette(few.x, final[part]), dbcv=dbcv(few.x, raw[part]), **known)
 
-# %% ../nbs/27_style.ipynb #5da97964
+# %% ../nbs/27_style.ipynb #d2ae26b0
 @dataclass(frozen=True)
 class ClusterOptions:
     "What `cluster_styles` was asked for, checked and complete."
@@ -247,20 +247,22 @@ def fit_labels(rows: WeightedRows, o: ClusterOptions
     if o.method == 'random': return np.random.default_rng(o.seed).integers(k, size=len(rows)), None
     _, few = thin(rows, FITTED_ON.get(o.method, len(rows)), o.seed)
     if o.method == 'hdbscan':
-        size = max(2, round(o.size / rows.weights.sum() * len(few)))    # rows, as HDBSCAN knows no weights
-        model = HDBSCAN(size, min_samples=min(o.min_samples, len(few)), algorithm='kd_tree', copy=True)
-        labels = model.fit_predict(few.x)
+        copies = few.weights * min(1, FITTED_ON['hdbscan'] / few.weights.sum())   # it knows no weights
+        copies = np.maximum(1, copies.round()).astype(int)
+        x = np.repeat(few.x, copies, 0)
+        size = max(2, round(o.size / rows.weights.sum() * len(x)))
+        model = HDBSCAN(size, min_samples=min(o.min_samples, len(x)), algorithm='kd_tree', copy=True)
+        labels = model.fit_predict(x)[copies.cumsum() - 1]
     else:
         if k == 'silhouette': k = choose_k(o.method, few, o.seed)
         labels = centroid_labels(o.method, min(k, len(few)), few, o.seed)
     if len(few) < len(rows): labels = labels[nearest(few.x, rows.x)]
     return labels, None
 
-# %% ../nbs/27_style.ipynb #0e4962e1
+# %% ../nbs/27_style.ipynb #3ef9478d
 def _is_whole(value) -> bool: return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 def _refuse(what: str): raise UserError(f'cluster_styles: {what}')
-
 def _check_embeddings(embeddings, truth) -> np.ndarray:
     x = np.asarray(embeddings)
     if x.ndim != 2 or not x.size:
@@ -327,9 +329,8 @@ def cluster_styles(embeddings: np.ndarray,  # [N, d], of `embed_styles`
     found = _diagnose(rows, inverse, raw, final, truth, seed, method=method, eps=eps, seconds=seconds)
     return final[inverse], found
 
-# %% ../nbs/27_style.ipynb #0e58c835
-_K_RULES = ('silhouette', 'dbscan')
-# where k comes from
+# %% ../nbs/27_style.ipynb #068dfbaa
+_K_RULES = ('silhouette', 'dbscan')     # where k comes from
 K_FROM = {'kmeans': _K_RULES, 'gmm': _K_RULES, 'agglomerative': _K_RULES, 'random': ('dbscan',)}
 
 def compare_methods(embeddings: np.ndarray,              # [N, d]
