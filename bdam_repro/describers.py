@@ -116,7 +116,7 @@ def money_table(table: pd.DataFrame) -> pd.DataFrame:
              'dollars': table['cost'].sum() if priced else None, 'seconds an image': table['latency'].mean()}
     return pd.DataFrame({'total': total})
 
-# %% ../nbs/28_describers.ipynb #db9dee91
+# %% ../nbs/28_describers.ipynb #ead09171
 def style_sizes(labels: np.ndarray   # [N], of `cluster_styles`
                ) -> pd.Series:       # cluster -> share of the captions
     "How large the clusters are, noise (-1) among them, the largest first."
@@ -133,8 +133,8 @@ def style_warning(method: str, labels: np.ndarray) -> str:   # empty: nothing to
     sizes = style_sizes(labels[labels >= 0])
     largest = sizes.max() if len(sizes) else 0.
     if method == 'none' or (len(sizes) > 2 and largest <= .7): return ''
-    return (f'{method} finds {len(sizes)} styles, the largest with {largest:.0%} of the captions: prompts will '
-            'hardly differ; try -p styles 8, which divides the largest, or -p clip FOLDER and -p '
+    return (f'{method} finds {len(sizes)} styles, the largest with {largest:.0%} of the captions: prompts '
+            'will hardly differ; try -p styles 8, which divides the largest, or -p clip FOLDER and -p '
             'generalize_model NAME, the way of Sec. 3.3')
 
 # %% ../nbs/28_describers.ipynb #d18e328c

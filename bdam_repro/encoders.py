@@ -65,9 +65,9 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bar: hf_logging.enable_progress_bar()
 
-# %% ../nbs/30_encoders.ipynb #85a4623d
+# %% ../nbs/30_encoders.ipynb #5eb328a1
 def _read_config(path: Path) -> dict:
-    try: content = json.loads(path.read_text(encoding='utf-8'))
+    try: content = json.loads(path.read_text(encoding='utf-8-sig'))                # an editor's BOM
     except FileNotFoundError as e:
         raise UserError(f'{path.parent} is no checkpoint: it has no {path.name}') from e
     except ValueError as e: raise UserError(f'{path} is not JSON: {e}') from e

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GLASSES', 'data_root', 'synth_folder', 'write_styled', 'draw_synth', 'first_people', 'check_pictures', 'load_data',
-           'training_texts', 'run_tokenizer', 'says_more_than_gender']
+           'training_texts', 'run_tokenizer', 'check_encoders', 'says_more_than_gender']
 
-# %% ../nbs/29_run_data.ipynb #d62ec561
+# %% ../nbs/29_run_data.ipynb #89c96053
 import os
 import re
 from dataclasses import replace
@@ -18,6 +18,7 @@ from .synth import make_synth
 from .images import KEEP
 from .batches import load_tokenizer, save_tokenizer, train_tokenizer
 from .lexicon import spoken_of
+from .hub import hub_folder
 
 # %% ../nbs/29_run_data.ipynb #693f17b3
 def data_root(config: Config) -> Path:
@@ -111,6 +112,22 @@ def run_tokenizer(config: Config, dataset: PedesDataset, folder: Path):
     worth_keeping = len(texts) > KEEP
     memory = dataset.root/'.prepared'/'vocabulary.safetensors' if worth_keeping else None   # for other runs
     return train_tokenizer(texts, folder, config.vocab_size, memory)
+
+# %% ../nbs/29_run_data.ipynb #ee228bf5
+def check_encoders(c: Config) -> None:
+    "Raises one `UserError` for all encoders that are not there, before the data is read."
+    missing, why = [], ''
+    for option in ('vision', 'text'):
+        spec = getattr(c, option)
+        if isinstance(spec, dict): continue
+        try: hub_folder(spec)
+        except UserError as e: missing, why = [*missing, option], why or str(e)
+    if len(missing) == 1: raise UserError(f'{missing[0]}: {why}')
+    if missing:
+        folders = ' '.join(f'-p {option} FOLDER' for option in missing)
+        raise UserError(f'neither encoder is here (vision={c.vision}, text={c.text}): {why}. Each folder '
+                        'needs config.json and model.safetensors, that of the text also tokenizer.json or '
+                        f'vocab.txt; then give {folders}')
 
 # %% ../nbs/29_run_data.ipynb #346ab5ea
 GLASSES = {'glasses', 'sunglasses', 'spectacles'}

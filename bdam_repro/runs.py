@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
-           'epoch_line', 'code_version', 'device_name', 'provenance', 'intervals', 'own_weights', 'save_features',
-           'finish_run', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step',
-           'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
+           'time_left', 'epoch_line', 'code_version', 'device_name', 'provenance', 'intervals', 'own_weights',
+           'save_features', 'finish_run', 'data_ok', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume',
+           'StoppedBySignal', 'after_step', 'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table',
+           'plot_history']
 
-# %% ../nbs/53_runs.ipynb #ef8448f9
+# %% ../nbs/53_runs.ipynb #4064ff5c
 import json
 import math
 import platform
@@ -16,9 +17,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,7 @@ from .parameters import changed_modules, code_fingerprint, joined_modules, run_m
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
 from .batches import plan_line
-from .run_data import check_pictures, load_data, run_tokenizer
+from .run_data import check_encoders, check_pictures, load_data, run_tokenizer
 from .model import Model, build_model, fuse
 from .threads import SecondThread, one_at_a_time
 from .pretrained import from_pretrained, save_pretrained
@@ -137,7 +140,7 @@ def validate(training: Training) -> dict[str, float]:
     if c.log_test: row |= named_scores('test', scores_of('test'))          # recorded only; selects nothing
     return row
 
-# %% ../nbs/53_runs.ipynb #7488d9d0
+# %% ../nbs/53_runs.ipynb #acd1459b
 def one_epoch(training: Training, bar: tqdm,
               after_step: Callable[[], None] | None = None   # called after each training step
              ) -> None:
@@ -155,7 +158,14 @@ def one_epoch(training: Training, bar: tqdm,
     history = pd.DataFrame(state.history)
     with atomic_path(training.folder/'history.csv') as tmp: history.to_csv(tmp, index=False)
     save_checkpoint(training.folder/LAST, trainer, state)
-    if not bar.disable: bar.write(epoch_line(row, c.epochs))
+    if not bar.disable:
+        times = time_left(state.seconds, trainer.step, trainer.steps)
+        bar.write(f'{epoch_line(row, c.epochs)}, {times}')
+
+def time_left(seconds: float, step: int, steps: int) -> str:   # after `step` of `steps`
+    "How long it has trained, and how long it still will."
+    def clock(x): return f'{int(x)//3600}:{int(x)//60%60:02}:{int(x)%60:02}'
+    return f'{clock(seconds)} done, {clock(seconds/max(step, 1)*(steps - step))} left'
 
 def epoch_line(row: dict, epochs: int) -> str:
     "One line per epoch: validation, losses with their weights, speed."
@@ -230,7 +240,7 @@ def save_features(path: Path, model: Model, e: dict, pids: np.ndarray) -> None: 
     if model.fusion is not None: tensors |= {'fused': e['fused'], 'w': own_weights(model, e)}
     write_tensors(path, tensors, {'config_hash': config_hash(model.config)})
 
-# %% ../nbs/53_runs.ipynb #bf3bac00
+# %% ../nbs/53_runs.ipynb #07727b98
 def finish_run(training: Training) -> None:
     "Test the best checkpoint once, write what figures need, then `metrics.json`: the run is complete."
     folder, trainer, start = training.folder, training.trainer, time.perf_counter()
@@ -248,6 +258,10 @@ def finish_run(training: Training) -> None:
     (folder/'bad_step.json').unlink(missing_ok=True)
     drop_checkpoints(folder)
 
+def data_ok(dataset: PedesDataset) -> bool:
+    "What `dataset.check(images=False)` finds, without printing it."
+    with redirect_stdout(StringIO()): return bool(dataset.check(images=False).ok)
+
 def run_metrics(training: Training, e: dict, pids: np.ndarray) -> dict:
     "What `metrics.json` holds: which run it was, validation at the chosen epoch, and the test."
     c, state, test = training.c, training.state, summary(e)
@@ -258,6 +272,7 @@ def run_metrics(training: Training, e: dict, pids: np.ndarray) -> dict:
         config_hash=config_hash(c), dataset=training.dataset.name, variant=c.variant, seed=c.seed,
         epoch=state.best_epoch, score=headline(c), val=val, test=test, test_ci95=intervals(e, pids),
         queries=len(q_pids), gallery=len(g_pids), gallery_ids=len(set(g_pids)),
+        data_ok=data_ok(training.dataset),
         chance=chance(q_pids, g_pids), train_seconds=round(state.seconds, 1))
 
 # %% ../nbs/53_runs.ipynb #d97260ae
@@ -342,7 +357,7 @@ def all_epochs(training: Training, progress: bool) -> None:
             raise UserError(f'{e}; {where} names all pictures of the batch') from None
         finally: training.log.close()
 
-# %% ../nbs/53_runs.ipynb #fbcabdd8
+# %% ../nbs/53_runs.ipynb #64e494f3
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete
@@ -353,6 +368,7 @@ def train(c: Config,                        # from `make_config`
 
     An interrupted run is resumed. A complete one is returned at once."""
     pick_device(c)                                                         # raises before anything is written
+    check_encoders(c)
     world = find_world(c)
     if c.processes > 1 and world.size == 1:
         launch(c, runs, overwrite, progress)

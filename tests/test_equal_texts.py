@@ -1,4 +1,4 @@
-"Equal texts and texts that say nothing, through a whole training: which pairs count, what leaks, what stays as it was."
+"Equal texts and texts that say nothing, through a whole training: what counts, what leaks, what stays."
 import dataclasses
 
 import pytest
@@ -85,7 +85,7 @@ def test_what_says_nothing_changes_no_gradient(home, dull, tmp_path):
 
 
 def test_equal_texts_are_no_negatives(home, dull, tmp_path):
-    c, tokenizer, loader = batch_of(home, dull, tmp_path, equal_texts='same', id_text='generated')
+    _, _, loader = batch_of(home, dull, tmp_path, equal_texts='same', id_text='generated')
     batch = next(iter(loader))
     same = batch.id_number[:, None] == batch.id_number[None]
     people = batch.pids[:, None] == batch.pids[None]
@@ -102,5 +102,5 @@ def test_a_whole_run(home, dull, tmp_path, more):
 
 def test_texts_that_never_say_anything_are_one_line(home, dull, tmp_path):
     mute = dataclasses.replace(dull, records=dull.records.assign(id_text='The man.'))
-    with pytest.raises(ValueError, match='none of .* identity descriptions says more than the gender'):
+    with pytest.raises(ValueError, match=r'none of .* identity descriptions says more than the gender'):
         batch_of(home, mute, tmp_path, **NEW)
