@@ -10,7 +10,7 @@ __all__ = ['TABLE', 'STYLE_COLUMNS', 'LABEL', 'seed_values', 'cell', 'check_budg
            'markdown_block', 'table_markdown', 'tex', 'Span', 'group_spans', 'tex_tabular', 'tex_block', 'table_latex',
            'describe_styles', 'write_styles', 'collect_styles', 'collect', 'write_table', 'demo_tables']
 
-# %% ../nbs/70_artifacts.ipynb #0da8f800
+# %% ../nbs/70_artifacts.ipynb #24ab46c7
 import json
 import math
 import os
@@ -360,16 +360,13 @@ def table_latex(n: int, table: pd.DataFrame, words: str) -> str:
     if footnotes: lines += [r'\\[2pt]', *footnotes]
     return '\n'.join([*lines, r'\end{table*}']) + '\n'
 
-# %% ../nbs/70_artifacts.ipynb #13fd3acb
+# %% ../nbs/70_artifacts.ipynb #1a231352
 def describe_styles(config: Config,                          # of the dataset
                     methods: Iterable[str] = METHODS,        # clusterings
-                    progress: bool = True,
-                    styles: int = 0,                         # real data: at least so many styles
+                    progress: bool = True, styles: int = 0,  # real data: at least so many styles
                     **way                                    # real data: of `style_points`
                    ) -> tuple[pd.DataFrame, Path]:           # columns `STYLE_COLUMNS`; the dataset's folder
-    """Cluster the training captions, and write descriptions (SynthPEDES) or exemplars beside the images.
-
-    Raises `UserError` for an unknown clustering."""
+    "Cluster the training captions; write descriptions (SynthPEDES) or exemplars. Raises `UserError`."
     methods = list(methods)
     if unknown := [m for m in methods if m not in METHODS]:
         raise UserError(f'no clustering {unknown[0]!r}: choose of {", ".join(METHODS)}')
@@ -387,8 +384,8 @@ def describe_styles(config: Config,                          # of the dataset
         if synth: style_descriptions(ds, method, error_rate=config.synth_error)
         elif method != 'none':
             found[method] = divide_styles(points, labels, styles)
-            exemplars = json.dumps(exemplar_sets(found[method], captions))
-            with atomic_path(ds.root/f'styles_{method}.json') as tmp: tmp.write_text(exemplars)
+            exemplars = exemplar_sets(found[method], captions)
+            with atomic_path(ds.root/f'styles_{method}.json') as tmp: tmp.write_text(json.dumps(exemplars))
     show_styles(found)
     return pd.DataFrame(rows, columns=STYLE_COLUMNS), ds.root
 

@@ -173,7 +173,7 @@ def uniform_share(n: int,  # images of this rank
     rank, world = part
     return torch.rand(n*world, generator=generator)[rank*n:(rank + 1)*n].numpy()
 
-# %% ../nbs/17_batches.ipynb #63bca901
+# %% ../nbs/17_batches.ipynb #d9f71837
 class _Tokens:
     "A table of tokenized texts; an index returns its rows, trimmed. Equal rows have the same `number`."
     def __init__(self, ids: torch.Tensor, mask: torch.Tensor):
@@ -197,7 +197,7 @@ class CaptionChoice:
         step = 1 + (u*(n - 1)).astype(int)                            # 1 … n - 1 captions on, around the end
         return self.first[i] + (taken - self.first[i] + step) % n
 
-# %% ../nbs/17_batches.ipynb #3c50fe93
+# %% ../nbs/17_batches.ipynb #24c7782f
 def with_stand_ins(records: pd.DataFrame, column: str) -> tuple[list[str], str]:
     "A column's texts, the first caption in the place of missing ones, and a note that counts these."
     texts, missing = [], 0
@@ -228,7 +228,7 @@ class Draw:
     others: np.ndarray | None    # [B] the same for the second captions
     changes: Changes | None      # of the images; None: none
 
-# %% ../nbs/17_batches.ipynb #3d9e3da5
+# %% ../nbs/17_batches.ipynb #f57b8f91
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
     def __init__(self, records: pd.DataFrame,                         # of one split
@@ -360,7 +360,7 @@ def plan_line(loader: Loader, epochs: int) -> str:
     run = f'{steps:,} steps, {steps*size:,} samples'
     return f'{epochs} epochs of {len(loader):,} steps of {size}: {run}; {seen}'
 
-# %% ../nbs/17_batches.ipynb #5a8f3176
+# %% ../nbs/17_batches.ipynb #a739897c
 def split_rows(dataset: PedesDataset, split: str) -> np.ndarray:  # positions in `dataset.records`
     "The rows of one split. Raises `UserError` when it is empty."
     rows = np.flatnonzero(dataset.records['split'].to_numpy() == split)

@@ -6,7 +6,7 @@
 __all__ = ['Rates', 'SMALL', 'draw_epoch', 'change_on_device', 'ResidentData', 'StepParts', 'remember_step', 'StaticStep',
            'why_not_static', 'wants_graph']
 
-# %% ../nbs/46_capture.ipynb #15ea5d3b
+# %% ../nbs/46_capture.ipynb #078f1102
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -53,7 +53,7 @@ def change_on_device(images: Tensor,  # uint8 [B,3,H,W]
               ((columns >= left) & (columns < left + width))[:, None])
     return moved.masked_fill(~inside[:, None], 0).masked_fill(erased[:, None], 127)
 
-# %% ../nbs/46_capture.ipynb #b5b25d23
+# %% ../nbs/46_capture.ipynb #6942c046
 class ResidentData:
     "A loader's data on a device, with the batches of one epoch. `at` says which batch is next."
     def __init__(self, loader: Loader, device: torch.device):

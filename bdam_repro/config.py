@@ -192,7 +192,7 @@ class FusionOptions(Options):
     rerank: int = opt(32, 'K: how many of `dual` the fusion re-scores', ge=1)
     rerank_weight: float = opt(1.0, 'λ of dual/τ + λ · match', ge=0)
 
-# %% ../nbs/00_config.ipynb #c7baace9
+# %% ../nbs/00_config.ipynb #3fd9b3e5
 class LossOptions(Options):
     align_loss: Literal['infonce', 'sdm', 'tal'] = opt(
         'infonce', 'image-text alignment: Eq. 3, or the baselines SDM and TAL', 'InfoNCE (3.5)')
@@ -229,7 +229,7 @@ class LossOptions(Options):
     c_gate: float = opt(1.0, 'coefficient of the gate regularization', ge=0)
     c_fusion: float = opt(1.0, "coefficient of the fusion's loss", ge=0)
 
-# %% ../nbs/00_config.ipynb #f28ccb88
+# %% ../nbs/00_config.ipynb #e4362649
 class TrainOptions(Options):
     balance: Literal['gradnorm', 'literal', 'fixed'] = opt(
         'gradnorm', "task weights: GradNorm's closed form, Eq. 5-6 as printed, or 1", 'GradNorm (3.5)')
@@ -276,7 +276,7 @@ class Config(RunOptions, DataOptions, SynthOptions, EncoderOptions, BdamOptions,
         "τ at the end of the training, with which `dual` and the fusion's score are added."
         return self.tau*self.tau_decay
 
-# %% ../nbs/00_config.ipynb #8ca96597
+# %% ../nbs/00_config.ipynb #08b414e7
 # the sizes of `tiny`, for a random start
 TINY_VISION = {'type': 'vit', 'hidden': 96, 'layers': 4, 'heads': 3, 'patch': 16}
 TINY_TEXT = {'type': 'bert', 'hidden': 96, 'layers': 2, 'heads': 3, 'mlp': 2}
@@ -300,7 +300,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         optimizer='muon', lr=1e-3, warmup=0, workers=0, rerank=8),
 }
 
-# %% ../nbs/00_config.ipynb #0d965a28
+# %% ../nbs/00_config.ipynb #88fda8c3
 LITERAL = dict(
     # Eq. 1 and 2
     clothing='literal', p_pos='softmax', hsic_kernel='linear',
@@ -362,7 +362,7 @@ def _say(e: ValidationError) -> str:
         return f"option {name}={x['input']!r}: {x['msg'][0].lower() + x['msg'][1:]}"
     return '; '.join(dict.fromkeys(map(one, e.errors())))
 
-# %% ../nbs/00_config.ipynb #9d363200
+# %% ../nbs/00_config.ipynb #4aa16db7
 def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
                 preset: str | None = None,  # None: 'tiny' for synth, 'paper' for real data
                 variant: str = 'full',      # a name in `VARIANTS`
@@ -381,7 +381,7 @@ def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
     except ValidationError as e: raise UserError(_say(e)) from None
     return check_config(config)
 
-# %% ../nbs/00_config.ipynb #55f8acb6
+# %% ../nbs/00_config.ipynb #0c5a4dfc
 def check_config(config: Config) -> Config:  # the same one
     "What no single field can see. Raises `UserError`."
     def need(ok, say):
@@ -407,7 +407,7 @@ def check_config(config: Config) -> Config:  # the same one
     need(not c.clothes_change or c.dataset == 'synth', 'clothes_change exists for dataset synth only')
     return config
 
-# %% ../nbs/00_config.ipynb #536418ba
+# %% ../nbs/00_config.ipynb #c7fc8305
 _NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag',
               'processes', 'save_minutes', 'save_steps', 'log', 'accumulate'}
 

@@ -8,7 +8,7 @@ __all__ = ['DESCRIBERS', 'sample_sheet', 'failures_by_cause', 'coverage_table', 
            'style_points', 'choose_describer', 'DescribeParameters', 'check_parameters', 'mllm_options',
            'describe_dataset']
 
-# %% ../nbs/28_describers.ipynb #ea9bf28b
+# %% ../nbs/28_describers.ipynb #6c8abb40
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence

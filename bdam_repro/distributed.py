@@ -6,7 +6,7 @@
 __all__ = ['ALONE', 'World', 'find_world', 'read_slurm', 'main_first', 'RunLog', 'gather_rows', 'join_batch', 'mean_gradients',
            'join_outputs', 'gather_fields']
 
-# %% ../nbs/44_distributed.ipynb #f5fbfd91
+# %% ../nbs/44_distributed.ipynb #a7382338
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -139,7 +139,7 @@ def gather_rows(world: World, tensors: list[Tensor]) -> list[Tensor]:   # [b, ..
     columns = _Gather.apply(flat, world).split([x[0].numel() for x in tensors], dim=1)
     return [part.reshape(len(part), *x.shape[1:]).to(x.dtype) for part, x in zip(columns, tensors)]
 
-# %% ../nbs/44_distributed.ipynb #3790fe09
+# %% ../nbs/44_distributed.ipynb #739f26d8
 def join_batch(world: World, batch: Batch) -> Batch:   # with the rows of all, as far as losses read them
     "People, clothing texts and numbers of texts of the whole batch; all else stays the process's own."
     if world.size == 1: return batch

@@ -65,7 +65,7 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bar: hf_logging.enable_progress_bar()
 
-# %% ../nbs/30_encoders.ipynb #5eb328a1
+# %% ../nbs/30_encoders.ipynb #85a4623d
 def _read_config(path: Path) -> dict:
     try: content = json.loads(path.read_text(encoding='utf-8-sig'))                # an editor's BOM
     except FileNotFoundError as e:

@@ -107,7 +107,7 @@ def data_tag(config: Config) -> str:
     "The tag of a run's data; empty where it is trained on the dataset of the preset."
     return config.tag if config.tag in DATA else ''
 
-# %% ../nbs/65_grid.ipynb #4e86bdf2
+# %% ../nbs/65_grid.ipynb #650014
 OPTIONS: dict[int, dict[str, tuple]] = {           # open point -> option -> values
     2: dict(id_text=('caption', 'generated', 'both')),
     3: dict(fusion_input=('pooled', 'tokens')),

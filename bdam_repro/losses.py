@@ -71,7 +71,7 @@ def masked_logsumexp(s: Tensor,  # [B, M]
     "log Σ exp over the kept entries of each row."
     return s.masked_fill(~keep, -1e30).logsumexp(1)
 
-# %% ../nbs/40_losses.ipynb #e9f23eff
+# %% ../nbs/40_losses.ipynb #400019
 def cross_entropy_rows(s: Tensor,  # [B, B] logits
                        target: Tensor,  # [B, B] bool, the positives of each row (at least one)
                        keep: Tensor,  # [B, B] bool, what the softmax runs over (holds the positives)
@@ -83,7 +83,7 @@ def cross_entropy_rows(s: Tensor,  # [B, B] logits
     if rows is None: return loss.mean()
     return torch.where(rows, loss, 0.).sum() / rows.sum().clamp_min(1)
 
-# %% ../nbs/40_losses.ipynb #9995acda
+# %% ../nbs/40_losses.ipynb #c676224a
 @full_precision
 def info_nce(v: Tensor,  # [B, D] image features
              t: Tensor,  # [B, D] text features, row i describes image i

@@ -77,7 +77,7 @@ def fusion_loss(out: Outputs, c: Config, fixed: bool = False) -> Tensor:
     right, hardest = f[has_wrong, 0], f[has_wrong, 1]
     return triplet(anchor[has_wrong], right, hardest, c.margin)
 
-# %% ../nbs/43_objective.ipynb #89a126ef
+# %% ../nbs/43_objective.ipynb #9f5e7761
 def batch_losses(out: Outputs, batch: Batch, c: Config,
                  fixed: bool = False   # no shape depends on the data, as a CUDA graph needs it
                 ) -> dict[str, Tensor]:

@@ -233,7 +233,7 @@ _MODEL = (
               'another scale of f_id gives another mean and the same ranking'),
 )
 
-# %% ../nbs/01_paper.ipynb #49698447
+# %% ../nbs/01_paper.ipynb #53237504
 _LOSSES = (
     OpenPoint(2, '3.3, Eq. 3', 'which text t_i is', ('caption', 'generated', 'both'),
               'both with a BDAM, the caption without',

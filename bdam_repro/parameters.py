@@ -48,7 +48,7 @@ def from_globals(names: dict[str, Any],     # the notebook's `globals()`
     if in_test() and given.get('preset') is None: given['preset'] = 'smoke'
     return make_config(**given)
 
-# %% ../nbs/07_parameters.ipynb #49de4b74
+# %% ../nbs/07_parameters.ipynb #1337acb8
 SYNTH_OPTIONS = ('synth_train_ids synth_val_ids synth_test_ids synth_images synth_seed synth_layout '
                  'synth_error clothes_change')
 BDAM_OPTIONS = 'bdam_depth bdam_heads bdam_mlp bdam_cross bdam_order bdam_gate keep_cls c_decouple c_clothing'

@@ -6,7 +6,7 @@
 __all__ = ['GLASSES', 'data_root', 'synth_folder', 'write_styled', 'draw_synth', 'first_people', 'check_pictures', 'load_data',
            'training_texts', 'run_tokenizer', 'check_encoders', 'says_more_than_gender']
 
-# %% ../nbs/29_run_data.ipynb #89c96053
+# %% ../nbs/29_run_data.ipynb #bcf54016
 import os
 import re
 from dataclasses import replace

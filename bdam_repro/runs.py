@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline
            'StoppedBySignal', 'after_step', 'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table',
            'plot_history']
 
-# %% ../nbs/53_runs.ipynb #4064ff5c
+# %% ../nbs/53_runs.ipynb #ef8448f9
 import json
 import math
 import platform
@@ -140,7 +140,7 @@ def validate(training: Training) -> dict[str, float]:
     if c.log_test: row |= named_scores('test', scores_of('test'))          # recorded only; selects nothing
     return row
 
-# %% ../nbs/53_runs.ipynb #acd1459b
+# %% ../nbs/53_runs.ipynb #7488d9d0
 def one_epoch(training: Training, bar: tqdm,
               after_step: Callable[[], None] | None = None   # called after each training step
              ) -> None:
@@ -240,7 +240,7 @@ def save_features(path: Path, model: Model, e: dict, pids: np.ndarray) -> None: 
     if model.fusion is not None: tensors |= {'fused': e['fused'], 'w': own_weights(model, e)}
     write_tensors(path, tensors, {'config_hash': config_hash(model.config)})
 
-# %% ../nbs/53_runs.ipynb #07727b98
+# %% ../nbs/53_runs.ipynb #bf3bac00
 def finish_run(training: Training) -> None:
     "Test the best checkpoint once, write what figures need, then `metrics.json`: the run is complete."
     folder, trainer, start = training.folder, training.trainer, time.perf_counter()
@@ -357,7 +357,7 @@ def all_epochs(training: Training, progress: bool) -> None:
             raise UserError(f'{e}; {where} names all pictures of the batch') from None
         finally: training.log.close()
 
-# %% ../nbs/53_runs.ipynb #64e494f3
+# %% ../nbs/53_runs.ipynb #fbcabdd8
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete

@@ -222,7 +222,7 @@ def _diagnose(rows: WeightedRows, inverse: np.ndarray, raw: np.ndarray, final: n
                        noise_before=float((raw[inverse] < 0).mean()), noise_after=float((labels < 0).mean()),
                        silhouette=_silhouette(few.x, final[part]), dbcv=dbcv(few.x, raw[part]), **known)
 
-# %% ../nbs/27_style.ipynb #d2ae26b0
+# %% ../nbs/27_style.ipynb #5da97964
 @dataclass(frozen=True)
 class ClusterOptions:
     "What `cluster_styles` was asked for, checked and complete."
@@ -259,7 +259,7 @@ def fit_labels(rows: WeightedRows, o: ClusterOptions
     if len(few) < len(rows): labels = labels[nearest(few.x, rows.x)]
     return labels, None
 
-# %% ../nbs/27_style.ipynb #3ef9478d
+# %% ../nbs/27_style.ipynb #0e4962e1
 def _is_whole(value) -> bool: return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 def _refuse(what: str): raise UserError(f'cluster_styles: {what}')

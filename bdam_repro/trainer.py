@@ -8,7 +8,7 @@ __all__ = ['TEXT_FIELDS', 'READ_EVERY', 'STATIC_READ_EVERY', 'run_batches', 'pic
            'memory_advice', 'TrainerBase', 'Trainer', 'train_epoch', 'plain_steps', 'history_row', 'progress_text',
            'steps_of', 'static_steps']
 
-# %% ../nbs/52_trainer.ipynb #bd5e3fc8
+# %% ../nbs/52_trainer.ipynb #68052d6c
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from .distributed import ALONE, World, join_batch, join_outputs, mean_gradients
 from .accumulate import FeatureCache, parts_of
 from .capture import ResidentData, StaticStep, wants_graph, why_not_static
 
-# %% ../nbs/52_trainer.ipynb #ebfe752d
+# %% ../nbs/52_trainer.ipynb #f27c03e4
 def run_batches(c: Config, dataset: PedesDataset, tokenizer, world: World = ALONE) -> Loader:
     "The training batches that a configuration asks for, or this process's share of each."
     texts = c.id_text                                                      # 'caption', 'generated' or 'both'
@@ -91,7 +91,7 @@ def single_threaded(on: bool) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(n)
 
-# %% ../nbs/52_trainer.ipynb #7e748af7
+# %% ../nbs/52_trainer.ipynb #756dec60
 TEXT_FIELDS = [f'{text}_{kind}' for text in ('caption', 'other', 'id', 'clo') for kind in ('ids', 'mask')]
 TEXT_FIELDS += [f'{text}_number' for text in NUMBERED]
 

@@ -60,6 +60,26 @@ def test_notebooks_are_clean(copy):
             if p.read_bytes() != (copy/'nbs'/p.name).read_bytes()] == [], 'run nbdev_clean'
 
 
+def test_a_notebook_saved_in_jupyterlab_is_as_git_has_it(copy, monkeypatch):
+    "What opening, running a cell and saving add is taken away again (`jupyter_server_config.py`)."
+    large = pytest.importorskip('jupyter_server.services.contents.largefilemanager')
+    from traitlets.config import Config as Traits
+    monkeypatch.chdir(copy)
+    traits = Traits()
+    exec((REPO/'jupyter_server_config.py').read_text(), {'c': traits})
+    manager = large.LargeFileManager(root_dir=str(copy), config=traits)
+    for name in ('nbs/31_bdam.ipynb', 'nbs/train.ipynb'):
+        model = manager.get(name)
+        model['content']['metadata']['language_info'] = {'name': 'python', 'version': '3.12'}
+        model['content']['metadata']['kernelspec']['display_name'] = 'another one'
+        for c in model['content']['cells']:
+            c['metadata']['collapsed'] = True
+            if c['cell_type'] == 'code': c['execution_count'] = 7
+        model.pop('created'), model.pop('last_modified')
+        manager.save(model, name)
+        assert (copy/name).read_bytes() == (REPO/name).read_bytes()
+
+
 def test_readme_is_the_index(tmp_path):
     fresh = tmp_path/'README.md'
     run('make', '-s', 'readme', f'README={fresh}', f'BIN={BIN}', 'STAMP=', cwd=REPO)
