@@ -197,7 +197,7 @@ class CaptionChoice:
         step = 1 + (u*(n - 1)).astype(int)                            # 1 … n - 1 captions on, around the end
         return self.first[i] + (taken - self.first[i] + step) % n
 
-# %% ../nbs/17_batches.ipynb #24c7782f
+# %% ../nbs/17_batches.ipynb #48eb227a
 def with_stand_ins(records: pd.DataFrame, column: str) -> tuple[list[str], str]:
     "A column's texts, the first caption in the place of missing ones, and a note that counts these."
     texts, missing = [], 0
@@ -217,6 +217,19 @@ def silent_texts(texts: pd.Series, says: Callable[[str], bool]) -> tuple[np.ndar
     note = f'{silent.sum()} of {len(silent)} images have no identity text that says anything: not in Eq. 3.'
     return silent, note if silent.any() else ''
 
+def _described_tokens(records: pd.DataFrame, columns: dict[str, str], encode: Callable, says: Callable | None
+                     ) -> tuple[dict[str, _Tokens], str]:
+    "The descriptions as tables, and what is to be said of them."
+    tables, notes = {}, []
+    for name, column in columns.items():
+        texts, note = with_stand_ins(records, column)
+        tables[name] = _Tokens(*encode(texts, column))
+        if name == 'id' and says is not None:
+            silent, note = silent_texts(records[column], says)
+            tables[name].number[torch.from_numpy(silent)] = -1
+        if note: notes.append(note)
+    return tables, ' '.join(notes)
+
 # %% ../nbs/17_batches.ipynb #1109245d
 NUMBERED = 'caption', 'other', 'id'      # the texts of Eq. 3
 
@@ -228,17 +241,15 @@ class Draw:
     others: np.ndarray | None    # [B] the same for the second captions
     changes: Changes | None      # of the images; None: none
 
-# %% ../nbs/17_batches.ipynb #f57b8f91
+# %% ../nbs/17_batches.ipynb #a9f19632
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
     def __init__(self, records: pd.DataFrame,                         # of one split
                  rows: np.ndarray,                                    # their positions in the dataset
                  images: ImageStore, sampler: PKSampler,
                  encode: Callable,                                    # (texts, name of a file) -> ids, mask
-                 seed: int,
-                 described: dict[str, str],                           # 'id' or 'clo' -> column of its text
-                 two_captions: bool, augmentation: bool | dict,       # see `train_batches`
-                 says: Callable[[str], bool] | None = None):          # likewise
+                 seed: int, described: dict[str, str],                # 'id' or 'clo' -> column of its text
+                 two_captions: bool, augmentation: bool | dict, says: Callable | None):   # `train_batches`
         self.rows, self.pids = rows, records['pid'].to_numpy()
         self.images, self.sampler = images, sampler
         self.seed, self.augmentation = seed, augmentation
@@ -246,15 +257,7 @@ class _TrainData(Dataset):
         self.choice = CaptionChoice(captions)
         self.two_captions = two_captions and bool((self.choice.counts > 1).any())    # no image may have two
         self.captions = _Tokens(*encode([text for texts in captions for text in texts], 'captions'))
-        self.described, notes = {}, []
-        for name, column in described.items():
-            texts, note = with_stand_ins(records, column)
-            self.described[name] = tokens = _Tokens(*encode(texts, column))
-            if name == 'id' and says is not None:
-                silent, note = silent_texts(records[column], says)
-                tokens.number[torch.from_numpy(silent)] = -1
-            notes.append(note)
-        self.note = ' '.join(note for note in notes if note)
+        self.described, self.note = _described_tokens(records, described, encode, says)
 
     def plan(self, epoch: int):
         "Draw which images are in each batch of this epoch."
@@ -262,7 +265,6 @@ class _TrainData(Dataset):
         self.epoch, self.batches = epoch, list(self.sampler)
 
     def __len__(self) -> int: return len(self.sampler)
-
     def __getitem__(self, step: int) -> Batch | UserError:
         try: return self._batch(step)
         except UserError as e: return e
@@ -295,17 +297,15 @@ class _TrainData(Dataset):
         rows, pids = torch.from_numpy(self.rows[i]), torch.from_numpy(self.pids[i])
         return Batch(rows, pids, images, **tensors)
 
-# %% ../nbs/17_batches.ipynb #3c0b2b11
+# %% ../nbs/17_batches.ipynb #ac30b983
 class Loader:
     "Each iteration is an epoch of training batches; `wait_share` measures how long its user waited."
     def __init__(self, data: _TrainData, workers: int):
         self.data, self.workers, self.epoch, self.start = data, workers, 0, 0
         self.wait = self.total = 0.                                   # seconds of the latest epoch
-        self.note = data.note
-        self.has_clo, self.has_id = 'clo' in data.described, 'id' in data.described
+        self.note, self.has_clo, self.has_id = data.note, 'clo' in data.described, 'id' in data.described
 
     def __len__(self) -> int: return len(self.data)
-
     def set_epoch(self, epoch: int, start: int = 0):
         "The next iteration is this epoch, from this batch on."
         self.epoch, self.start = epoch, start
@@ -360,7 +360,7 @@ def plan_line(loader: Loader, epochs: int) -> str:
     run = f'{steps:,} steps, {steps*size:,} samples'
     return f'{epochs} epochs of {len(loader):,} steps of {size}: {run}; {seen}'
 
-# %% ../nbs/17_batches.ipynb #a739897c
+# %% ../nbs/17_batches.ipynb #eb88dbb1
 def split_rows(dataset: PedesDataset, split: str) -> np.ndarray:  # positions in `dataset.records`
     "The rows of one split. Raises `UserError` when it is empty."
     rows = np.flatnonzero(dataset.records['split'].to_numpy() == split)
@@ -416,7 +416,7 @@ def train_batches(dataset: PedesDataset,
     images = kept(dataset, ('images', split, len(rows), size, columns, cache, budget),
                   lambda: ImageStore(dataset, size, rows, cache, budget, columns))
     data = _TrainData(records, rows, images, sampler, encode, seed, described, two_captions, augmentation,
-                      says if id_text != 'caption' else None)
+                      says)
     return Loader(data, workers)
 
 # %% ../nbs/17_batches.ipynb #69960780

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DESCRIBERS', 'sample_sheet', 'failures_by_cause', 'coverage_table', 'purity_table', 'lengths_by_style', 'money_table',
-           'style_sizes', 'style_agreement', 'style_warning', 'divide_styles', 'exemplar_sets', 'show_styles',
+           'style_sizes', 'clustering_agreement', 'style_warning', 'divide_styles', 'exemplar_sets', 'show_styles',
            'style_points', 'choose_describer', 'DescribeParameters', 'check_parameters', 'mllm_options',
            'describe_dataset']
 
@@ -116,13 +116,13 @@ def money_table(table: pd.DataFrame) -> pd.DataFrame:
              'dollars': table['cost'].sum() if priced else None, 'seconds an image': table['latency'].mean()}
     return pd.DataFrame({'total': total})
 
-# %% ../nbs/28_describers.ipynb #ead09171
+# %% ../nbs/28_describers.ipynb #b6dd0c33
 def style_sizes(labels: np.ndarray   # [N], of `cluster_styles`
                ) -> pd.Series:       # cluster -> share of the captions
     "How large the clusters are, noise (-1) among them, the largest first."
     return pd.Series(labels, name='share').value_counts(normalize=True)
 
-def style_agreement(labels: Mapping[str, np.ndarray]   # method -> [N]
+def clustering_agreement(labels: Mapping[str, np.ndarray]   # method -> [N]
                    ) -> pd.DataFrame:                  # method × method
     "ARI between clusterings: 1 where two methods have found the same styles."
     rows = {a: {b: adjusted_rand_score(x, y) for b, y in labels.items()} for a, x in labels.items()}
@@ -152,7 +152,7 @@ def divide_styles(points: np.ndarray,   # [N, d], of `embed_styles`
         labels[members[halves == 1]] = new
     return labels
 
-# %% ../nbs/28_describers.ipynb #5e599878
+# %% ../nbs/28_describers.ipynb #8dae105e
 def exemplar_sets(labels: np.ndarray,         # [N], of `cluster_styles`
                   captions: Sequence[str],    # [N] as they were written
                   sets: int = 20,             # about
@@ -170,7 +170,7 @@ def show_styles(found: Mapping[str, np.ndarray]) -> None:   # method -> labels [
     "Print sizes, agreement, and what is wrong."
     for method, labels in found.items():
         print(f'{method:13} ' + ' '.join(f'{share:.1%}' for share in style_sizes(labels)))
-    if len(found) > 1: print('\nARI between the clusterings:', style_agreement(found).round(2), sep='\n')
+    if len(found) > 1: print('\nARI between the clusterings:', clustering_agreement(found).round(2), sep='\n')
     for method, labels in found.items():
         if warning := style_warning(method, labels): print(warning)
 
