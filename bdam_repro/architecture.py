@@ -53,14 +53,15 @@ def find_modules(model: Model, names: Iterable[str]) -> list[nn.Module]:
         elif m is not None: found.append(m)
     return found
 
-# %% ../nbs/72_architecture.ipynb #9c501d9f
+# %% ../nbs/72_architecture.ipynb #57f6b335
 def read_texts(model: Model) -> list[str]:
     "The texts that the model reads in training, by the names of `Batch`."
     c = model.config
     names = ['caption']
     if c.two_captions and c.id_text != 'generated': names.append('other')
     if c.id_text != 'caption' or (c.fusion and c.fusion_text == 'identity'): names.append('id')
-    if model.proj_clo is not None or (c.fusion and c.fusion_text == 'clothing'): names.append('clo')
+    fuses_clothing = c.fusion and c.fusion_text == 'clothing'
+    if model.proj_clo is not None or fuses_clothing or c.id_text == 'all': names.append('clo')
     return names
 
 def random_batch(model: Model, people: int = 2) -> Batch:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL_FILES', 'WITH_FEATURES', 'RANKED_IMAGES', 'PART_BYTES', 'Kept', 'query_results', 'archive_of', 'archive_parts',
-           'read_kept', 'write_kept', 'keep_runs', 'put_back', 'restore_runs']
+           'read_kept', 'write_kept', 'keep_runs', 'put_back', 'restore_runs', 'kept_config', 'restore_kept']
 
-# %% ../nbs/68_archive.ipynb #07729ce5
+# %% ../nbs/68_archive.ipynb #47b1bde4
 import io
 import json
 import shutil
@@ -19,10 +19,10 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .config import Config, UserError, atomic_path, config_hash, run_dir
+from .config import Config, UserError, atomic_path, config_hash, make_config, run_dir
 from .runs import same_run
 from .grid import LAYOUT_TAGS
-from .results import KEPT_FEATURES, KEY, METRICS, run_folder
+from .results import KEPT_FEATURES, KEY, METRICS, ArtifactParameters, run_folder
 
 # %% ../nbs/68_archive.ipynb #3f430631
 SMALL_FILES = 'config.json', 'metrics.json', 'provenance.json', 'history.csv'
@@ -137,4 +137,31 @@ def restore_runs(root: Path,                   # folder of the runs
             if h != wanted[folder] or same_run(folder, h): continue
             put_back(folder, content)
             back.append(folder)
+    return back
+
+# %% ../nbs/68_archive.ipynb #6587e268
+def kept_config(content: dict[str, bytes]) -> Config | None:
+    "The configuration of a kept run; None where the present code would not make the same run of it."
+    options = json.loads(content['config.json'])
+    h = options.pop('config_hash', None)
+    try: c = make_config(**options)
+    except UserError: return None                    # an option of another version of the code
+    return c if config_hash(c) == h else None
+
+def restore_kept(p: ArtifactParameters,
+                 *variants: str                      # only these, with their own options; none: all
+                ) -> list[Path]:                     # run folders that were put back
+    "Put back the kept runs that are not here, and say so in one line. Raises `UserError` for a cut archive."
+    back = []
+    for file in sorted(p.tables_path.glob('kept-seed*.zip')):
+        for content in read_kept(file).values():
+            c = kept_config(content)
+            if c is None or (c.dataset, c.preset) != (p.config.dataset, p.config.preset): continue
+            if variants and (c.variant not in variants or c.tag): continue
+            folder = run_dir(c, p.runs_path)
+            if folder.exists(): continue
+            put_back(folder, content)
+            back.append(folder)
+    source = f'{p.tables_path.name}/kept-*.zip'
+    if back: print(f'{len(back)} runs put back from {source}; nothing was trained here')
     return back

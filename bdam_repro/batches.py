@@ -360,7 +360,7 @@ def plan_line(loader: Loader, epochs: int) -> str:
     run = f'{steps:,} steps, {steps*size:,} samples'
     return f'{epochs} epochs of {len(loader):,} steps of {size}: {run}; {seen}'
 
-# %% ../nbs/17_batches.ipynb #eb88dbb1
+# %% ../nbs/17_batches.ipynb #3cc84b80
 def split_rows(dataset: PedesDataset, split: str) -> np.ndarray:  # positions in `dataset.records`
     "The rows of one split. Raises `UserError` when it is empty."
     rows = np.flatnonzero(dataset.records['split'].to_numpy() == split)
@@ -381,7 +381,7 @@ def train_batches(dataset: PedesDataset,
                   p: int = 16,  # identities per batch
                   k: int = 4,  # images per identity
                   seed: int = 0,
-                  id_text: str = 'caption',  # t_i of Eq. 3: 'caption', 'generated' or 'both'
+                  id_text: str = 'caption',  # t_i of Eq. 3: 'caption', 'generated', 'both' or 'all'
                   two_captions: bool = False,  # a second caption of each image, where there is one
                   split: str = 'train',
                   epoch_of: str = 'identities',  # one epoch: 'identities' once each, or all 'pairs'
@@ -392,8 +392,8 @@ def train_batches(dataset: PedesDataset,
                   says: Callable[[str], bool] | None = None,  # if an identity text says anything; None: all
                   ) -> Loader:
     "Identity-balanced training batches of a split. Raises `UserError` for a split or option that cannot be."
-    if id_text not in ('caption', 'generated', 'both'):
-        raise UserError(f"id_text={id_text!r} is none of 'caption', 'generated', 'both'")
+    if id_text not in ('caption', 'generated', 'both', 'all'):
+        raise UserError(f"id_text={id_text!r} is none of 'caption', 'generated', 'both', 'all'")
     if id_text != 'caption' and 'id_text' not in dataset.records:
         mend = "(see `describe`), or take id_text='caption'"
         raise UserError(f"id_text='{id_text}' needs descriptions: {dataset.name} has none {mend}")

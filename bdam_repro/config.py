@@ -89,11 +89,10 @@ class RunOptions(Options):
     save_steps: int = opt(0, 'steps between two checkpoints, besides; 0: none', ge=0)
     log: Literal['', 'tensorboard', 'wandb', 'mlflow'] = opt('', 'where the history is logged besides')
 
-# %% ../nbs/00_config.ipynb #3d9abc42
+# %% ../nbs/00_config.ipynb #a548b5ba
 class DataOptions(Options):
     image_height: int = opt(224, 'pixels', '224 (4.2)', ge=16)
-    image_width: int = opt(224, 'pixels; people are 1:2, the paper squeezes them into a square', '224 (4.2)',
-                           ge=16)
+    image_width: int = opt(224, 'pixels; people are 1:2 and get squeezed into a square', '224 (4.2)', ge=16)
     columns: float = opt(1.0, 'share of the width that is read, in the middle: a detector cuts photographs '
                          'closer than SynthPEDES is drawn', gt=0, le=1)
     max_length: int = opt(77, 'longest text in tokens', ge=8, le=512)
@@ -105,11 +104,10 @@ class DataOptions(Options):
     epoch_of: Literal['pairs', 'identities'] = opt(
         'pairs', 'an epoch deals every pair of image and caption once, as the field counts; '
         'or every identity once', 'not printed')
-    val_fraction: float = opt(0.1, 'ICFG-PEDES has no validation split: identities held out of train',
-                              'none printed', gt=0, lt=1)
-    id_text: Literal['caption', 'generated', 'both'] = opt(
+    val_fraction: float = opt(0.1, 'share of train held out where no val is', 'none printed', gt=0, lt=1)
+    id_text: Literal['caption', 'generated', 'both', 'all'] = opt(
         'both', 't_i of Eq. 3: the human caption (what queries are), the '
-        'generated identity description, or both', 'ambiguous (3.3)')
+        'generated identity description, both, or the clothing text too', 'ambiguous (3.3)')
     limit: int = opt(0, 'only the first so many people of each split, for a first try; 0: all', ge=0)
     two_captions: bool = opt(False, 'a batch has a second caption of each image, where there is one',
                              'not printed')
@@ -125,6 +123,7 @@ class SynthOptions(Options):
     synth_layout: Literal['cuhk', 'icfg', 'rstp'] = opt('cuhk', 'SynthPEDES: whose files and folders')
     synth_error: float = opt(0.05, 'SynthPEDES: share of wrong attributes in the descriptions', ge=0, le=1)
     clothes_change: bool = opt(False, 'SynthPEDES: another outfit in each image')
+    synth_outfits: int = opt(1, 'SynthPEDES: outfits of each person, worn in turn', ge=1)
 
 # %% ../nbs/00_config.ipynb #07d4be6d
 class EncoderOptions(Options):
@@ -316,7 +315,7 @@ LITERAL = dict(
     grad_clip=0.0)
 PRESETS |= {'literal': LITERAL, 'tiny-literal': PRESETS['tiny'] | LITERAL | dict(two_captions=False)}
 
-# %% ../nbs/00_config.ipynb #c68a2228
+# %% ../nbs/00_config.ipynb #bafbcf81
 # descriptions come with BDAM
 _bdam_only, _fusion_only = dict(fusion=False), dict(bdam=False, id_text='caption')
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -324,6 +323,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'baseline': _bdam_only | _fusion_only,
     # the plain model with the identity descriptions as texts
     'baseline_described': _bdam_only | _fusion_only | dict(id_text='both'),
+    'baseline_all_texts': _bdam_only | _fusion_only | dict(id_text='all'),    # clothing texts too
     'bdam': _bdam_only,
     'bdam_no_cross': _bdam_only | dict(bdam_cross=False),
     'bdam_no_gate': _bdam_only | dict(bdam_gate=False),
@@ -407,12 +407,12 @@ def check_config(config: Config) -> Config:  # the same one
     need(not c.clothes_change or c.dataset == 'synth', 'clothes_change exists for dataset synth only')
     return config
 
-# %% ../nbs/00_config.ipynb #c7fc8305
+# %% ../nbs/00_config.ipynb #5d05dbf6
 _NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag',
               'processes', 'save_minutes', 'save_steps', 'log', 'accumulate'}
 
-# options that are younger than kept runs, and the value that these had
-_LATER = {'start': 'pretrained', 'equal_texts': 'negatives', 'nothing_said': 'caption'}
+# options that are younger than kept runs, and what these had
+_LATER = {'start': 'pretrained', 'synth_outfits': 1, 'equal_texts': 'negatives', 'nothing_said': 'caption'}
 
 def config_hash(config: Config) -> str:  # 12 hexadecimal digits
     "A short hash of all options that can change a result; a younger option counts where it is not as before."

@@ -7,12 +7,12 @@ __all__ = ['INNER', 'AXES', 'FORMAT', 'UNIT', 'FUSION_MARKS', 'LINE', 'HEADS', '
            'digits', 'si', 'corner', 'draw_radar', 'draw_values', 'value_text', 'draw_cost', 'seeds_of',
            'figure5_caption', 'plot_efficiency']
 
-# %% ../nbs/76_cost_figure.ipynb #19f4b56e
+# %% ../nbs/76_cost_figure.ipynb #d9d18255
 import numpy as np
 import pandas as pd
 import torch
 
-from .results import ArtifactParameters
+from .results import FUSION_TOWERS, ArtifactParameters
 from .figure_style import CHART_STYLE, IDENTITY_COLOR, write_caption
 from .grid import DATASET_NAMES
 from .efficiency import LAYER_KINDS, fusion_configs, sizes
@@ -146,7 +146,7 @@ def seeds_of(table: pd.DataFrame) -> str:
     return '; '.join(('' if k == 0 else ', '.join(names) + ': ') + say(s) for k,
                      (s, names) in enumerate(groups))
 
-# %% ../nbs/76_cost_figure.ipynb #ee9d4c7b
+# %% ../nbs/76_cost_figure.ipynb #1371d683
 def figure5_caption(table: pd.DataFrame, costs: pd.DataFrame, p: ArtifactParameters,
                     device: torch.device) -> str:
     "The caption: dataset, preset, seeds, device, code version, what is shown and what was left out."
@@ -155,11 +155,14 @@ def figure5_caption(table: pd.DataFrame, costs: pd.DataFrame, p: ArtifactParamet
     machine = device_name(device).rsplit(', ',
                                          1)[0] + ', one core' if device.type == 'cpu' else device_name(device)
     code = ', '.join(dict.fromkeys(' '.join(table['code']).split())) or 'none'
+    on_towers = ''
+    if table['same_towers'].all():
+        on_towers = f'all on the same frozen towers of `{FUSION_TOWERS}` (± sd of the gain), '
     return (f'Figure 5. (a) At each axis: inner ring (worst) … rim (best), logarithmic but for mAP. FLOPs '
             f'of a pair and pairs/s: forward; MiB: peak of a training step of '
             f'{table["pairs"].iloc[0]} pairs. Transformer ×n: n layers; Mamba and Simple: '
             f'{p.config.fusion_layers}. mAP (%): {DATASET_NAMES[p.dataset]}{what}, preset '
-            f'{p.config.preset}, test split, score fused, {seeds_of(table)}, '
+            f'{p.config.preset}, test split, score fused, {on_towers}{seeds_of(table)}, '
             f'code of the runs {code}. (b–d) {c.fusion_layers} layers of the sizes of Sec. 4.2 (width '
             f'{c.fusion_dim}, state {c.d_state}, kernel {c.d_conv}), b, c: a training step, d: forward; a '
             f'level line is linear cost. '

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FUSIONS', 'LAYER_KINDS', 'LENGTHS', 'COSTS', 'fusion_config', 'fusion_configs', 'Sizes', 'sizes', 'lone_fusion',
            'params', 'layer_flops', 'fusion_flops', 'pair_inputs', 'call', 'one_core', 'clock', 'seconds', 'peak_bytes',
-           'training_step', 'scoring_step', 'number_of_pairs', 'map_of', 'measure_fusions', 'demo_fusions',
-           'plain_attention', 'attention_by', 'layer_step', 'layer_costs', 'cost_of', 'growth', 'crossing', 'crossings']
+           'training_step', 'scoring_step', 'number_of_pairs', 'map_of', 'map_on_towers', 'measure_fusions',
+           'demo_fusions', 'plain_attention', 'attention_by', 'layer_step', 'layer_costs', 'cost_of', 'growth',
+           'crossing', 'crossings']
 
-# %% ../nbs/75_efficiency.ipynb #6d612067
+# %% ../nbs/75_efficiency.ipynb #6e766e02
 import json
 import os
 import statistics
@@ -34,7 +35,7 @@ from .mamba import mamba_flops
 from .fusion import MambaFusion, mixer_layers
 from .model import Model
 from .grid import Reading, reading_run
-from .results import ArtifactParameters, collect_runs, own_options
+from .results import ArtifactParameters, collect_runs, own_options, read_fusions, rows_where
 from .testing import demo_run
 
 # %% ../nbs/75_efficiency.ipynb #bb5cad65
@@ -200,7 +201,7 @@ def number_of_pairs(configs: Iterable[Config], device: torch.device) -> int:
     longest = max((sizes(c).patches + sizes(c).words)*c.fusion_dim for c in configs)
     return int(2**np.floor(np.log2(np.clip(room/longest, 1, most))))
 
-# %% ../nbs/75_efficiency.ipynb #55281b18
+# %% ../nbs/75_efficiency.ipynb #39d25211
 def map_of(c: Config, runs: pd.DataFrame) -> dict[str, float | int | str]:
     "Mean and sd of the test mAP over a fusion's runs; without runs NaN, n = 0."
     own = (runs['variant'] == c.variant) & (runs['tag'] == c.tag) & (runs['score'] == 'fused')
@@ -208,11 +209,25 @@ def map_of(c: Config, runs: pd.DataFrame) -> dict[str, float | int | str]:
     return dict(mAP=t['mAP'].mean(), sd=t['mAP'].std(), n=len(t), seeds=' '.join(map(str, t['seed'])),
                 code=' '.join(sorted(set(t['code_version']))))
 
+def map_on_towers(name: str,                # one of `FUSIONS`
+                  measured: pd.DataFrame    # of `read_fusions`
+                 ) -> dict[str, float | int | str]:   # as `map_of`
+    "The same on frozen towers, where all fusions re-rank one ranking; sd is that of the gain over runs."
+    fusion, reading = ('Mamba', name[7:-1]) if name.startswith('Mamba') else (name, 'pooled')
+    t = rows_where(measured, fusion=fusion, reading=reading, negatives='gallery')
+    by_run = t.groupby('run')[['dual_mAP', 'gain_mAP']].mean()
+    seeds = sorted(run.split('-')[0].removeprefix('seed') for run in by_run.index)
+    return dict(mAP=by_run.sum(axis=1).mean() if len(t) else float('nan'), sd=by_run['gain_mAP'].std(),
+                n=len(by_run), seeds=' '.join(seeds), code=' '.join(sorted(set(t['code']))))
+
 def measure_fusions(p: ArtifactParameters,
                     device: torch.device,
                     budget: float = .4        # seconds for a measurement
                    ) -> pd.DataFrame:         # one row per fusion
-    "The five axes, mAP from the finished runs of `p`. Raises `UserError` where a run folder is broken."
+    """The five axes, mAP from `fusion.csv` or else from the finished runs of `p`.
+
+    Raises `UserError` where a run folder is broken."""
+    measured = read_fusions(p)
     runs, configs = collect_runs(p.runs_path, [p.config.dataset], p.config.preset), fusion_configs(p)
     pairs = number_of_pairs(configs.values(), device)
     rows = []
@@ -224,9 +239,9 @@ def measure_fusions(p: ArtifactParameters,
                    pairs=pairs)
         row |= dict(memory=peak_bytes(training_step(fusion, inputs), device),
                     step=seconds(training_step(fusion, inputs), device, budget)[0])
-        rows.append(row | dict(speed=pairs/seconds(
-            scoring_step(fusion, inputs), device, budget)[0]) | map_of(c, runs))
-    return pd.DataFrame(rows).set_index('fusion')
+        row['speed'] = pairs/seconds(scoring_step(fusion, inputs), device, budget)[0]
+        rows.append(row | (map_on_towers(name, measured) if len(measured) else map_of(c, runs)))
+    return pd.DataFrame(rows).set_index('fusion').assign(same_towers=bool(len(measured)))
 
 # %% ../nbs/75_efficiency.ipynb #c63a4210
 def demo_fusions(folder: str | Path,

@@ -117,13 +117,22 @@ def _decay_grads(q: Tensor, delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     for t in range(1, q.shape[2]): dA.addcmul_(q[:, :, t], delta[:, :, t, None])
     return dA.sum((0, 1)), q.mul_(A).sum(-2)
 
-# %% ../nbs/32_mamba.ipynb #504bec53
+# %% ../nbs/32_mamba.ipynb #20b47b7c
+@functools.cache
+def _gpu_plan(L: int, index: int | None = None) -> tuple[int, int]:
+    "Chunk length, and numbers in a buffer: three of these take a sixteenth of the GPU's memory at most."
+    T = max(8, math.isqrt(L//2))                  # the fewest launches, see below
+    T = min(range(T, T + T//2 + 1), key=lambda t: (-L % t, t))
+    memory = torch.cuda.get_device_properties(index or 0).total_memory
+    return min(L, T), min(1 << 28, max(1 << 26, memory//192))
+
 def _plan(b: int, L: int, D: int, N: int, device: torch.device) -> tuple[int, int, int]:
     "Chunk length T, and how many batch rows and channels a block of work holds."
-    T = min(L, min(range(12, 24), key=lambda t: (-L % t, -t)))
+    if device.type == 'cuda': T, budget = _gpu_plan(L, device.index)
+    else:
+        T = min(L, min(range(12, 24), key=lambda t: (-L % t, -t)))
+        budget = 1 << (20 if torch.get_num_threads() == 1 else 23)    # more work must wake the other threads
     steps = N * (L + -L % T)                                          # numbers per row and channel
-    if device.type == 'cuda': budget = 1 << 26
-    else: budget = 1 << (20 if torch.get_num_threads() == 1 else 23)  # more work must wake the other threads
     w = min(D, max(64, budget // steps // 64 * 64))
     return T, max(1, min(b, budget // (steps * w))), w
 

@@ -109,7 +109,7 @@ def work(jobs, outcomes,          # queues: (number, run) or None, and `Outcome`
     loop()
     for thread in others: thread.join()
 
-# %% ../nbs/79_many.ipynb #96e21e05
+# %% ../nbs/79_many.ipynb #40f3f2d3
 def left_to_do(configs: Iterable[Config], runs: Path) -> list[Config]:
     "Runs that are not complete with these options, each once."
     distinct = {run_dir(c, runs): c for c in configs}
@@ -119,7 +119,8 @@ def left_to_do(configs: Iterable[Config], runs: Path) -> list[Config]:
 def make_ready(configs: list[Config]) -> None:
     "Draw, describe and decode the data of all runs, once: the workers find them on the disk."
     data = SharedData()
-    for c in {(c.folder, c.descriptions, c.synth_layout, c.clothes_change): c for c in configs}.values():
+    def data_of(c): return c.folder, c.descriptions, c.synth_layout, c.clothes_change, c.synth_outfits
+    for c in {data_of(c): c for c in configs}.values():
         dataset, size = data.of(c), (c.image_height, c.image_width)
         with tempfile.TemporaryDirectory() as folder:
             run_batches(c, dataset, run_tokenizer(c, dataset, Path(folder)))

@@ -257,7 +257,7 @@ def candidates(sim: Tensor,   # [B, G] dual scores, texts × images
     valid = [torch.ones_like(right, dtype=torch.bool), wrong.values.isfinite()]
     return torch.cat([right, wrong.indices], 1), torch.cat(valid, 1)
 
-# %% ../nbs/34_model.ipynb #bc336d9d
+# %% ../nbs/34_model.ipynb #47844760
 def encode_by_length(model: Retriever,
                      texts: list[tuple[Tensor, Tensor]],   # ids, mask: [B, M] each; M may differ
                      parts: int = 6,                       # pieces of like length
@@ -267,8 +267,9 @@ def encode_by_length(model: Retriever,
     M = max(ids.shape[1] for ids, _ in texts)
     ids = torch.cat([F.pad(ids, (0, M - ids.shape[1])) for ids, _ in texts])          # [n, M]
     mask = torch.cat([F.pad(mask, (0, M - mask.shape[1])) for _, mask in texts])      # [n, M]
-    order = mask.sum(1).argsort(stable=True)
-    pieces = []
+    lengths, pieces = mask.sum(1), []
+    order = lengths.argsort(stable=True)
+    if bool((lengths == lengths[0]).all()): parts = 1         # nothing to spare, and each piece has its price
     for rows in order.chunk(parts):
         L = int(mask[rows].sum(1).max())                      # of the piece's longest text
         piece = model.encode_text(ids[rows, :L], mask[rows, :L])

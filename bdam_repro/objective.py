@@ -18,11 +18,12 @@ from .losses import (batch_triplet, clothing_adversarial, clothing_matching, gat
                                grad_reverse, hsic, info_nce, match_loss, sdm, tal, text_ids, triplet)
 from .gradnorm import GradNorm, TaskWeights, literal_total
 
-# %% ../nbs/43_objective.ipynb #7c919667
+# %% ../nbs/43_objective.ipynb #ab84ddec
 def identity_texts(out: Outputs, c: Config) -> dict[str, TextFeatures]:
     "The texts that stand for t_i of Eq. 3: the human captions, the generated description, or all of them."
     captions = {} if c.id_text == 'generated' else {'caption': out.caption, 'other': out.other}
     generated = {} if c.id_text == 'caption' else {'identity': out.identity}
+    if c.id_text == 'all': generated['clothing'] = out.clothing
     return {name: text for name, text in (captions | generated).items() if text is not None}
 
 def text_options(number: Tensor | None, c: Config) -> dict[str, Tensor]:   # number [B], as in `Batch`
@@ -35,7 +36,8 @@ def text_options(number: Tensor | None, c: Config) -> dict[str, Tensor]:   # num
 def align_loss(out: Outputs, batch: Batch, c: Config) -> Tensor:
     "Eq. 3 between v and each text of t_i, or the loss of a published baseline in its place."
     v, pids, losses = out.image.v, batch.pids, []
-    numbers = {'caption': batch.caption_number, 'other': batch.other_number, 'identity': batch.id_number}
+    numbers = {'caption': batch.caption_number, 'other': batch.other_number, 'identity': batch.id_number,
+               'clothing': None if batch.clo_ids is None else text_ids(batch.clo_ids)}
     for name, text in identity_texts(out, c).items():
         if c.align_loss == 'sdm': loss = sdm(v, text.t, pids, c.tau)
         elif c.align_loss == 'tal': loss = tal(v, text.t, pids, c.margin, c.tau)
@@ -97,11 +99,11 @@ def batch_losses(out: Outputs, batch: Batch, c: Config,
         if c.c_gate and c.fusion_gate: terms['fusion'] += c.c_gate*gate_regularization(out.w, c.gate_reg)
     return terms
 
-# %% ../nbs/43_objective.ipynb #322cb5aa
+# %% ../nbs/43_objective.ipynb #a0f44995
 def encode_batch(model: Model, batch: Batch, c: Config) -> Outputs:
     "The towers' outputs of a batch; a text that no term of this configuration reads is not encoded."
     fused = c.fusion_text if c.fusion else None
-    reads_clothing = model.proj_clo is not None or fused == 'clothing'
+    reads_clothing = model.proj_clo is not None or fused == 'clothing' or c.id_text == 'all'
     reads_identity = c.c_align > 0 or fused == 'identity' or (c.fusion and c.id_text == 'generated')
     reads_other = c.c_align > 0 and c.id_text != 'generated'
 

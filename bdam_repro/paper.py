@@ -402,20 +402,20 @@ _ACCURACY = (
           'a plain loss of the field does as well under one budget'),
 )
 
-# %% ../nbs/01_paper.ipynb #3ba0617e
+# %% ../nbs/01_paper.ipynb #e5c1d528
 _MECHANISM = (
     Claim('purity', '3.1, 3.2', 'the identity feature is free of clothing', '',
-          'linear probes for upper and lower color from f_id, f_clo and the pooled encoder',
-          'clothing is read from f_id as well as from the encoder'),
+          'probes for upper and lower color from f_id and the baseline; beside: clothes exchanged',
+          'clothing is read from f_id as well as from the baseline'),
     Claim('clothing_branch', '4.3', 'the clothing branch specializes in appearance', '',
-          'the same probes on f_clo, and probes for gender and build',
+          'the same probes on f_clo, and probes for gender and build; beside: the same exchanges',
           'f_clo tells clothing no better than f_id does'),
     Claim('independent', '3.2, 4.3', 'HSIC makes the two features statistically independent',
           'R-1 −2.12 without it', 'RBF-HSIC and probes between the features, `full` and `no_decoupling`',
           'dependence as before, or small only since the features shrank'),
     Claim('robust', 'Abstract, 3.4', 'robust where clothes change', '',
           'people who change clothes, in a gallery of their other pictures; trained on such people too',
-          'the baseline finds them as well'),
+          'a plain model finds them as well'),
     Claim('gate_mean', '4.3, Fig. 3', 'identity dominates the gate', 'mean 0.62, spread 0.18',
           'gate statistics over seeds, and after rescaling f_id',
           'mean near ½, or another with each seed, at equal accuracy'),

@@ -183,13 +183,14 @@ def nuisance_factors(rng: np.random.Generator) -> dict:
     f['scene_seed'] = int(rng.integers(1 << 31))
     return f
 
-# %% ../nbs/11_people.ipynb #566221af
+# %% ../nbs/11_people.ipynb #5f472aa4
 def image_factors(seed: int, pid: int,  # the dataset's seed; the person
                   k: int,               # which of the person's pictures, from 0
-                  clothes_change: bool = False  # another outfit in each picture
+                  clothes_change: bool = False,  # another outfit in each picture
+                  outfits: int = 1      # else: how many outfits the person wears in turn
                  ) -> dict:  # identity | clothing | nuisance factors and the outfit's number, flat
     "All that there is to know about picture `k` of person `pid`."
-    outfit = k if clothes_change else 0      # the outfit's number
+    outfit = k if clothes_change else k % outfits      # the outfit's number
     identity = identity_factors(stream(seed, IDENTITY, pid))
     clothing = outfit_factors(stream(seed, OUTFIT, pid, outfit), identity['gender'])
     nuisance = nuisance_factors(stream(seed, IMAGE, pid, k))

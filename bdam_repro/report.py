@@ -9,7 +9,7 @@ __all__ = ['NEEDS_FACTORS', 'EPOCH_NOTE', 'VERDICTS', 'NULL_RUNS', 'CEILING', 'M
            'pairs_table', 'findings_table', 'claim_tables', 'plan_table', 'audit_markdown', 'write_audit',
            'find_in_models']
 
-# %% ../nbs/86_report.ipynb #576d69d3
+# %% ../nbs/86_report.ipynb #d7f48c8b
 import math
 import re
 from collections.abc import Iterable
@@ -29,21 +29,21 @@ from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_RUN, NO_OPTION, ON
                                  model_findings, read_audit, runs_with_findings, settle)
 from .readings import HEAD, READING_RULE, part_a
 from .claims import (ALL_CLAIMS, GATE, accuracy_claims, efficiency_claims, factorial_claims,
-                               gate_claims, region_claim, sota_claim, style_claims)
+                               fusion_claims, gate_claims, region_claim, sota_claim, style_claims)
 from .probes import (CLOTHES_CHANGED, CLOTHES_KEPT, DEPENDENCE, feature_claims, independence_claim,
                                robust_claim)
 from .protocol import NOISE_RULE, PROTOCOL_RULE, RERANK, part_c, part_d, part_f, seed_plan
 from .ceiling import part_e
 
-# %% ../nbs/86_report.ipynb #8997b841
+# %% ../nbs/86_report.ipynb #b04353a3
 NEEDS_FACTORS = ('purity', 'clothing_branch', 'descriptions', 'robust')
 
 def part_b(e: Evidence) -> list[Finding]:
     "One row per claim with its verdict, followed by its findings."
     on_synth, out = e.base.dataset == 'synth', []
     cannot_be_asked = ('sota',) if on_synth else NEEDS_FACTORS
-    found = accuracy_claims(e) + factorial_claims(e) + style_claims(e) + sota_claim(e) + efficiency_claims(e)
-    found += gate_claims(e) + independence_claim(e) + region_claim(e)
+    found = accuracy_claims(e) + fusion_claims(e) + factorial_claims(e) + style_claims(e) + sota_claim(e)
+    found += efficiency_claims(e) + gate_claims(e) + independence_claim(e) + region_claim(e)
     if on_synth: found += feature_claims(e) + robust_claim(e)
     found = settle(found)
     for c in ALL_CLAIMS:
@@ -208,12 +208,13 @@ def claim_tables(t: pd.DataFrame) -> str:   # t: the audit
     return '\n\n'.join([*([pairs_table(done)] if len(done) else []), *([not_run] if len(missing) else []),
                         findings_table(b[~is_pair], 'b')])
 
-# %% ../nbs/86_report.ipynb #8b7583aa
+# %% ../nbs/86_report.ipynb #6cd22add
 EPOCH_NOTE = ('All readings but `epochs=6` train for as many epochs as the default. An epoch passes every '
           'identity once: with four images of each it is twice as long as with two, so compare '
           '`images_per_id=4` with `epochs=6`.')
 VERDICTS = (
-    'Deciding findings were fixed before the runs. They are *for* where the interval of what the claim says '
+    'Deciding findings were fixed before the runs, those of fusions on the same towers after one seed of '
+    'each. They are *for* where the interval of what the claim says '
     'lies above the bound in the row of `audit.csv`, *against* where it lies below, *negligible* where it '
     f'lies within ±{SMALLEST_EFFECT:g} points of R-1 or mAP, else *too noisy*. A claim holds where all are '
     '*for*, and does not where one is *against*. It is negligible where an effect that it needs is.')

@@ -47,12 +47,12 @@ def write_styled(c: Config) -> None:
     plain = load_pedes('synth', data_root(c), folder=synth_folder(c), descriptions=None)
     style_descriptions(plain, 'dbscan', error_rate=c.synth_error)
 
-# %% ../nbs/29_run_data.ipynb #a83e5e4e
+# %% ../nbs/29_run_data.ipynb #e19793c9
 def draw_synth(c: Config, progress: bool = True) -> None:
     "The configuration's SynthPEDES, drawn where it is missing. Raises `UserError` for a folder with another."
     n = c.synth_train_ids + c.synth_val_ids + c.synth_test_ids
     make_synth(data_root(c), c.synth_layout, n, c.synth_images, c.synth_seed, c.clothes_change,
-               folder=synth_folder(c), val_ids=c.synth_val_ids, test_ids=c.synth_test_ids,
+               c.synth_outfits, folder=synth_folder(c), val_ids=c.synth_val_ids, test_ids=c.synth_test_ids,
                error_rate=c.synth_error, progress=progress)
     if c.descriptions == 'auto': write_styled(c)
 

@@ -71,7 +71,7 @@ def gallery_blocks(pids: np.ndarray  # [N] persons of some pictures of one split
     "The blocks in which a split was dealt: people in the order of their numbers, 200 at a time."
     return np.unique(pids, return_inverse=True)[1]//BLOCK
 
-# %% ../nbs/15_synth.ipynb #3454289f
+# %% ../nbs/15_synth.ipynb #7a6075a1
 @dataclass(frozen=True)
 class Spec:
     "Everything that decides the bytes of a dataset."
@@ -80,6 +80,7 @@ class Spec:
     images_per_id: int = 4
     seed: int = 0
     clothes_change: bool = False    # another outfit in each picture
+    outfits: int = 1                # else: outfits of each person, worn in turn
     val_ids: int = 100              # persons held out for validation
     test_ids: int = 200             # persons held out for the test
     height: int = SIZE[0]           # pixels
@@ -97,10 +98,11 @@ class Spec:
         split = held_out_split(i - first_held_out, self.val_ids, self.test_ids)
         return 'train' if split == 'val' and self.layout == 'icfg' else split
 
-# %% ../nbs/15_synth.ipynb #c010aed4
+# %% ../nbs/15_synth.ipynb #11b350d7
 SPEC_LIMITS = {'n_ids': (2, 10**6), 'images_per_id': (1, 64), 'seed': (0, 2**63),
                'val_ids': (0, 10**6), 'test_ids': (0, 10**6), 'height': (32, 2048), 'width': (16, 2048),
-               'captions_per_image': (1, 20), 'n_styles': (1, len(STYLES))}  # lowest, highest
+               'captions_per_image': (1, 20), 'n_styles': (1, len(STYLES)),
+               'outfits': (1, 64)}                                       # lowest, highest
 
 def check_spec(s: Spec):
     "Raise `UserError` for a dataset that cannot be made."
@@ -118,18 +120,20 @@ def check_spec(s: Spec):
             refuse(f'{name} is a probability from 0 to 1, not {value!r}')
     if not isinstance(s.clothes_change, bool):
         refuse(f'clothes_change is True or False, not {s.clothes_change!r}')
+    if s.clothes_change and s.outfits > 1:
+        refuse('clothes_change has another outfit in each picture: leave outfits at 1')
     held_out = s.val_ids + s.test_ids
     if held_out >= s.n_ids:
         refuse(f'val_ids + test_ids = {held_out} leaves nobody of n_ids = {s.n_ids} to train on; raise n_ids')
 
-# %% ../nbs/15_synth.ipynb #8e14aff3
+# %% ../nbs/15_synth.ipynb #d6694ad8
 def picture_rows(s: Spec, i: int  # the person's number, from 0
                 ) -> Iterator[dict]:
     "Name, identity, split, factors, annotators and captions of each picture of a person."
     pid = i + 1 if s.layout == 'cuhk' else i
     split = s.split(i)
     for k in range(s.images_per_id):
-        factors = image_factors(s.seed, i, k, s.clothes_change)
+        factors = image_factors(s.seed, i, k, s.clothes_change, s.outfits)
         rng = stream(s.seed, CAPTION, i, k)
         styles = rng.permutation(s.n_styles)[:s.captions_per_image].tolist()
         more = s.captions_per_image - len(styles)                       # captions beyond one per annotator
@@ -222,7 +226,7 @@ def write_tables(folder: Path, s: Spec, workers: int):
             descriptions.write(json.dumps(row['description']) + '\n')
     (folder/'synth.json').write_text(json.dumps(asdict(s), indent=1))
 
-# %% ../nbs/15_synth.ipynb #c6c7f9de
+# %% ../nbs/15_synth.ipynb #44c5392f
 def existing_synth(target: Path, asked: dict) -> Path:
     "An existing dataset, if its `Spec` is the one asked for (as a dict). Raises `UserError` otherwise."
     mend = 'choose another `folder`, or delete this one'
@@ -232,6 +236,7 @@ def existing_synth(target: Path, asked: dict) -> Path:
     try: old = dict(json.loads(file.read_text()))
     except (ValueError, TypeError):
         raise UserError(f'make_synth: {target}/synth.json cannot be read as a JSON object; {mend}') from None
+    old = {'outfits': 1} | old                                           # younger than some datasets
     differ = [f'{k}={old.get(k)!r} (asked: {v!r})' for k, v in asked.items() if old.get(k) != v]
     if differ: raise UserError(f"make_synth: {target} was made with {', '.join(differ)}; {mend}")
     return target
@@ -270,13 +275,14 @@ def _height_and_width(size) -> tuple:
         raise UserError(f'make_synth: size is (height, width), not {size!r}')
     return tuple(size)
 
-# %% ../nbs/15_synth.ipynb #b5e55b80
+# %% ../nbs/15_synth.ipynb #c256cace
 def make_synth(root: str | Path,  # where datasets live; the dataset becomes a folder in it
                layout: str = 'cuhk',  # 'cuhk' | 'icfg' | 'rstp'
                n_ids: int = 1000,  # persons
                images_per_id: int = 4,  # pictures per person
                seed: int = 0,  # decides everything that is drawn
                clothes_change: bool = False,  # another outfit in each picture
+               outfits: int = 1,  # else: outfits of each person, worn in turn
                workers: int | None = None,  # processes; None: the number of cores
                folder: str = 'SynthPEDES',  # the name of the dataset's folder
                val_ids: int | None = None,  # persons held out for validation; None: a tenth
@@ -291,7 +297,7 @@ def make_synth(root: str | Path,  # where datasets live; the dataset becomes a f
     "Draw a dataset, or find the one that was drawn with the same parameters. Raises `UserError`."
     height, width = _height_and_width(size)
     if captions_per_image is None: captions_per_image = CAPTIONS.get(layout, 2)
-    s = Spec(layout, n_ids, images_per_id, seed, clothes_change,
+    s = Spec(layout, n_ids, images_per_id, seed, clothes_change, outfits,
              val_ids=_held_out(val_ids, n_ids, 10), test_ids=_held_out(test_ids, n_ids, 5),
              height=height, width=width, captions_per_image=captions_per_image, n_styles=n_styles,
              mistakes=mistakes, error_rate=error_rate)

@@ -30,12 +30,12 @@ from .distributed import ALONE, World, join_batch, join_outputs, mean_gradients
 from .accumulate import FeatureCache, parts_of
 from .capture import ResidentData, StaticStep, wants_graph, why_not_static
 
-# %% ../nbs/52_trainer.ipynb #f27c03e4
+# %% ../nbs/52_trainer.ipynb #fce2d306
 def run_batches(c: Config, dataset: PedesDataset, tokenizer, world: World = ALONE) -> Loader:
     "The training batches that a configuration asks for, or this process's share of each."
-    texts = c.id_text                                                      # 'caption', 'generated' or 'both'
+    texts = c.id_text                                                      # see the option
     if c.fusion and c.fusion_text == 'identity': texts = 'both'            # the fusion reads the description
-    if texts == 'both' and 'clo_text' not in dataset.records: texts = 'caption'
+    if texts in ('both', 'all') and 'clo_text' not in dataset.records: texts = 'caption'
     varied = dict(flip=c.flip, pad=c.pad, erase=c.erase)
     cache_bytes = int(c.cache_gb*2**30)
     return train_batches(

@@ -4,13 +4,15 @@
     python benchmarks/gpu.py --smoke            every section at toy sizes, on a CPU too
 
 Every figure is a row of the CSV, written as it is measured, so that a run that is cut off loses nothing. A
-section that fails prints why and the next one begins. Sections stop early when the minutes are used up.
+section that fails prints why and the next one begins. Sections stop early when the minutes are used up. Those
+that the CSV has no row of come first.
 """
 import argparse
 import csv
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 from bdam_repro.batches import Batch
 from bdam_repro.capture import StaticStep
-from bdam_repro.config import make_config
+from bdam_repro.config import ROOT, make_config
 from bdam_repro.evaluate import evaluate
 from bdam_repro.fusion import mixer_layers
 from bdam_repro.mamba import mamba_ssm_kernels
@@ -85,6 +87,25 @@ class Bench:
         f()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()/2**30
+
+
+# ---- tests
+
+def tests(bench: Bench) -> None:
+    "The tests marked `cuda`: listed, run, counted."
+    marked = [str(f) for f in sorted((ROOT/'tests').glob('test_*.py')) if 'mark.cuda' in f.read_text()]
+    command = [sys.executable, '-m', 'pytest', '-m', 'cuda', *marked]
+    listed = subprocess.run([*command, '--collect-only'], capture_output=True, text=True, cwd=ROOT)
+    names = [line for line in listed.stdout.splitlines() if '.py::' in line]
+    print(*names, sep='\n')
+    bench.row('tests marked cuda: listed', len(names), 'tests')
+    done = subprocess.run([*command, '-rA'], capture_output=True, text=True, cwd=ROOT,
+                          timeout=max(30, bench.left()))
+    for word in ('PASSED', 'FAILED', 'ERROR', 'SKIPPED'):
+        lines = [line for line in done.stdout.splitlines() if line.startswith(f'{word} ')]
+        print(*lines, sep='\n')
+        bench.row(f'tests marked cuda: {word.lower()}', len(lines), 'lines' if word == 'SKIPPED' else 'tests')
+    if done.returncode: raise RuntimeError(done.stdout[-2000:] + done.stderr[-1000:])
 
 
 # ---- runs of `tiny`
@@ -285,6 +306,7 @@ class Made:
     def __len__(self) -> int: return 100
     def __iter__(self): return iter([self.batch])
     def set_epoch(self, epoch: int) -> None: ...
+    def files(self, rows: Tensor) -> list[str]: return [f'image {row}' for row in rows.tolist()]
 
 
 class OneBatch:
@@ -335,7 +357,7 @@ def step_flops(trainer: Trainer, batch: Batch) -> float:
 
 
 def paper(bench: Bench) -> None:
-    "The `paper` preset: speed, memory, share of the matrix rate; what our parts cost over the bare towers."
+    "The `paper` preset: speed, memory, share of the matrix rate."
     rate, precision = ceiling(bench), 'bfloat16'
     repeats = 2 if bench.smoke else 6
     sizes, times, flops = (8,) if bench.smoke else (64, 128, 256), {}, None
@@ -370,21 +392,28 @@ def paper(bench: Bench) -> None:
         bench.row('full, recorded: MFU', 100*flops*n/t/rate, '%', n, precision)
         del step
         if bench.cuda: torch.cuda.empty_cache()
-    n = sizes[0]
+
+
+def shares(bench: Bench) -> None:
+    "What GradNorm and our parts cost over the bare towers: shares of a step of the full model."
+    precision, repeats, n = 'bfloat16', 2 if bench.smoke else 6, 8 if bench.smoke else 64
     bare = dict(balance='fixed', c_triplet=0.)
-    others = {'full, task weights fixed': dict(balance='fixed'),
-              'bare towers, the same texts': dict(variant='baseline_described', **bare),
-              'bare towers, captions alone': dict(variant='baseline', **bare),
-              'full, grad_checkpoint': dict(grad_checkpoint=True),
-              'full, float32': dict(amp='off')}
-    for name, options in others.items():
+    ways = {'full': {}, 'full, task weights fixed': dict(balance='fixed'),
+            'bare towers, the same texts': dict(variant='baseline_described', **bare),
+            'bare towers, captions alone': dict(variant='baseline', **bare),
+            'full, grad_checkpoint': dict(grad_checkpoint=True),
+            'full, float32': dict(amp='off')}
+    whole = None
+    for name, options in ways.items():
         if bench.left() < 12: return
         trainer, batch = paper_trainer(bench, n, **dict(amp='bf16') | options)
         step = partial(trainer.train_step, batch)
         memory, t = bench.peak(step), bench.seconds(step, repeats, 1)
+        whole = whole or t
         used = 'float32' if 'float32' in name else precision
-        bench.row(name, n/t, 'images/s', n, used, f'{t/times[n]:.3f} of the time of full')
+        bench.row(name, n/t, 'images/s', n, used, f'{t/whole:.3f} of the time of full')
         bench.row(f'{name}: peak memory', memory, 'GiB', n, used)
+        if 'fixed' in name: bench.row('GradNorm, share of a step', 100*(1 - t/whole), '%', n, used)
         del trainer, step
         if bench.cuda: torch.cuda.empty_cache()
 
@@ -429,7 +458,8 @@ def mamba(bench: Bench) -> None:
                 x.grad = None
             memory = bench.peak(step)
             t = times[name, L] = bench.seconds(step, 3, 1)
-            detail = kernel if kind == 'mamba' else 'scaled_dot_product_attention'
+            detail = 'scaled_dot_product_attention' if kind == 'transformer' else kernel
+            if bench.cuda and detail == 'plain PyTorch': detail += ', chunks of √(L/2)'     # were of 16 once
             bench.row(f'{name}, {L} tokens', 1000*t, 'ms', n, 'bfloat16', detail)
             bench.row(f'{name}, {L} tokens: peak memory', memory, 'GiB', n, 'bfloat16', detail)
     for name in layers:
@@ -439,25 +469,34 @@ def mamba(bench: Bench) -> None:
         bench.row(f'{name}: exponent of time in length', float(slope), '', 8, 'bfloat16', detail)
 
 
-SECTIONS = dict(correct=correct, tiny=tiny, paper=paper, mamba=mamba, processes=processes, compiled=compiled)
+SECTIONS = dict(correct=correct, tests=tests, shares=shares, processes=processes, compiled=compiled,
+                mamba=mamba, tiny=tiny, paper=paper)
+
+
+def order_of_worth(out: Path) -> list[str]:
+    "All sections: those that the file has no row of, then the others."
+    seen = set()
+    if out.exists():
+        with out.open(newline='') as f: seen = {row['section'] for row in csv.DictReader(f)}
+    return sorted(SECTIONS, key=lambda name: name in seen)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--minutes', type=float, default=4.)
-    p.add_argument('--sections', default=','.join(SECTIONS))
+    p.add_argument('--sections', help='by default all, those without a row in the file first')
     p.add_argument('--out', type=Path, default=Path('tables/benchmarks_gpu.csv'))
     p.add_argument('--smoke', action='store_true')
     a = p.parse_args()
-    if unknown := set(a.sections.split(',')) - set(SECTIONS):
-        p.error(f'no section {min(unknown)}: {", ".join(SECTIONS)}')
+    names = a.sections.split(',') if a.sections else order_of_worth(a.out)
+    if unknown := set(names) - set(SECTIONS): p.error(f'no section {min(unknown)}: {", ".join(SECTIONS)}')
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True, warn_only=True)       # as a run does
     torch.utils.deterministic.fill_uninitialized_memory = False
     warnings.filterwarnings('ignore')
     bench = Bench(a.out, a.minutes, a.smoke)
     failed = []
-    for name in a.sections.split(','):
+    for name in names:
         bench.section = name
         if bench.left() < 10:
             print(f'no time left for {name}')

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from bdam_repro import ceiling, files, findings, probes, protocol, readings, report, results
 from bdam_repro.archive import keep_runs, restore_runs
-from bdam_repro.claims import ALL_CLAIMS, METRIC_NAMES
+from bdam_repro.claims import ALL_CLAIMS, GAIN_METRICS, METRIC_NAMES
 from bdam_repro.config import Config, UserError, make_config, run_dir
-from bdam_repro.deciding import CONTRASTS, MEASURES
+from bdam_repro.deciding import CONTRASTS, FUSION_CONTRASTS, MEASURES
 from bdam_repro.grid import (
     CLOTHES,
     DATA,
@@ -122,6 +122,8 @@ def test_deciding_findings_are_those_that_were_fixed_beforehand(made):
     decided = t[t['decides']]
     contrasts = {(c.claim, f'{findings.side_name(c.better)} − {findings.side_name(c.worse)}',
                   METRIC_NAMES[c.score, c.metric]) for c in CONTRASTS if c.share == 1}
+    contrasts |= {(c.claim, f'{c.better} − {c.worse}, same towers', GAIN_METRICS[c.metric])
+                  for c in FUSION_CONTRASTS}
     found = set(decided[['item', 'reading', 'metric']].itertuples(index=False, name=None))
     assert contrasts <= found
     others = {(item, metric) for item, reading, metric in found if (item, reading, metric) not in contrasts}

@@ -19,6 +19,7 @@ CASES = {
     'baseline': {}, 'baseline_described': {}, 'bdam_no_gate': {}, 'no_infonce': {}, 'no_adversarial': {},
     'fusion': {}, 'fusion_no_mamba': {}, 'fusion_no_gate': {}, 'fusion_no_align': {},
     'fusion_simple': dict(balance='fixed'), 'fusion_transformer2': {},
+    'full hard first': dict(mining='hard', gradnorm_ref='first'),
     'sdm': {}, 'tal': dict(flip=.5, pad=4, erase=.5),
 }
 

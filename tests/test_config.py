@@ -49,7 +49,7 @@ def test_every_variant_of_every_preset_makes_a_config(dataset, preset):
 
 def test_the_names_of_the_variants_are_those_of_the_tables():
     assert set(VARIANTS) == {
-        'full', 'baseline', 'baseline_described',
+        'full', 'baseline', 'baseline_described', 'baseline_all_texts',
         'bdam', 'bdam_no_cross', 'bdam_no_gate', 'bdam_shallow', 'fusion', 'fusion_no_mamba',
         'fusion_no_gate', 'fusion_no_align', 'no_infonce', 'no_triplet', 'no_adversarial', 'no_decoupling',
         'no_gate_reg',
@@ -67,6 +67,7 @@ def test_an_ablation_changes_what_its_name_says_and_nothing_else():
     assert differs('full', 'baseline_described') == {'bdam', 'fusion'}
     assert differs('baseline', 'bdam') == {'bdam', 'id_text'} and differs(
         'baseline', 'baseline_described') == {'id_text'}
+    assert differs('baseline_described', 'baseline_all_texts') == {'id_text'}
     assert differs('baseline', 'fusion') == {'fusion'} and differs('fusion', 'full') == {'bdam', 'id_text'}
     assert differs('bdam', 'bdam_no_cross') == {'bdam_cross'} and differs(
         'bdam', 'bdam_no_gate') == {'bdam_gate'}
@@ -143,7 +144,8 @@ def test_a_wrong_option_is_one_line_that_names_it(kw, words): assert words in re
     (dict(warmup=99), 'warmup'), (dict(warmup=make_config().epochs), 'warmup'),
     (dict(variant='no_infonce', fusion=False), 'nothing relates'),
     (dict(variant='baseline', c_align=0.), 'nothing relates'),
-    (dict(dataset='cuhk', clothes_change=True), 'synth only'), (dict(ids_per_batch=1), 'negative'),
+    (dict(dataset='cuhk', clothes_change=True), 'synth only'),
+    (dict(synth_outfits=0), 'synth_outfits='), (dict(ids_per_batch=1), 'negative'),
 ])
 def test_a_wrong_combination_is_one_line(kw, words): assert words in refused(**kw)
 

@@ -5,6 +5,7 @@ import torch
 from tqdm import tqdm
 
 from bdam_repro.config import make_config
+from bdam_repro.mamba import selective_scan, selective_scan_ref
 from bdam_repro.model import build_model
 from bdam_repro.run_data import load_data, run_tokenizer
 from bdam_repro.trainer import Trainer, run_batches, train_epoch
@@ -64,3 +65,18 @@ def test_what_cannot_be_recorded_trains_step_by_step(data):
     trainer = trainer_on('cuda', data, graph='on', mining='random')
     train_epoch(trainer, 0, tqdm(disable=True))
     assert trainer.static is None
+
+
+@pytest.mark.parametrize('L', [2, 9, 66, 261, 4096])
+def test_the_scan_in_chunks_is_the_loop(L):
+    "Chunk length and blocks are another choice on a GPU: output and gradients against float64 on a CPU."
+    g = torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    args = [r(2, L, 24), r(2, L, 24) - 2, -r(24, 16).exp(), r(2, L, 16), r(2, L, 16), r(24), r(2, L, 24)]
+    args, dy, found = [*args, r(24)], r(2, L, 24), []
+    ways = (selective_scan, 'cuda', torch.float32), (selective_scan_ref, 'cpu', torch.float64)
+    for scan, device, dtype in ways:
+        own = [v.to(device, dtype).requires_grad_() for v in args]
+        y = scan(*own)
+        found.append([y, *torch.autograd.grad(y, own, dy.to(y))])
+    for a, b in zip(*found, strict=True): assert (a.cpu() - b).norm() <= 1e-5*b.norm()

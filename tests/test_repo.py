@@ -45,7 +45,10 @@ def copy(tmp_path):
 
 
 def test_export_into_an_empty_folder_gives_the_package(copy):
+    (copy/'bdam_repro').mkdir()
+    names = shutil.copy(REPO/'bdam_repro'/'__init__.py', copy/'bdam_repro')     # the main names
     run(BIN/'nbdev_export', cwd=copy)
+    assert Path(names).read_text() == (REPO/'bdam_repro'/'__init__.py').read_text()
     def modules(folder):
         return {p.stem: p.read_text() for p in (folder/'bdam_repro').glob('*.py')
                 if p.stem not in ('__init__', '_modidx')}

@@ -145,6 +145,25 @@ def test_clothes_change_keeps_the_person(tmp_path):
         assert len(outfits(standard, pid)) == 1 and len(outfits(change, pid)) == 4
         assert persons(standard, pid) == persons(change, pid) and len(persons(change, pid)) == 1
 
+def test_two_outfits_are_worn_in_turn(tmp_path):
+    rows = jsonl(make(tmp_path, n_ids=6, images_per_id=4, outfits=2)/'factors.jsonl')
+    def worn(r): return tuple(str(r[k]) for k in CLOTHING_FACTORS)
+    for pid in range(1, 7):
+        a, b, c, d = (r for r in rows if r['pid'] == pid)
+        assert worn(a) == worn(c) and worn(b) == worn(d) and worn(a) != worn(b)
+        assert len({tuple(str(r[k]) for k in IDENTITY_FACTORS) for r in (a, b, c, d)}) == 1
+    assert a == jsonl(make(tmp_path/'one', n_ids=6, images_per_id=4)/'factors.jsonl')[-4]
+
+
+def test_a_dataset_older_than_the_outfits_is_found(tmp_path):
+    folder = make(tmp_path)
+    spec = json.loads((folder/'synth.json').read_text())
+    assert spec.pop('outfits') == 1
+    (folder/'synth.json').write_text(json.dumps(spec))
+    assert make(tmp_path) == folder
+    with pytest.raises(UserError, match=r'outfits=1 \(asked: 2\)'): make(tmp_path, outfits=2)
+
+
 def test_outfit_and_person_are_independent_of_the_picture():
     rows = [image_factors(0, i, k) for i in range(200) for k in range(2)]
     by_view = {v: [r for r in rows if r['view'] == v] for v in ('front', 'back')}
@@ -282,7 +301,8 @@ BAD = [dict(layout='market'), dict(n_ids=0), dict(n_ids=1), dict(n_ids='many'), 
        dict(val_ids=5, test_ids=5), dict(val_ids=-1), dict(size=(8, 8)), dict(size=64), dict(size=(64,)),
        dict(error_rate=-.1), dict(mistakes=2), dict(n_styles=13), dict(n_styles=0),
        dict(captions_per_image=-1), dict(captions_per_image=0), dict(workers=0), dict(workers='all'),
-       dict(folder='../x'), dict(folder=''), dict(clothes_change='yes')]
+       dict(folder='../x'), dict(folder=''), dict(clothes_change='yes'),
+       dict(outfits=0), dict(outfits=2, clothes_change=True)]
 
 @pytest.mark.parametrize('kw', BAD, ids=str)
 def test_bad_arguments(tmp_path, kw):

@@ -363,8 +363,8 @@ def ready(home):
 
 
 READINGS = [
-    dict(id_text='generated'), dict(id_text='both'), dict(clothing='literal'), dict(clothing='matching_grl'),
-    dict(clothing='both'),
+    dict(id_text='generated'), dict(id_text='both'), dict(id_text='all'), dict(clothing='literal'),
+    dict(clothing='matching_grl'), dict(clothing='both'),
     dict(p_pos='sigmoid', clothing='literal'), dict(fusion_loss='triplet'), dict(fusion_loss='infonce'),
     dict(fusion_text='identity'),
     dict(fusion_text='clothing'), dict(fusion_input='tokens'),

@@ -67,7 +67,7 @@ sinfo
 # ---- a run in two tasks
 run() {   # tag, then the command that starts it
     local tag=$1; shift
-    (cd "$scratch" && BDAM_ROOT=$scratch OMP_NUM_THREADS=1 "$@" "$bin/python" -m bdam_repro.shell -p preset smoke -p epochs 1 -p device cpu -p tag "$tag")
+    (cd "$scratch" && BDAM_ROOT=$scratch OMP_NUM_THREADS=1 "$@" "$bin/python" -m bdam_repro.shell -p preset smoke -p epochs 1 -p device cpu -p amp off -p tag "$tag")
 }
 echo 'one process'; run one env
 echo 'two tasks'; run two srun --ntasks=2 --cpus-per-task=1 --kill-on-bad-exit=1
