@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EXACTLY = $(addprefix -c ,$(LOCK))
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help venv train fusion pretrain demo test soak docs lock lab readme clean
+.PHONY: help venv train fusion pretrain demo test soak docs lock lab readme safety clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make lock     requirements/lock.txt from the ranges in pyproject.toml'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make readme   README.md from nbs/index.ipynb'
+	@echo 'make safety   known vulnerabilities of the installed packages      (pip-audit; needs the network)'
 	@echo 'make venv     the virtual environment alone                      (TORCH=... for another build of PyTorch)'
 	@echo '              LOCK=requirements/lock.txt: exactly the versions that were tried'
 	@echo 'make clean    delete build and cache folders; .venv, runs and data stay'
@@ -94,6 +95,11 @@ readme: $(STAMP)
 	  --TagRemovePreprocessor.remove_input_tags=remove_input --TagRemovePreprocessor.remove_cell_tags=remove_cell \
 	  --stdout nbs/index.ipynb | cat -s | sed -E "s,\]\(\.\./,](,g; s,\]\(([0-9a-z_]+\.ipynb),](nbs/\1,g" > $(README).tmp
 	@mv $(README).tmp $(README)
+
+# asks the index about every installed package: not a part of `make test`
+safety: $(STAMP)
+	@$(BIN)/python -c 'import pip_audit' 2>/dev/null || $(BIN)/python -m pip install --quiet 'pip-audit>=2.7,<3'
+	$(BIN)/python -m pip_audit --skip-editable --progress-spinner off
 
 clean:
 	rm -rf build dist _docs *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -26,8 +26,8 @@ import pandas as pd
 
 from .config import ROOT, Config, UserError, atomic_path, make_config
 from .paper import TITLES, table as printed_table
-from .generalize import embed_styles, generalize
-from .style import METHODS, cluster_styles, style_descriptions, style_prompts
+from .style import METHODS, cluster_styles, style_descriptions
+from .describers import divide_styles, exemplar_sets, show_styles, style_points
 from .run_data import load_data
 from .grid import AS_PRINTED, DATASET_NAMES, LAYOUT_TAGS, REFERENCE, TableRow, table_rows
 from .results import (DIFFERENCES, KEY, ArtifactParameters, collect_runs, differences, own_options,
@@ -363,30 +363,33 @@ def table_latex(n: int, table: pd.DataFrame, words: str) -> str:
     if footnotes: lines += [r'\\[2pt]', *footnotes]
     return '\n'.join([*lines, r'\end{table*}']) + '\n'
 
-# %% ../nbs/70_artifacts.ipynb #1a231352
+# %% ../nbs/70_artifacts.ipynb #80cb955c
 def describe_styles(config: Config,                          # of the dataset
                     methods: Iterable[str] = METHODS,        # clusterings
-                    progress: bool = True
+                    progress: bool = True, styles: int = 0,  # real data: at least so many styles
+                    **way                                    # real data: of `style_points`
                    ) -> tuple[pd.DataFrame, Path]:           # columns `STYLE_COLUMNS`; the dataset's folder
-    """Cluster the training captions, and write descriptions (SynthPEDES) or exemplars beside the images.
-
-    Raises `UserError` for an unknown clustering."""
+    "Cluster the training captions; write descriptions (SynthPEDES) or exemplars. Raises `UserError`."
     methods = list(methods)
     if unknown := [m for m in methods if m not in METHODS]:
         raise UserError(f'no clustering {unknown[0]!r}: choose of {", ".join(METHODS)}')
+    if config.dataset == 'synth' and (styles or any(way.values())):
+        raise UserError('styles, clip and generalize_model are for real data: leave them out for synth')
     ds = load_data(config.model_copy(update=dict(descriptions='none')), progress)
     train, synth = rows_where(ds.records, split='train'), config.dataset == 'synth'
     captions = [text for texts in train['captions'] for text in texts]
     truth = [style for of_image in train['styles'] for style in of_image] if synth else None
-    points, rows = embed_styles([generalize(text) for text in captions]), []
+    points, rows, found = style_points(captions, ds.root, **way), [], {}
     for method in methods:
         labels, d = cluster_styles(points, method, truth=truth)
         scores = dict(k=d.k, noise=d.noise_before, silhouette=d.silhouette, ari=d.ari, nmi=d.nmi)
         rows.append(dict(dataset=config.dataset, method=method) | scores)
         if synth: style_descriptions(ds, method, error_rate=config.synth_error)
         elif method != 'none':
-            exemplars = json.dumps(list(style_prompts(labels, captions).values()))
+            found[method] = divide_styles(points, labels, styles)
+            exemplars = json.dumps(exemplar_sets(found[method], captions))
             with atomic_path(ds.root/f'styles_{method}.json') as tmp: tmp.write_text(exemplars)
+    show_styles(found)
     return pd.DataFrame(rows, columns=STYLE_COLUMNS), ds.root
 
 # %% ../nbs/70_artifacts.ipynb #73c1f4fb
@@ -407,7 +410,7 @@ def collect_styles(p: ArtifactParameters) -> pd.DataFrame:
     path = p.runs_path/p.config.dataset/p.config.preset/'styles.csv'
     return read_csv(path, STYLE_COLUMNS) if path.exists() else pd.DataFrame(columns=STYLE_COLUMNS)
 
-# %% ../nbs/70_artifacts.ipynb #3dbd6c19
+# %% ../nbs/70_artifacts.ipynb #d1fe2617
 def collect(p: ArtifactParameters       # of the notebook
            ) -> list[Path]:             # runs.csv, differences.csv, styles.csv, the archives of `keep_runs`
     "Write what all tables are made of. Real datasets share their files, for Table 5. Raises `UserError`."
@@ -415,14 +418,11 @@ def collect(p: ArtifactParameters       # of the notebook
     datasets = ['synth'] if c.dataset == 'synth' else ['cuhk', 'icfg', 'rstp']
     runs = collect_runs(p.runs_path, datasets, c.preset)
     if runs.empty:
-        where = f'no finished run of {c.dataset}, preset {c.preset}, in {p.runs_path}'
-        raise UserError(f'{where}: train first, or give `runs`')
+        raise UserError(f'no finished run of {c.dataset}, preset {c.preset}, in {p.runs_path}: train first')
     check_budget(p.runs_path, runs)
-    folder = p.tables_path
-    files = [write_csv(runs, folder/'runs.csv')]
-    files.append(write_csv(differences(p.runs_path, runs), folder/'differences.csv'))
-    files.append(write_csv(collect_styles(p), folder/'styles.csv'))
-    return files + keep_runs(p.runs_path, runs, folder)
+    tables = {'runs': runs, 'differences': differences(p.runs_path, runs), 'styles': collect_styles(p)}
+    files = [write_csv(table, p.tables_path/f'{name}.csv') for name, table in tables.items()]
+    return files + keep_runs(p.runs_path, runs, p.tables_path)
 
 # %% ../nbs/70_artifacts.ipynb #603c51b6
 def write_table(n: int,                  # 1 to 5

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .config import Config
 from .images import Changes
-from .batches import Batch, Loader
+from .batches import NUMBERED, Batch, Loader
 from .model import Model
 from .threads import one_at_a_time
 from .gradnorm import GradNorm, TaskWeights, task_gradients, task_norms
@@ -65,6 +65,7 @@ class ResidentData:
         longest = max(table.ids.shape[1] for table in tables.values())
         def fixed(t): return F.pad(t, (0, longest - t.shape[1])).to(device)
         self.tokens = {name: (fixed(table.ids), fixed(table.mask)) for name, table in tables.items()}
+        self.numbers = {name: table.number.to(device) for name, table in tables.items()}
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.plan = {name: torch.from_numpy(x).to(device) for name, x in draw_epoch(loader, 0).items()}
         options = {} if data.augmentation is True else data.augmentation or dict(flip=0, pad=0, erase=0)
@@ -91,6 +92,7 @@ class ResidentData:
         for name, (table, rows) in which.items():
             ids, mask = self.tokens[table]
             tensors |= {f'{name}_ids': ids.index_select(0, rows), f'{name}_mask': mask.index_select(0, rows)}
+            if name in NUMBERED: tensors[f'{name}_number'] = self.numbers[table].index_select(0, rows)
         images = self.images.index_select(0, self.slots.index_select(0, i))
         if self.varied:
             changes = now['mirror'], now['shifts'], now['boxes']

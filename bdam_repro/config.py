@@ -204,8 +204,13 @@ class LossOptions(Options):
     tau_decay: float = opt(1.0, 'τ falls to this share of itself over the training, each step by the '
                            'same factor', 'not printed', gt=0)
     positives: Literal['diagonal', 'mask', 'multi'] = opt(
-        'multi', 'other images of the identity in the batch: negatives, left out, '
-        'positives', 'same identity is positive (3.5)')
+        'multi', 'other images of the identity in the batch: negatives, left out, positives',
+        'same identity is positive (3.5)')
+    equal_texts: Literal['negatives', 'same'] = opt(
+        'negatives', 'pairs of equal text in Eq. 3: as of two people, or as of one identity', 'not printed')
+    nothing_said: Literal['caption', 'out'] = opt(
+        'caption', 'in Eq. 3, an identity text that is missing or says the gender alone: a caption for a '
+        'missing one; or left out', 'not printed')
     symmetric: bool = opt(True, 'Eq. 3 in both directions', 'one is printed (3.5)')
     margin: float = opt(0.3, 'm of Eq. 4', 'not printed', ge=0)
     mining: Literal['hard', 'random', 'all'] = opt('hard', 'which triplets', 'not printed')
@@ -247,8 +252,7 @@ class TrainOptions(Options):
     muon_lr: float = opt(0.01, 'learning rate of the matrices, where muon', gt=0)
     schedule: Literal['cosine', 'hold'] = opt(
         'cosine', 'of the learning rate after the warm-up: half a cosine to zero; or all of it for two '
-        'thirds of the steps, '
-        'then straight to zero', 'cosine (4.2)')
+        'thirds of the steps, then straight to zero', 'cosine (4.2)')
     warmup: float = opt(5, 'epochs of linear warm-up', 'not printed', ge=0)
     grad_clip: float = opt(1.0, 'largest gradient norm; 0: no limit', ge=0)
     amp: Literal['auto', 'bf16', 'fp16', 'off'] = opt(
@@ -277,17 +281,14 @@ TINY_VISION = {'type': 'vit', 'hidden': 96, 'layers': 4, 'heads': 3, 'patch': 16
 TINY_TEXT = {'type': 'bert', 'hidden': 96, 'layers': 2, 'heads': 3, 'mlp': 2}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    'paper': {},
+    'paper': dict(equal_texts='same', nothing_said='out'),
     'tiny': dict(
         image_height=128, image_width=48, columns=0.7, max_length=64, flip=0.0, pad=0,
         epoch_of='identities', ids_per_batch=64, images_per_id=2, two_captions=True,
         vision='weights/vit-tiny', text='weights/bert-tiny', text_pool='mean', dim=96,
-        bdam_depth=2, bdam_heads=3,
-        fusion_dim=64, fusion_negatives=7, tau=0.07, tau_decay=0.3, mining='all',
+        bdam_depth=2, bdam_heads=3, fusion_dim=64, fusion_negatives=7, tau=0.07, tau_decay=0.3, mining='all',
         erase=0.0, dropout=0.0, epochs=6, eval_every=2, optimizer='muon', lr=0.0042, muon_lr=0.0063,
-        weight_decay=0.02,
-        schedule='hold', warmup=0.25, amp='off',
-        gradnorm_every=10, workers=0),
+        weight_decay=0.02, schedule='hold', warmup=0.25, amp='off', gradnorm_every=10, workers=0),
     'smoke': dict(
         image_height=64, image_width=32, max_length=48, pad=2,
         epoch_of='identities', ids_per_batch=8, images_per_id=2, two_captions=True, text_pool='mean',
@@ -304,7 +305,7 @@ LITERAL = dict(
     clothing='literal', p_pos='softmax', hsic_kernel='linear',
     # Eq. 3 and 4
     id_text='generated', image_feature='encoder', symmetric=False, positives='diagonal', tau_decay=1.0,
-    triplet_feature='raw',
+    triplet_feature='raw', equal_texts='negatives', nothing_said='caption',
     # 3.4
     fusion_input='pooled', fusion_text='identity', fusion_norm=False, fusion_loss='triplet', fusion_grad=True,
     # Eq. 5 and 6
@@ -373,7 +374,7 @@ def make_config(dataset: str = 'synth',     # 'cuhk', 'icfg', 'rstp', 'synth'
         if not isinstance(name, str) or name not in known:
             raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")
     values = dict(dataset=dataset, preset=preset, variant=variant) | PRESETS[preset] | VARIANTS[variant]
-    if dataset != 'synth': values.pop('folder', None)
+    if dataset != 'synth': values = {k: v for k, v in values.items() if k not in ('folder', 'columns')}
     values |= TUNED.get(preset, {}).get(variant, {})
     if variant == 'bdam_shallow': values['bdam_depth'] = PRESETS[preset].get('bdam_depth', 6) // 2
     try: config = Config(**values | {k: v for k, v in options.items() if v is not None})
@@ -397,22 +398,21 @@ def check_config(config: Config) -> Config:  # the same one
          'nothing relates image and text: c_align is 0 and there is no fusion loss')
     need(not c.fusion or c.c_fusion > 0,
          'a fusion that no loss trains (c_fusion=0) scores at random: set fusion=False')
-    need(c.accumulate == 1 or c.balance != 'literal',
-         'balance=literal differentiates twice, through the whole batch at once: take accumulate=1')
-    need(c.processes == 1 or c.balance != 'literal',
-         'balance=literal differentiates twice, within one process: take processes=1')
+    for name in ('accumulate', 'processes'):
+        need(getattr(c, name) == 1 or c.balance != 'literal',
+             f'balance=literal differentiates twice, through the whole batch in one process: take {name}=1')
     need((c.ids_per_batch*c.images_per_id) % (c.processes*c.accumulate) == 0,
          f'a batch of {c.ids_per_batch*c.images_per_id} images does not split into processes*accumulate = '
          f'{c.processes*c.accumulate} equal parts')
-    need(c.clothes_change is False or c.dataset == 'synth',
-         f'clothes_change exists for dataset synth only, not {c.dataset}')
+    need(not c.clothes_change or c.dataset == 'synth', 'clothes_change exists for dataset synth only')
     return config
 
-# %% ../nbs/00_config.ipynb #ed2a5c8a
+# %% ../nbs/00_config.ipynb #5d05dbf6
 _NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag',
               'processes', 'save_minutes', 'save_steps', 'log', 'accumulate'}
 
-_LATER = {'start': 'pretrained', 'synth_outfits': 1}    # younger than kept runs, and what these had
+# options that are younger than kept runs, and what these had
+_LATER = {'start': 'pretrained', 'synth_outfits': 1, 'equal_texts': 'negatives', 'nothing_said': 'caption'}
 
 def config_hash(config: Config) -> str:  # 12 hexadecimal digits
     "A short hash of all options that can change a result; a younger option counts where it is not as before."

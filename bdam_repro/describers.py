@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['DESCRIBERS', 'sample_sheet', 'failures_by_cause', 'coverage_table', 'purity_table', 'lengths_by_style', 'money_table',
-           'choose_describer', 'DescribeParameters', 'check_parameters', 'mllm_options', 'describe_dataset']
+           'style_sizes', 'clustering_agreement', 'style_warning', 'divide_styles', 'exemplar_sets', 'show_styles',
+           'style_points', 'choose_describer', 'DescribeParameters', 'check_parameters', 'mllm_options',
+           'describe_dataset']
 
 # %% ../nbs/28_describers.ipynb #6c8abb40
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
+from sklearn.metrics import adjusted_rand_score
 
 from .config import ROOT, UserError, given_names
 from .pedes import PedesDataset
@@ -27,6 +31,8 @@ from .offline import describe_split, describe_synth, rows_to_describe
 from .mllm import DescribeSettings, check_styles
 from .describe import CostEstimate, OnlineSettings, describe, print_estimate
 from .batchmode import describe_batch
+from .generalize import embed_styles, generalize, generalize_with
+from .style import cluster_styles, style_prompts
 
 # %% ../nbs/28_describers.ipynb #651456b2
 def _show_row(left, right, row, images_dir: Path) -> None:
@@ -109,6 +115,77 @@ def money_table(table: pd.DataFrame) -> pd.DataFrame:
              'prompt tokens': tokens['prompt'].sum(), 'completion tokens': tokens['completion'].sum(),
              'dollars': table['cost'].sum() if priced else None, 'seconds an image': table['latency'].mean()}
     return pd.DataFrame({'total': total})
+
+# %% ../nbs/28_describers.ipynb #b6dd0c33
+def style_sizes(labels: np.ndarray   # [N], of `cluster_styles`
+               ) -> pd.Series:       # cluster -> share of the captions
+    "How large the clusters are, noise (-1) among them, the largest first."
+    return pd.Series(labels, name='share').value_counts(normalize=True)
+
+def clustering_agreement(labels: Mapping[str, np.ndarray]   # method -> [N]
+                   ) -> pd.DataFrame:                  # method × method
+    "ARI between clusterings: 1 where two methods have found the same styles."
+    rows = {a: {b: adjusted_rand_score(x, y) for b, y in labels.items()} for a, x in labels.items()}
+    return pd.DataFrame(rows)
+
+def style_warning(method: str, labels: np.ndarray) -> str:   # empty: nothing to say
+    "One line where a clustering has hardly any styles: two or fewer, or one with over 70 % of the captions."
+    sizes = style_sizes(labels[labels >= 0])
+    largest = sizes.max() if len(sizes) else 0.
+    if method == 'none' or (len(sizes) > 2 and largest <= .7): return ''
+    return (f'{method} finds {len(sizes)} styles, the largest with {largest:.0%} of the captions: prompts '
+            'will hardly differ; try -p styles 8, which divides the largest, or -p clip FOLDER and -p '
+            'generalize_model NAME, the way of Sec. 3.3')
+
+# %% ../nbs/28_describers.ipynb #d18e328c
+def divide_styles(points: np.ndarray,   # [N, d], of `embed_styles`
+                  labels: np.ndarray,   # [N], of `cluster_styles`
+                  k: int,               # clusters at the end; fewer where captions are too equal
+                  seed: int = 0
+                 ) -> np.ndarray:       # [N]
+    "The largest cluster divided until there are `k`."
+    labels = labels.copy()
+    for new in range(labels.max() + 1, k):
+        members = np.flatnonzero(labels == np.bincount(labels[labels >= 0]).argmax())
+        halves, found = cluster_styles(points[members], 'kmeans', k=min(2, len(members)), seed=seed)
+        if found.k < 2: break
+        labels[members[halves == 1]] = new
+    return labels
+
+# %% ../nbs/28_describers.ipynb #8dae105e
+def exemplar_sets(labels: np.ndarray,         # [N], of `cluster_styles`
+                  captions: Sequence[str],    # [N] as they were written
+                  sets: int = 20,             # about
+                  n: int = 3                  # exemplars in a set
+                 ) -> list[list[str]]:
+    "Example captions of the styles: each style by its size, at least once."
+    out = []
+    for cluster, share in style_sizes(labels[labels >= 0]).items():
+        times = max(1, round(sets*share))
+        own = style_prompts(np.where(labels == cluster, 0, -1), captions, n*times)[0]
+        out += [own[i:i + n] for i in range(0, len(own), n)]
+    return out
+
+def show_styles(found: Mapping[str, np.ndarray]) -> None:   # method -> labels [N]
+    "Print sizes, agreement, and what is wrong."
+    for method, labels in found.items():
+        print(f'{method:13} ' + ' '.join(f'{share:.1%}' for share in style_sizes(labels)))
+    if len(found) > 1: print('\nARI between the clusterings:', clustering_agreement(found).round(2), sep='\n')
+    for method, labels in found.items():
+        if warning := style_warning(method, labels): print(warning)
+
+# %% ../nbs/28_describers.ipynb #51944f7f
+def style_points(captions: Sequence[str],
+                 folder: Path,                        # the dataset's, for the model's answers
+                 generalize_model: str | None = None, # None: the lexicon takes the content out
+                 clip: str | None = None              # a name on the hub or a folder; None: TF-IDF
+                ) -> np.ndarray:                      # [N, d]
+    "Captions as points of style. Raises `UserError`."
+    if generalize_model is None: texts = [generalize(text) for text in captions]
+    else:
+        answers = folder/'generalized.jsonl'
+        texts = generalize_with(make_client(), captions, model=generalize_model, cache=answers)
+    return embed_styles(texts, 'clip', model=clip) if clip else embed_styles(texts)
 
 # %% ../nbs/28_describers.ipynb #eab2d98e
 DESCRIBERS = ('synth', 'split', 'mllm')

@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from .config import Config, UserError
-from .batches import Batch
+from .batches import NUMBERED, Batch
 from .model import FusedCandidates, ImageFeatures, Model, Outputs, TextFeatures
 
 # %% ../nbs/44_distributed.ipynb #6d82a50c
@@ -141,10 +141,11 @@ def gather_rows(world: World, tensors: list[Tensor]) -> list[Tensor]:   # [b, ..
 
 # %% ../nbs/44_distributed.ipynb #739f26d8
 def join_batch(world: World, batch: Batch) -> Batch:   # with the rows of all, as far as losses read them
-    "People and clothing texts of the whole batch; everything else stays the process's own."
+    "People, clothing texts and numbers of texts of the whole batch; all else stays the process's own."
     if world.size == 1: return batch
     joined = dict(vars(batch))
-    joined['pids'], = gather_rows(world, [batch.pids])
+    names = [name for name in ('pids', *(f'{text}_number' for text in NUMBERED)) if joined[name] is not None]
+    joined |= dict(zip(names, gather_rows(world, [joined[name] for name in names])))
     if batch.clo_ids is not None:
         words = batch.clo_ids.masked_fill(~batch.clo_mask, -1)             # no matter how each one pads
         longest = int(world.largest([words.shape[1]], words.device)[0])

@@ -67,7 +67,7 @@ def _quiet() -> Iterator[None]:
 
 # %% ../nbs/30_encoders.ipynb #85a4623d
 def _read_config(path: Path) -> dict:
-    try: content = json.loads(path.read_text(encoding='utf-8'))
+    try: content = json.loads(path.read_text(encoding='utf-8-sig'))                # an editor's BOM
     except FileNotFoundError as e:
         raise UserError(f'{path.parent} is no checkpoint: it has no {path.name}') from e
     except ValueError as e: raise UserError(f'{path} is not JSON: {e}') from e

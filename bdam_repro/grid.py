@@ -7,10 +7,13 @@ __all__ = ['REFERENCE', 'RIVALS', 'AS_PRINTED', 'EXTRA_ROWS', 'LAYOUT_TAGS', 'DA
            'CLOTHES', 'CHANGE', 'DATA', 'OPTIONS', 'TINY_EPOCHS', 'READINGS', 'LONGER', 'LOG_TEST', 'TAGS', 'DECIDING',
            'NEXT', 'SEEDS', 'TableRow', 'table_rows', 'grid', 'layout_options', 'data_tag', 'Reading', 'tag_of',
            'subsets', 'changed_options', 'reading_run', 'reading_reference', 'audit_grid', 'factorial_grid', 'tier_of',
-           'grid_by_worth', 'finished_seconds', 'past_seconds', 'estimate_hours']
+           'grid_by_worth', 'finished_seconds', 'past_seconds', 'estimate_hours', 'code_note', 'redo_folder',
+           'with_own_tag']
 
-# %% ../nbs/65_grid.ipynb #44c0df0a
+# %% ../nbs/65_grid.ipynb #7e2ef03d
+import hashlib
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 # %% ../nbs/65_grid.ipynb #7b0b9550
 from .config import LITERAL, PRESETS, UserError, Config, config_hash, make_config, run_dir
 from .paper import table as printed_table
+from .parameters import changed_modules, code_fingerprint, own_values, run_modules
 from .factorial import loss_runs
 
 # %% ../nbs/65_grid.ipynb #3aeae508
@@ -127,6 +131,7 @@ OPTIONS: dict[int, dict[str, tuple]] = {           # open point -> option -> val
     16: dict(fusion_text=('query', 'identity', 'clothing')),
     20: dict(tau=(0.05,), schedule=('cosine', 'hold')),
     30: dict(text_pool=('cls', 'mean')),
+    50: dict(equal_texts=('negatives', 'same'), nothing_said=('caption', 'out')),
 }
 
 # %% ../nbs/65_grid.ipynb #8aaf54f1
@@ -294,3 +299,44 @@ def estimate_hours(configs: list[Config],      # the grid
     expected = [statistics.median(past.get(run_dir(c).parent.name, every)) for c in left]
     hours = sum(expected)/3600/max(1, jobs)
     return f'{head}, about {hours:.1f} h with {jobs} at once, going by {len(every)} finished runs'
+
+# %% ../nbs/65_grid.ipynb #5659279e
+def code_note(configs: list[Config],      # the grid
+              root: str | Path            # folder of the runs
+             ) -> str:                    # empty where all finished runs are of this code
+    "Which finished runs other code has made, and how to train them anew beside the kept ones."
+    now, before, others = code_fingerprint(), 0, []
+    for c in configs:
+        folder = run_dir(c, root)
+        if finished_seconds(folder, config_hash(c)) is None: continue
+        if not run_modules(folder): before += 1
+        elif changed := changed_modules(folder, now): others.append(changed)
+    lines = [f'finished runs that were made before runs noted their code: {before}'] if before else []
+    if others:
+        names = [name for name in now if any(name in changed for changed in others)]
+        lines.append(f'finished runs of other code: {len(others)} ({", ".join(names)} changed since); '
+                     f'`make paper REDO=1` trains all runs anew in {redo_folder(root)}, with tables and '
+                     'figures of their own, and leaves these as they are')
+    return '\n'.join(lines)
+
+def redo_folder(root: str | Path) -> Path:
+    "Where runs of the present code go, beside those in `root`."
+    whole = ' '.join(code_fingerprint().values())
+    return Path(root)/f'code-{hashlib.sha256(whole.encode()).hexdigest()[:8]}'
+
+# %% ../nbs/65_grid.ipynb #85b96fd3
+def with_own_tag(c: Config,             # as it was asked for
+                 root: str | Path       # folder of the runs
+                ) -> Config:            # with a tag, where its folder holds a run of other options
+    "The same options, in a folder that is free for them."
+    folder, usual = run_dir(c, root), make_config(c.dataset, c.preset, c.variant, seed=c.seed)
+    def counts(name):
+        return config_hash(usual.model_copy(update={name: getattr(c, name)})) != config_hash(usual)
+    own = {name: value for name, value in own_values(c).items() if counts(name)}
+    begun = any((folder/name).exists() for name in ('metrics.json', 'last.ckpt', 'previous.ckpt'))
+    if c.tag or not own or not begun: return c
+    try: theirs = json.loads((folder/'config.json').read_text())['config_hash']
+    except (OSError, ValueError, KeyError, TypeError): return c         # `train` will say what is wrong
+    if theirs == config_hash(c): return c
+    tag = next((tag for tag, options in TAGS.items() if options == own), tag_of(own))
+    return c.model_copy(update=dict(tag=re.sub(r'[^\w.=-]+', '_', tag)))

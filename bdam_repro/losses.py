@@ -74,11 +74,14 @@ def masked_logsumexp(s: Tensor,  # [B, M]
 # %% ../nbs/40_losses.ipynb #400019
 def cross_entropy_rows(s: Tensor,  # [B, B] logits
                        target: Tensor,  # [B, B] bool, the positives of each row (at least one)
-                       keep: Tensor  # [B, B] bool, what the softmax runs over (holds the positives)
-                      ) -> Tensor:  # scalar
+                       keep: Tensor,  # [B, B] bool, what the softmax runs over (holds the positives)
+                       rows: Tensor | None = None  # [B] bool, which rows count; None: all
+                      ) -> Tensor:  # scalar; 0 where no row counts
     "Mean over rows of -mean log p over the row's positives."
     log_p = s.masked_fill(~keep, -1e30).log_softmax(1)                      # [B, B]
-    return -(torch.where(target, log_p, 0.).sum(1) / target.sum(1)).mean()
+    loss = -(torch.where(target, log_p, 0.).sum(1) / target.sum(1))         # [B]
+    if rows is None: return loss.mean()
+    return torch.where(rows, loss, 0.).sum() / rows.sum().clamp_min(1)
 
 # %% ../nbs/40_losses.ipynb #c676224a
 @full_precision
@@ -87,17 +90,23 @@ def info_nce(v: Tensor,  # [B, D] image features
              tau: float | Tensor = .05,  # temperature
              pids: Tensor | None = None,  # [B] identities; None: every row its own
              symmetric: bool = True,  # both directions, averaged; False: image -> text alone (Eq. 3)
-             positives: str = 'multi'  # 'diagonal' | 'mask' | 'multi': what pairs of one identity are
+             positives: str = 'multi',  # 'diagonal' | 'mask' | 'multi': what pairs of one identity are
+             texts: Tensor | None = None,  # [B] equal for equal texts, which count as of one identity
+             says: Tensor | None = None  # [B] bool, whether text i says anything; None: all do
             ) -> Tensor:  # scalar
     "Eq. 3 (Sec. 3.5). Raises `UserError` for an unknown reading, unpaired shapes, tau <= 0."
     if positives not in ('diagonal', 'mask', 'multi'):
         raise UserError(f"positives={positives!r}: choose 'diagonal', 'mask' or 'multi'")
     s = similarity(v, t, tau)                                               # [B, B]
     same, own = same_label(pids, s), same_label(None, s)
+    if texts is not None: same = same | same_label(texts, s)
     target = same if positives == 'multi' else own
     keep = own | ~same if positives == 'mask' else torch.ones_like(own)
-    loss = cross_entropy_rows(s, target, keep)
-    return (loss + cross_entropy_rows(s.T, target, keep)) / 2 if symmetric else loss
+    if says is not None:                                                    # a row and a column less
+        keep = keep & (says[:, None] & says[None] | own)
+        target = target & keep
+    loss = cross_entropy_rows(s, target, keep, says)
+    return (loss + cross_entropy_rows(s.T, target, keep, says)) / 2 if symmetric else loss
 
 # %% ../nbs/40_losses.ipynb #400030
 @full_precision

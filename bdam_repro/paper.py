@@ -259,6 +259,9 @@ _LOSSES = (
     OpenPoint(10, 'Eq. 3', 'one direction or two; other images of the identity in the batch',
               ('diagonal', 'left out', 'positives'), 'both directions, positives',
               'same identity is called positive in 3.5', ('symmetric', 'positives')),
+    OpenPoint(50, 'Eq. 3', 'texts of two people that are equal, or name the gender alone (half of the real '
+              'ones)', ('negatives', 'as of one identity; left out'), 'as of one identity; left out '
+              '(`tiny`: negatives)', 'as the clothing loss has it', ('equal_texts', 'nothing_said')),
     OpenPoint(11, 'Eq. 4', 'margin, mining, modality of the three, identities × images in a batch',
               ('hard', 'random', 'all'), 'hardest in the batch, margin 0.3',
               'custom of re-identification', ('margin', 'mining', 'ids_per_batch', 'images_per_id')),

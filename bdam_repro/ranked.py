@@ -48,7 +48,10 @@ def load_run(folder: str | Path,           # a run folder; relative to here or t
     folder = next((path for path in (Path(folder), ROOT/folder) if path.is_dir()), Path(folder))
     if not (folder/'metrics.json').is_file():
         raise UserError(f'no finished run at {folder}: train it first, see train.ipynb')
-    metrics, options = (json.loads((folder/f'{name}.json').read_text()) for name in ('metrics', 'config'))
+    try: metrics, options = (json.loads((folder/f'{n}.json').read_text()) for n in ('metrics', 'config'))
+    except (OSError, ValueError) as e:
+        raise UserError(f'{folder}: metrics.json and config.json of a run, and not both can be read ({e}); '
+                        'train it again with overwrite=True') from None
     model = from_pretrained(folder/'best.safetensors')                     # has options, no path or device
     machine = dict(data_root=data_root or options['data_root'], device=device or options['device'])
     config = model.config.model_copy(update=machine)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
-           'epoch_line', 'code_version', 'device_name', 'provenance', 'intervals', 'own_weights', 'save_features',
-           'finish_run', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step',
-           'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
+           'time_left', 'epoch_line', 'code_version', 'device_name', 'provenance', 'intervals', 'own_weights',
+           'save_features', 'finish_run', 'data_ok', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume',
+           'StoppedBySignal', 'after_step', 'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table',
+           'plot_history']
 
 # %% ../nbs/53_runs.ipynb #ef8448f9
 import json
@@ -16,9 +17,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +33,11 @@ from tqdm import tqdm
 import bdam_repro
 from . import __version__
 from .config import Config, UserError, atomic_path, config_hash, run_dir
+from .parameters import changed_modules, code_fingerprint, joined_modules, run_modules
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
 from .batches import plan_line
-from .run_data import check_pictures, load_data, run_tokenizer
+from .run_data import check_encoders, check_pictures, load_data, run_tokenizer
 from .model import Model, build_model, fuse
 from .threads import SecondThread, one_at_a_time
 from .pretrained import from_pretrained, save_pretrained
@@ -154,7 +158,14 @@ def one_epoch(training: Training, bar: tqdm,
     history = pd.DataFrame(state.history)
     with atomic_path(training.folder/'history.csv') as tmp: history.to_csv(tmp, index=False)
     save_checkpoint(training.folder/LAST, trainer, state)
-    if not bar.disable: bar.write(epoch_line(row, c.epochs))
+    if not bar.disable:
+        times = time_left(state.seconds, trainer.step, trainer.steps)
+        bar.write(f'{epoch_line(row, c.epochs)}, {times}')
+
+def time_left(seconds: float, step: int, steps: int) -> str:   # after `step` of `steps`
+    "How long it has trained, and how long it still will."
+    def clock(x): return f'{int(x)//3600}:{int(x)//60%60:02}:{int(x)%60:02}'
+    return f'{clock(seconds)} done, {clock(seconds/max(step, 1)*(steps - step))} left'
 
 def epoch_line(row: dict, epochs: int) -> str:
     "One line per epoch: validation, losses with their weights, speed."
@@ -241,10 +252,15 @@ def finish_run(training: Training) -> None:
     save_features(folder/'features.safetensors', model, e, pids)
     test_seconds = time.perf_counter() - start
     times = dict(train_seconds=round(training.state.seconds, 1), test_seconds=round(test_seconds, 1))
-    write_json(folder/'provenance.json', provenance(trainer.device, trainer.dtype) | times)
+    modules = {'modules': run_modules(folder)}                             # `open_run` wrote it
+    write_json(folder/'provenance.json', provenance(trainer.device, trainer.dtype) | modules | times)
     write_json(folder/'metrics.json', run_metrics(training, e, pids))
     (folder/'bad_step.json').unlink(missing_ok=True)
     drop_checkpoints(folder)
+
+def data_ok(dataset: PedesDataset) -> bool:
+    "What `dataset.check(images=False)` finds, without printing it."
+    with redirect_stdout(StringIO()): return bool(dataset.check(images=False).ok)
 
 def run_metrics(training: Training, e: dict, pids: np.ndarray) -> dict:
     "What `metrics.json` holds: which run it was, validation at the chosen epoch, and the test."
@@ -256,6 +272,7 @@ def run_metrics(training: Training, e: dict, pids: np.ndarray) -> dict:
         config_hash=config_hash(c), dataset=training.dataset.name, variant=c.variant, seed=c.seed,
         epoch=state.best_epoch, score=headline(c), val=val, test=test, test_ci95=intervals(e, pids),
         queries=len(q_pids), gallery=len(g_pids), gallery_ids=len(set(g_pids)),
+        data_ok=data_ok(training.dataset),
         chance=chance(q_pids, g_pids), train_seconds=round(state.seconds, 1))
 
 # %% ../nbs/53_runs.ipynb #d97260ae
@@ -286,6 +303,9 @@ def open_run(c: Config, runs: str | Path | None = None, overwrite: bool = False
         if not same and any((folder/name).exists() for name in (LAST, PREVIOUS)):
             raise UserError(f'{folder} holds an interrupted run of other options (now {h}): {advice}')
     if overwrite or not same: shutil.rmtree(folder, ignore_errors=True)    # asked for, or no epoch was done
+    modules, began = code_fingerprint(), any((folder/name).exists() for name in (LAST, PREVIOUS))
+    if began: modules = joined_modules(run_modules(folder) or dict.fromkeys(modules, 'unknown'), modules)
+    write_json(folder/'provenance.json', {'modules': modules})
     write_json(folder/'config.json', {'config_hash': h} | c.model_dump())
     return folder, None
 
@@ -348,6 +368,7 @@ def train(c: Config,                        # from `make_config`
 
     An interrupted run is resumed. A complete one is returned at once."""
     pick_device(c)                                                         # raises before anything is written
+    check_encoders(c)
     world = find_world(c)
     if c.processes > 1 and world.size == 1:
         launch(c, runs, overwrite, progress)
@@ -356,6 +377,9 @@ def train(c: Config,                        # from `make_config`
     folder, done = world.from_main(open_run(c, runs, overwrite) if world.is_main else None)
     if done:
         if progress: print(f'{folder.name} of {c.variant} is complete already (config {done["config_hash"]})')
+        if progress and (changed := changed_modules(folder, code_fingerprint())):
+            print(f'it was made by other code ({", ".join(changed)}); with a tag, such as -p tag new, this '
+                  'one is trained beside it')
         return folder
     training = prepare(c, folder, progress, dataset, world)
     resume(training, progress)

@@ -247,9 +247,12 @@ def fit_labels(rows: WeightedRows, o: ClusterOptions
     if o.method == 'random': return np.random.default_rng(o.seed).integers(k, size=len(rows)), None
     _, few = thin(rows, FITTED_ON.get(o.method, len(rows)), o.seed)
     if o.method == 'hdbscan':
-        size = max(2, round(o.size / rows.weights.sum() * len(few)))    # rows, as HDBSCAN knows no weights
-        model = HDBSCAN(size, min_samples=min(o.min_samples, len(few)), algorithm='kd_tree', copy=True)
-        labels = model.fit_predict(few.x)
+        copies = few.weights * min(1, FITTED_ON['hdbscan'] / few.weights.sum())   # it knows no weights
+        copies = np.maximum(1, copies.round()).astype(int)
+        x = np.repeat(few.x, copies, 0)
+        size = max(2, round(o.size / rows.weights.sum() * len(x)))
+        model = HDBSCAN(size, min_samples=min(o.min_samples, len(x)), algorithm='kd_tree', copy=True)
+        labels = model.fit_predict(x)[copies.cumsum() - 1]
     else:
         if k == 'silhouette': k = choose_k(o.method, few, o.seed)
         labels = centroid_labels(o.method, min(k, len(few)), few, o.seed)
@@ -260,7 +263,6 @@ def fit_labels(rows: WeightedRows, o: ClusterOptions
 def _is_whole(value) -> bool: return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 def _refuse(what: str): raise UserError(f'cluster_styles: {what}')
-
 def _check_embeddings(embeddings, truth) -> np.ndarray:
     x = np.asarray(embeddings)
     if x.ndim != 2 or not x.size:
@@ -327,9 +329,8 @@ def cluster_styles(embeddings: np.ndarray,  # [N, d], of `embed_styles`
     found = _diagnose(rows, inverse, raw, final, truth, seed, method=method, eps=eps, seconds=seconds)
     return final[inverse], found
 
-# %% ../nbs/27_style.ipynb #0e58c835
-_K_RULES = ('silhouette', 'dbscan')
-# where k comes from
+# %% ../nbs/27_style.ipynb #068dfbaa
+_K_RULES = ('silhouette', 'dbscan')     # where k comes from
 K_FROM = {'kmeans': _K_RULES, 'gmm': _K_RULES, 'agglomerative': _K_RULES, 'random': ('dbscan',)}
 
 def compare_methods(embeddings: np.ndarray,              # [N, d]

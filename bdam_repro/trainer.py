@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from .config import Config, UserError
 from .pedes import PedesDataset
-from .batches import Batch, Loader, combine_seeds, train_batches
+from .batches import NUMBERED, Batch, Loader, combine_seeds, train_batches
+from .run_data import says_more_than_gender
 from .model import Model, Outputs
 from .optimizers import clip_by_part, lr_at, make_optimizers
 from .objective import batch_losses, encode_batch, make_weights
@@ -41,7 +42,7 @@ def run_batches(c: Config, dataset: PedesDataset, tokenizer, world: World = ALON
         dataset, tokenizer, size=(c.image_height, c.image_width), columns=c.columns, max_length=c.max_length,
         p=c.ids_per_batch, k=c.images_per_id, seed=c.seed, id_text=texts, two_captions=c.two_captions,
         epoch_of=c.epoch_of, augmentation=varied, workers=c.workers, budget=cache_bytes, rank=world.rank,
-        world=world.size)
+        world=world.size, says=says_more_than_gender if c.nothing_said == 'out' else None)
 
 # %% ../nbs/52_trainer.ipynb #b771301c
 def pick_device(c: Config) -> torch.device:
@@ -92,6 +93,7 @@ def single_threaded(on: bool) -> Iterator[None]:
 
 # %% ../nbs/52_trainer.ipynb #756dec60
 TEXT_FIELDS = [f'{text}_{kind}' for text in ('caption', 'other', 'id', 'clo') for kind in ('ids', 'mask')]
+TEXT_FIELDS += [f'{text}_number' for text in NUMBERED]
 
 def shuffled(batch: Batch, seed: int) -> Batch:
     "The batch with its texts dealt to other images: same images, same texts, no relation."

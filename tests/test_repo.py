@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bdam_repro.parameters import DECIDING_MODULES
+
 REPO = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((REPO/'nbs').glob('*.ipynb'))
@@ -61,6 +63,26 @@ def test_notebooks_are_clean(copy):
             if p.read_bytes() != (copy/'nbs'/p.name).read_bytes()] == [], 'run nbdev_clean'
 
 
+def test_a_notebook_saved_in_jupyterlab_is_as_git_has_it(copy, monkeypatch):
+    "What opening, running a cell and saving add is taken away again (`jupyter_server_config.py`)."
+    large = pytest.importorskip('jupyter_server.services.contents.largefilemanager')
+    from traitlets.config import Config as Traits
+    monkeypatch.chdir(copy)
+    traits = Traits()
+    exec((REPO/'jupyter_server_config.py').read_text(), {'c': traits})
+    manager = large.LargeFileManager(root_dir=str(copy), config=traits)
+    for name in ('nbs/31_bdam.ipynb', 'nbs/train.ipynb'):
+        model = manager.get(name)
+        model['content']['metadata']['language_info'] = {'name': 'python', 'version': '3.12'}
+        model['content']['metadata']['kernelspec']['display_name'] = 'another one'
+        for c in model['content']['cells']:
+            c['metadata']['collapsed'] = True
+            if c['cell_type'] == 'code': c['execution_count'] = 7
+        model.pop('created'), model.pop('last_modified')
+        manager.save(model, name)
+        assert (copy/name).read_bytes() == (REPO/name).read_bytes()
+
+
 def test_readme_is_the_index(tmp_path):
     fresh = tmp_path/'README.md'
     run('make', '-s', 'readme', f'README={fresh}', f'BIN={BIN}', 'STAMP=', cwd=REPO)
@@ -88,6 +110,21 @@ def test_imports_go_one_way():
         used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1
                 and n.module}
         assert [u for u in used if MODULES[u] >= number] == [], name
+
+
+def test_each_module_behind_a_run_decides_it_or_does_not():
+    "A new module that the trainer imports has to be put on one side or the other."
+    left, behind = ['runs'], set()
+    while left:
+        behind.add(name := left.pop())
+        for n in ast.walk(ast.parse((REPO/'bdam_repro'/f'{name}.py').read_text())):
+            if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module and n.module not in behind:
+                left.append(n.module)
+    draws = {'people', 'drawing', 'rendering', 'captions', 'synth'}         # a dataset that is drawn once
+    handles = {'config', 'parameters', 'files', 'hub', 'compiled', 'launch', 'pretrained',
+               'threads', 'checkpoints', 'answers'}                 # options, files, processes
+    assert behind == {*DECIDING_MODULES} | draws | handles
+    assert not {*DECIDING_MODULES} & (draws | handles)
 
 
 def top_level_names(module):

@@ -358,8 +358,8 @@ def test_kill_in_the_middle(tmp_path):
     code = ('from bdam_repro.synth import make_synth\n'
             f'make_synth({str(tmp_path)!r}, n_ids=3000, workers=2, progress=False)')
     p = subprocess.Popen([sys.executable, '-c', code], cwd=Path(synth.__file__).parents[1])
-    for _ in range(600):
-        if len(list(tmp_path.rglob('*.jpg'))) > 30: break
+    while len(list(tmp_path.rglob('*.jpg'))) <= 30:
+        assert p.poll() is None, 'it ended before it was killed'
         time.sleep(.05)
     os.kill(p.pid, signal.SIGKILL)
     p.wait()

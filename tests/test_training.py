@@ -536,7 +536,7 @@ def test_bad_data_is_one_line_before_the_first_epoch(home, whole, tmp_path, case
     with pytest.raises(UserError, match=words) as e: train(cfg(tmp_path), tmp_path/'runs', progress=False)
     assert '\n' not in str(e.value) and len(str(e.value)) < 500
     run = run_dir(cfg(tmp_path), tmp_path/'runs')
-    assert set(names(run)) <= {'config.json', 'tokenizer'}
+    assert set(names(run)) <= {'config.json', 'provenance.json', 'tokenizer'}
     assert before == sorted(p.relative_to(folder) for p in folder.rglob('*'))  # the user's data stays
     shutil.rmtree(folder)
     monkeypatch.undo()
@@ -566,7 +566,7 @@ def test_bad_options_are_one_line(home, whole, tmp_path, kw, words):
     with pytest.raises(UserError, match=words) as e: train(c, tmp_path, progress=False)
     assert '\n' not in str(e.value) and len(str(e.value)) < 500
     folder = run_dir(c, tmp_path)
-    left = {'config.json', 'tokenizer', 'bad_step.json'}
+    left = {'config.json', 'provenance.json', 'tokenizer', 'bad_step.json'}
     assert not folder.exists() or set(names(folder)) <= left
 
 

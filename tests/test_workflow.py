@@ -1,5 +1,6 @@
 "The workflow as it is started: what it lists, and that a killed one goes on where it stopped."
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -150,6 +151,27 @@ def test_another_option_runs_again(root, resumed):
     assert code == 0 and jobs(said)['train'] == 2
     assert jobs(said)['collect'] == 1 and 'styles' not in jobs(said)
     assert 'going by 2 finished runs' in said
+
+
+def test_runs_of_other_code_are_named_and_can_be_made_anew_beside(root, resumed):
+    metrics, = root.glob('runs/**/seed0/metrics.json')
+    noted, before = metrics.with_name('provenance.json'), metrics.stat()
+    made = json.loads(noted.read_text())
+    def plan(*config):
+        return snakemake(root, '--dry-run', '--quiet', 'rules', config=[*TOY, *config], targets=())
+    code, said = plan()
+    assert code == 0 and 'other code' not in said and 'noted their code' not in said
+    noted.write_text(json.dumps(made | {'modules': made['modules'] | {'losses': 'before'}}))
+    code, said = plan()
+    assert code == 0 and 'finished runs of other code: 1 (losses changed since); `make paper REDO=1`' in said
+    folder = re.search(r'anew in (runs/code-[0-9a-f]{8}),', said)[1]
+    code, said = plan('redo=true')
+    assert code == 0 and jobs(said)['train'] == 2 and jobs(said)['collect'] == 1
+    assert not (root/folder).exists() and metrics.stat().st_mtime_ns == before.st_mtime_ns
+    noted.write_text(json.dumps({k: v for k, v in made.items() if k != 'modules'}))
+    code, said = plan()
+    assert code == 0 and 'made before runs noted their code: 1' in said and 'other code' not in said
+    noted.write_text(json.dumps(made))
 
 
 @pytest.fixture

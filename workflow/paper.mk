@@ -1,6 +1,7 @@
 # make paper | paper-quick | paper-plan | paper-graph: tables, figures and audit from training runs (Snakemake, see workflow/Snakefile)
 #   DATASET=cuhk PRESET=paper     real data          SEEDS=0,1,2,3,4    other seeds
 #   PROFILE=slurm                 a cluster          JOBS=2             jobs at once (on a cluster: in the queue)
+#   REDO=1                        all runs anew, by the code as it is now: runs/code-<fingerprint>/, beside the kept ones
 #   CONFIG="variants=[full,sdm]"  any value of workflow/config.yaml
 #   make paper-gpu JOBS=8   the training runs on one GPU, JOBS at once, before `make paper` makes the rest
 #   ARGS="..."                    anything else that snakemake understands
@@ -10,9 +11,10 @@ SEEDS   ?= 0,1,2
 PROFILE ?= local
 JOBS    ?=
 CONFIG  ?=
+REDO    ?=
 
 QUOTED = $(foreach c,$(CONFIG),'$(c)')
-PAPER_CONFIG = --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) 'seeds=[$(SEEDS)]' $(QUOTED)
+PAPER_CONFIG = --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) 'seeds=[$(SEEDS)]' $(if $(REDO),redo=true) $(QUOTED)
 QUICK_CONFIG = --configfile workflow/quick.yaml --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) $(QUOTED)
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE) $(if $(JOBS),$(if $(filter local,$(PROFILE)),--cores,--jobs) $(JOBS))
 # one at a time; who holds the lock may clear what a killed one has left
