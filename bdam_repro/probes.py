@@ -330,7 +330,7 @@ def clothes_cost(e: Evidence, kept: PlaceResults | None, changed: PlaceResults |
     d = interval_columns(widening) | folder_source(e, *changed.folders)
     return [*out, claim_finding('robust', name, metric, d, decides=False)]
 
-# %% ../nbs/83_probes.ipynb #505c9e5b
+# %% ../nbs/83_probes.ipynb #6231154a
 def robust_claim(e: Evidence) -> list[Finding]:
     "The claim on clothes, against each rival, in each gallery and place."
     if e.base.dataset != 'synth':
@@ -357,6 +357,6 @@ def change_claims(e: Evidence) -> list[Finding]:
     t = t[t['verdict'].str.startswith('decides: ')]
     common = dict(evidence='change.csv', decides=True)
     if not len(t): return [Finding('b', 'robust', name, PERSON_ASKED, verdict=NOT_RUN, **common)]
-    return [Finding('b', 'robust', r.model.replace('change:', f'{name}:'), PERSON_ASKED, diff=r.value, lo=r.lo,
-                    hi=r.hi, level=95., seeds=r.seeds, verdict=r.verdict.removeprefix('decides: '),
+    return [Finding('b', 'robust', r.model.replace('change:', f'{name}:'), PERSON_ASKED, diff=r.value,
+                    lo=r.lo, hi=r.hi, level=95., seeds=r.seeds, verdict=r.verdict.removeprefix('decides: '),
                     rule=_CHANGE_RULE, **common) for r in t.itertuples()]
