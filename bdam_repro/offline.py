@@ -6,7 +6,7 @@
 __all__ = ['SPLIT_POLICY', 'with_article', 'Garment', 'Said', 'read_caption', 'TwoTexts', 'split_captions', 'split_caption',
            'rows_to_describe', 'describe_split', 'describe_synth']
 
-# %% ../nbs/22_offline.ipynb #ac03c7f3
+# %% ../nbs/22_offline.ipynb #86b47e15
 import hashlib
 import json
 import re
@@ -20,12 +20,14 @@ import pandas as pd
 from .config import UserError
 from .people import VERSION
 from .synth import description_row
-from .lexicon import (AGE_WORDS, CARRIED, GENDER_OF, HAIRED, HEIGHT_WORDS, LEXICON, MODEL_SHA256, Policy,
-                                check_text, load_parser, mend_spelling, noun_side, set_of, slot_of, spoken_of)
-from .phrases import AMOUNTS, DETERMINERS, TRAIT_WORDS, Item, Reading, Word, is_color, read_items, words_of
+from .hub import MODEL_SHA256, load_parser
+from .lexicon import (AGE_WORDS, AMOUNTS, CARRIED, DETERMINERS, GENDER_OF, HAIRED, HEIGHT_WORDS, LEXICON,
+                                TRAIT_WORDS, Policy, Word, check_text, is_color, mend_spelling, noun_side, set_of,
+                                slot_of, spoken_of, words_of)
+from .phrases import Item, Reading, read_items
 from .journal import Journal, JournalLine, Report, Stamp
 
-# %% ../nbs/22_offline.ipynb #8250f0c3
+# %% ../nbs/22_offline.ipynb #58cd8a87
 _NEUTRAL = {'his': 'their', 'her': 'their', 'hers': 'theirs', 'him': 'them', 'himself': 'themselves', 'herself': 'themselves'}
 _WHOSE = set_of("men men's mens man's women women's womens woman's ladies lady lady's girls girl's boys boy's male female 's")
 _FULL_NOUN = {'jean': 'jeans', 'pant': 'pants', 'short': 'shorts', 'trouser': 'trousers', 'legging': 'leggings',
@@ -48,12 +50,12 @@ def _plain_words(words: list[Word]) -> list[str]:
 
 def _joined(words: list[str]) -> str:
     text = re.sub(r"\s+([,.]|'s\b|n't\b)", r'\1', ' '.join(words))
-    text = re.sub(r'\bon (?=under|over)', '', text)
+    text = re.sub(r'\bon (?=under|over)|\band (?=(?:tied|pulled|cuffed|rolled|tucked)\b)', '', text)
     before = None
     while before != text: before, text = text, _LOOSE.sub('', text).strip(' ,-')
     return text
 
-# %% ../nbs/22_offline.ipynb #349a577b
+# %% ../nbs/22_offline.ipynb #2277c7f6
 def _garment_words(reading: Reading, item: Item, whole: bool) -> str:
     "`whole`: with all that is said of it; else the bare phrase."
     words, phrase = reading.words, item.phrase
@@ -83,7 +85,7 @@ def _trait_words(reading: Reading, item: Item, whole: bool, ethnicity: bool) -> 
     while said and said[0] in DETERMINERS | set_of("some had 's"): said.pop(0)
     if not ethnicity: said = [w for w in said if 'skin' not in spoken_of(w, 'identity')]
     tail = _plain_words(words[item.tail:item.end]) if whole else []
-    if not said or said == ['hair'] and not (tail or item.said[1]): return ''
+    if not said or (said == ['hair'] and not (tail or item.said[1])): return ''
     if item.side == 'build': return 'of ' + _joined(said + tail) if len(said) > 1 else ''
     if item.side == 'skin' and (not ethnicity or len(said) < 2): return ''
     said = _plain_words(words[slice(*item.said)]) + said
@@ -176,7 +178,7 @@ def _garments_of(reading: Reading, text: str) -> list[Garment]:
             found.insert(0, Garment('wears', f'all {colors[1].lower()}', 'all'))
     return found
 
-# %% ../nbs/22_offline.ipynb #4e2f3f0b
+# %% ../nbs/22_offline.ipynb #3b05abdb
 class TwoTexts(NamedTuple):
     "The two texts of Sec. 3.3, '' where nothing is said."
     identity: str = ''
@@ -188,7 +190,7 @@ _SINGULAR = {'men': 'man', 'women': 'woman', 'ladies': 'lady', 'males': 'male', 
 def _listed(parts: Sequence[str]) -> str:
     "'a hat, a coat and two shoes'; with a comma before *and* where the last part has an *and* of its own."
     if len(parts) < 2: return ''.join(parts)
-    inner = ' and ' in parts[-1] or ',' in parts[-1]
+    inner = ' and ' in parts[-1] or ',' in parts[-1] or re.search(r' (?:with|that|over) .* and ', parts[-2])
     return f"{', '.join(parts[:-1])}{', and ' if inner else ' and '}{parts[-1]}"
 
 def _merged_traits(said: Sequence[Said], noun: str) -> list[str]:
@@ -266,8 +268,8 @@ def rows_to_describe(records: pd.DataFrame,           # the table of a dataset
         raise UserError(f'limit is {limit!r}: give the number of images, at least 1, or None.')
     return records.drop_duplicates('file').head(limit)
 
-# %% ../nbs/22_offline.ipynb #e9d2a2bd
-SPLIT_POLICY = Policy(min_words=2, max_words=200, min_identity=1, min_clothing=1)
+# %% ../nbs/22_offline.ipynb #82322de8
+SPLIT_POLICY = Policy(min_words=2, max_words=200, min_identity=0, min_clothing=0)
 
 def _why_not(texts: TwoTexts, policy: Policy) -> str | None:
     "The reason why the texts must not be kept, or None."
