@@ -7,9 +7,9 @@ __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXIC
            'AGE_WORDS', 'HEIGHT_WORDS', 'SHAPE_WORDS', 'HAIRED', 'WEAR_VERBS', 'CARRY_VERBS', 'HAVE_VERBS', 'BE_VERBS',
            'SCENE_VERBS', 'VERB_OR_NOUN', 'BODY_NOUNS', 'PART_NOUNS', 'CARRIED', 'POSTURE', 'AMOUNTS', 'DETERMINERS',
            'LOOSE_ENDS', 'MATERIAL', 'TRAIT_WORDS', 'SCHEMA', 'OTHER_SIDE', 'spoken_of', 'set_of', 'noun_side',
-           'slot_of', 'mend_spelling', 'Word', 'is_color', 'words_of', 'IdentityAttributes', 'ClothingAttributes',
-           'Description', 'Rejected', 'parse_answer', 'Policy', 'is_refusal', 'check_syntax', 'check_length',
-           'check_purity', 'check_ethnicity', 'check_coverage', 'check_text', 'check_description']
+           'slot_of', 'Word', 'is_color', 'words_of', 'IdentityAttributes', 'ClothingAttributes', 'Description',
+           'Rejected', 'parse_answer', 'Policy', 'is_refusal', 'check_syntax', 'check_length', 'check_purity',
+           'check_ethnicity', 'check_coverage', 'check_text', 'check_description']
 
 # %% ../nbs/20_lexicon.ipynb #b23926fb
 import functools
@@ -20,13 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .answers import JsonObject, objects_within, whole_objects
 
-# %% ../nbs/20_lexicon.ipynb #90897c3c
+# %% ../nbs/20_lexicon.ipynb #62e950c0
 _BODY = (r'(?:build|built|figure|frame|body|physique|stature|person|individual|adult|man|woman|male'
          r'|female|boy|girl|lady|guy)')
 _SHAPE = (r'(?:slim|thin|skinny|lean|heavy|heavyset|stocky|large|big|broad|medium|average|solid|petite'
           r'|small|full|sturdy|athletic)')
-_NO_GARMENT = (r'(?!(?:[ -](?!(?:in|with|and|who|has|is)\b|wear)[\w-]+){0,3}[ -](?:jeans?|pants?|trousers|slacks|shorts'
-               r'|skirts?|leggings|tights|boots?|heels?|shoes|sneakers|socks|hats?|ties?|dress|tops?|shirts?|sleeves))')
+_NO_GARMENT = (r'(?!(?:[ -](?!(?:in|with|and|who|has|is)\b|wear)[\w-]+){0,3}[ -](?:jeans?|pants?|trousers'
+               r'|slacks|shorts|skirts?|leggings|tights|boots?|heels?|shoes|sneakers|socks|hats?|ties?|dress'
+               r'|tops?|shirts?|sleeves))')
 
 IDENTITY_WORDS = {
     'gender': r'(?:gentle|police|sales)?(?:man|men|woman|women)|males?|females?|boys?|girls?|lady|ladies'
@@ -38,8 +39,8 @@ IDENTITY_WORDS = {
              r'|physique|stocky|chubby|overweight|muscular|plump|obese'
              rf'|(?:slender|skinny){_NO_GARMENT}|heavyset|petite'
              r'|(?:broad|wide|narrow)[- ]should(?:ered|ers)',
-    'height': rf'tall(?:er|ish)?{_NO_GARMENT}|stature|height|short(?= (?:young |old )?(?:person|man|woman|male|female'
-              r'|boy|girl|lady|guy|stature|height|in stature))',
+    'height': rf'tall(?:er|ish)?{_NO_GARMENT}|stature|height|short(?= (?:young |old )?(?:person|man|woman'
+              r'|male|female|boy|girl|lady|guy|stature|height|in stature))',
     'skin': r'(?:\w+[- ])?(?:skin(?:ned)?(?![- ]?tight)|complexion(?:ed)?)|asians?|caucasians?|african'
             r'|hispanic|latin[oa]|ethnic(?:ity)?',
     'hair': r'(?:\w+[- ])?hair(?:ed|cut|style|line)?(?! (?:band|tie|clip|pin|bow|accessor))|bald(?:ing)?'
@@ -47,22 +48,23 @@ IDENTITY_WORDS = {
             r'|beard(?:ed)?|m(?:o)?ustache|goatee|stubble|sideburns|bob|afro|dreadlocks|mohawk|hairdo',
 }
 
-# %% ../nbs/20_lexicon.ipynb #6c13a3ab
+# %% ../nbs/20_lexicon.ipynb #659e27b0
 CLOTHING_WORDS = {
-    'worn': r'wear(?:s|ing)?|wore|dressed|clad|cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sleeves?|sleeved'
-            r'|sleeveless|collars?|hood(?:ed|s)?|buttons?|buttoned|zippers?|zipped|laces',
+    'worn': r'wear(?:s|ing)?|wore|dressed|clad|cloth(?:es|ing)|outfits?|attire|garments?|costumes?'
+            r'|apparel|sleeves?|sleeved|sleeveless|collars?|hood(?:ed|s)?|buttons?|buttoned|zippers?'
+            r'|zipped|laces',
     'upper': r'shirts?|t-?shirts?|tees?|tops?(?! (?:of|knot))|blouses?|sweaters?|sweatshirts?|hoodies?'
              r'|jackets?|coats?|blazers?|vests?|cardigans?|jumpers?|polos?|tunics?|parkas?|pullovers?'
              r'|tank tops?|dress(?:es)?|suits?|jerseys?|uniforms?|overalls|robes?|windbreakers?'
-             r'|anoraks?|aprons?|bras?|camisoles?|capes?|cloaks?|gowns?|kimonos?|mini-?dress(?:es)?|(?:over|rain|trench)coats?'
-             r'|overshirts?|ponchos?|py?jamas|rompers?|saris?|shawls?|sundress(?:es)?|tracksuits?|turtlenecks?'
-             r'|undershirts?|waistcoats?',
+             r'|anoraks?|aprons?|bras?|camisoles?|capes?|cloaks?|gowns?|kimonos?|mini-?dress(?:es)?'
+             r'|(?:over|rain|trench)coats?|overshirts?|ponchos?|py?jamas|rompers?|saris?|shawls?'
+             r'|sundress(?:es)?|tracksuits?|turtlenecks?|undershirts?|waistcoats?',
     'lower': r'pants?|trousers|jeans|shorts|skirts?|leggings|tights|slacks|khakis|joggers|sweatpants'
-             r'|capris?|dress(?:es)?|overalls|jumpsuits?|jean|trouser|legging|bluejeans|chinos|culottes|cut-?offs'
-             r'|denims|hose|mini-?skirts?|pantyhose|skorts?|trunks',
+             r'|capris?|dress(?:es)?|overalls|jumpsuits?|jean|trouser|legging|bluejeans|chinos|cords'
+             r'|corduroys|culottes|cut-?offs|denims|hose|mini-?skirts?|pantyhose|skorts?|trunks',
     'shoes': r'shoes?|sneakers?|boots?|sandals?|heels|loafers|flats|trainers|slippers|flip[- ]flops'
-             r'|footwear|socks?|stockings|pumps|booties|clogs?|crocs|loafer|moccasins|oxfords|slipper|stilettos'
-             r'|wedges',
+             r'|footwear|socks?|stockings|pumps|booties|clogs?|crocs|loafer|moccasins|oxfords|slipper'
+             r'|stilettos|wedges',
     'accessory': r'bags?|backpacks?|handbags?|purses?|satchels?|totes?|briefcases?'
                  r'|(?:suit|trolley |rolling )?cases?|luggage|hats?|caps?|beanies?|scarf|scarves|belts?'
                  r'|neckties?|ties?|gloves?|umbrellas?|headbands?|hairbands?|wrist ?watch(?:es)?|watch'
@@ -107,59 +109,72 @@ def spoken_of(text: str,  # a sentence or a whole caption
         if words: found[kind] = words
     return found
 
-# %% ../nbs/20_lexicon.ipynb #b80d2dd4
+# %% ../nbs/20_lexicon.ipynb #fe068760
 def set_of(words: str) -> frozenset[str]: return frozenset(words.split())
 
-GENDER_OF = dict.fromkeys(set_of('man men male males guy guys gentleman gentlemen lad fellow boy boys'), 'man')
+GENDER_OF = dict.fromkeys(set_of(
+    'man men male males guy guys gentleman gentlemen lad fellow boy boys'), 'man')
 GENDER_OF |= dict.fromkeys(set_of('woman women female females lady ladies girl girls'), 'woman')
-PEOPLE_NOUNS = set_of('person individual pedestrian adult someone child kid teen teenager toddler baby youth subject student'
-                       ' people') | GENDER_OF.keys()
-AGE_WORDS = set_of('young younger old older elderly middle-aged adult teenage teenaged little youthful senior')
+PEOPLE_NOUNS = set_of(
+    'person individual pedestrian adult someone child kid teen teenager toddler baby youth subject student'
+    ' people') | GENDER_OF.keys()
+AGE_WORDS = set_of(
+    'young younger old older elderly middle-aged adult teenage teenaged little youthful senior')
 HEIGHT_WORDS = set_of('tall taller short shorter')
-SHAPE_WORDS = set_of('thin slim skinny slender heavy heavyset heavy-set heavier large big stocky stout overweight petite fat'
-                      ' chubby muscular obese plump small lean medium-built average husky broad-shouldered well-built'
-                      ' average-sized medium-sized')
-HAIRED = re.compile(r'(?:[\w-]+-)?haired|bald(?:ing)?|bald-headed|bearded|blonde?|brunette|clean-shaven|unshaven')
+SHAPE_WORDS = set_of(
+    'thin slim skinny slender heavy heavyset heavy-set heavier large big stocky stout overweight petite fat'
+    ' chubby muscular obese plump small lean medium-built average husky broad-shouldered well-built'
+    ' average-sized medium-sized')
+HAIRED = re.compile(r'(?:[\w-]+-)?haired|bald(?:ing)?|bald-headed|bearded|blonde?|brunette'
+                    r'|clean-shaven|unshaven')
 
-# %% ../nbs/20_lexicon.ipynb #d400e4ad
+# %% ../nbs/20_lexicon.ipynb #09fd518f
 WEAR_VERBS = set_of('wear wears wearing wore worn dressed clad sporting dons donning clothed')
 CARRY_VERBS = {form: verb for verb, forms in {
-    'carries': 'carry carries carrying carried toting totes', 'holds': 'hold holds holding held clutching grasping',
-    'pulls': 'pull pulls pulling dragging', 'pushes': 'push pushes pushing'}.items() for form in forms.split()}
+    'carries': 'carry carries carrying carried toting totes',
+    'holds': 'hold holds holding held clutching grasping',
+    'pulls': 'pull pulls pulling dragging', 'pushes': 'push pushes pushing'}.items()
+    for form in forms.split()}
 HAVE_VERBS, BE_VERBS = set_of('has have had having'), set_of('is are was were be been being appears seems')
-SCENE_VERBS = set_of('walk walks walking stand stands standing look looks looking face faces facing talk talks talking run'
-              ' runs running ride rides riding cross crossing passing passes heading moving moves goes sit sits'
-              ' sitting stepping steps waiting posing using leaning bending swinging turning did does had')
-VERB_OR_NOUN = set_of('dress running walking looks looking steps runs worn carried held pull push hold cross face walk')
+SCENE_VERBS = set_of(
+    'walk walks walking stand stands standing look looks looking face faces facing talk talks talking run'
+    ' runs running ride rides riding cross crossing passing passes heading moving moves goes sit sits'
+    ' sitting stepping steps waiting posing using leaning bending swinging turning did does had')
+VERB_OR_NOUN = set_of(
+    'dress running walking looks looking steps runs worn carried held pull push hold cross face walk')
 
-# %% ../nbs/20_lexicon.ipynb #ea21852b
-BODY_NOUNS = set_of('hand hands arm arms shoulder shoulders head neck back wrist wrists foot feet leg legs knee knees ankle'
-                     ' ankles waist chest hip hips ear ears face body finger fingers thumb thumbs thigh thighs calf calves'
-                     ' elbow elbows forearm side sides lap torso shin shins middle eye eyes')
-PART_NOUNS = set_of('accent accents band bands block blocks border bow bows brim buckle buttons button character check checks'
-    ' collar collars color colors colour colours compartment cuff cuffs design designs detail details dot dots drawstring'
-    ' drawstrings edge edges edging emblem embroidery fabric flap flower flowers fringe front frills fur graphic graphics'
-    ' handle handles heart hearts heel hem hole holes hood hoods image insignia lace laces lapel lapels leaves length letter'
-    ' lettering letters line lines lining logo logos markings material mesh neckline number outline panel panels part parts'
-    ' patch patches pattern patterns picture piping pleats pocket pockets print prints ruffle ruffles seam seams section shade'
-    ' shades shapes sleeve sleeves slit sole soles spot spots squares stain stains star stars stitching strap straps strip'
-    ' strips stripe stripes swirls symbol tag tassel tassels text tint toe toes trim trimming trimmings wheels word words'
-    ' writing yoke zipper zippers zip') | {'bottom', 'top'}
+# %% ../nbs/20_lexicon.ipynb #61cc1854
+BODY_NOUNS = set_of(
+    'hand hands arm arms shoulder shoulders head neck back wrist wrists foot feet leg legs knee knees ankle'
+    ' ankles waist chest hip hips ear ears face body finger fingers thumb thumbs thigh thighs calf calves'
+    ' elbow elbows forearm side sides lap torso shin shins middle eye eyes')
+PART_NOUNS = set_of(
+    'accent accents band bands block blocks border bow bows brim buckle buttons button character check'
+    ' checks collar collars color colors colour colours compartment cuff cuffs design designs detail details'
+    ' dot dots drawstring drawstrings edge edges edging emblem embroidery fabric flap flower flowers fringe'
+    ' front frills fur graphic graphics handle handles heart hearts heel hem hole holes hood hoods image'
+    ' insignia lace laces lapel lapels leaves length letter lettering letters line lines lining logo logos'
+    ' markings material mesh neckline number outline panel panels part parts patch patches pattern patterns'
+    ' picture piping pleats pocket pockets print prints ruffle ruffles seam seams section shade shades'
+    ' shapes sleeve sleeves slit sole soles spot spots squares stain stains star stars stitching strap'
+    ' straps strip strips stripe stripes swirls symbol tag tassel tassels text tint toe toes trim trimming'
+    ' trimmings wheels word words writing yoke zipper zippers zip') | {'bottom', 'top'}
 
-# %% ../nbs/20_lexicon.ipynb #3e807f1f
-_HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?|bangs|beard|m(?:o)?ustache|goatee|stubble|bob'
-                   r'|dreadlocks|afro|sideburns|mohawk|curls')
+# %% ../nbs/20_lexicon.ipynb #21671a90
+_HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?|bangs|beard|m(?:o)?ustache'
+                   r'|goatee|stubble|bob|dreadlocks|afro|sideburns|mohawk|curls')
 _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sunglasses|cut-?offs')
-_LIKE_A_COLOR = re.compile(r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
-    r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy|creme|mustard|lime'
-    r'|plain|solid|polka|flowered|denim|leather|' + '|'.join(['plaid', 'striped', 'check(?:ed|ered)', 'floral', 'printed', 'patterned',
-                                                          'camouflage', 'dotted']))
+_LIKE_A_COLOR = re.compile(
+    r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
+    r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
+    r'|creme|mustard|lime|plain|solid|polka|flowered|denim|leather|plaid|striped|check(?:ed|ered)|floral'
+    r'|printed|patterned|camouflage|dotted')
 _PIECES = ('upper', 'lower', 'shoes', 'accessory')
 
 @functools.cache
 def noun_side(word: str    # in lower case; of a compound its last part counts
              ) -> str | None:
-    "'person', 'glasses', 'hair', 'build', 'skin', 'garment', 'part', 'body', 'color'; None for all other words."
+    "'person', 'glasses', 'hair', 'build', 'skin', 'garment', 'part', 'body', 'color'; None for the rest."
     if word in PEOPLE_NOUNS: return 'person'
     if re.fullmatch(r'(?:eye-?)?glasses|spectacles|eyeglass', word): return 'glasses'
     if _HAIR.fullmatch(word): return 'hair'
@@ -172,9 +187,10 @@ def noun_side(word: str    # in lower case; of a compound its last part counts
     if _LIKE_A_COLOR.fullmatch(word) or LEXICON_PATTERNS['shared']['color'].fullmatch(word): return 'color'
     return noun_side(word.rsplit('-', 1)[1]) if '-' in word else None
 
-# %% ../nbs/20_lexicon.ipynb #57264ec3
-CARRIED = re.compile(r'(?:hand|book-?)?bags?|backpacks?|packs?|purses?|satchels?|totes?|(?:brief|suit)?cases?|luggage'
-                     r'|rucksacks?|knapsacks?|pouch(?:es)?|wallets?|pocketbooks?|umbrellas?|duffel|messenger')
+# %% ../nbs/20_lexicon.ipynb #a4749119
+CARRIED = re.compile(r'(?:hand|book-?)?bags?|backpacks?|packs?|purses?|satchels?|totes?|(?:brief|suit)?cases?'
+                     r'|luggage|rucksacks?|knapsacks?|pouch(?:es)?|wallets?|pocketbooks?|umbrellas?'
+                     r'|duffel|messenger')
 
 @functools.cache
 def slot_of(noun: str) -> str:
@@ -184,54 +200,21 @@ def slot_of(noun: str) -> str:
     if CARRIED.fullmatch(noun): return 'bag'
     return next((kind for kind in ('upper', 'lower', 'shoes') if kind in kinds), noun)
 
-# %% ../nbs/20_lexicon.ipynb #70ca3389
-_SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
-    (r"\b(he|she|it) ?(?:[' ]s)\b(?= \w+(?:ing|ed)\b| not| a\b| in\b)", r'\1 is'),
-    (r'\b(he|she)s (?=\w+ing\b)', r'\1 is '), (r"\b(\w+) s (?=\w+ing\b)", r'\1 is '),
-    (r'\b(man|woman|girl|boy|lady|person|jacket|shirt) s (?=[a-z])', r"\1's "),
-    (r'(?<=[a-z]{2})\.(?=[a-z]{2})', '. '), (r',(?=[a-z])', ', '), (r'(?<=[a-z])=(?=[a-z])', '-'), (r'&', ' and '),
-    (r'(?<=[a-z]) ?/ ?(?=[a-z])', ' and '),
-    (r'\b(?:back|knap) ?pack(s?)\b', r'backpack\1'), (r'\bback back\b', 'backpack'), (r'\bhand bag', 'handbag'),
-    (r'\bcheck(?:er)? ?ed\b', 'checkered'), (r'\bcol or( ed)?\b', 'color'), (r'\b(?:t|tee)[ -]?sh[io]rt(s?)\b', r't-shirt\1'),
-    (r'\bpolo short\b(?! sl)', 'polo shirt'), (r'\b(pony|pig)[ -]tail', r'\1tail'), (r'\bhair[ -](style|cut)\b', r'hair\1'),
-    (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper))', 'flip-flop'), (r'\bflip[ -]?flop(?:s|ped)?\b(?! (?:sandal|shoe|slip))', 'flip-flops'),
-    (r"\bcapri(?:'?s| s)?\b(?! (?:pants|length|jeans|leggings))", 'capris'), (r'\b(eye|sun) glasses\b', r'\1glasses'),
-    (r'\bapair\b', 'a pair'), (r'\bwaring\b', 'wearing'), (r'\bcaring\b', 'carrying'), (r'\bwhit\b', 'white'),
-    (r'\bstripped\b', 'striped'), (r'\bshit\b', 'shirt'), (r'\bsleeve shift\b', 'sleeve shirt'),
-    (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink) short(?= (?:and|with)\b(?![\w ]{0,20}hair)|[.,](?! ?[\w ]{0,20}hair))', r'\1 shorts'), (r'\bpans\b', 'pants'), (r'\bhoes\b', 'shoes'),
-    (r'\bgenes\b', 'jeans'), (r'\bscandals\b', 'sandals'), (r'\bcrocks\b', 'crocs'), (r'\bcollard\b', 'collared'),
-    (r'\b(?:muffle|duffer) bag', 'duffel bag'), (r'\banticked\b ?', ''), (r'\bmilt[ -]', 'multi-'), (r'\bshirtsleeve\b', 'short-sleeve')]]
-
-# %% ../nbs/20_lexicon.ipynb #ae7d438f
-_COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
-    (r'\b(button|zip|lace)(?:ed)?[ -](down|up)\b(?= \w)', r'\1-\2'), (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'),
-    (r'\b(short|long|half|mid|three-quarter)[ -](sleeved?|length)\b', r'\1-\2'), (r'\bcut ?off\b(?= \w)', 'cut-off'),
-    (r'\b(knee|shoulder|ankle|elbow|waist|calf|thigh|chin|floor|medium)[ -](length|high)\b', r'\1-\2'),
-    (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme)[ -](colou?red|white)\b', r'\1-\2'),
-    (r'\b(long|short)[ -](black|dark|brown|blonde?|gr[ae]y)[ -]haired\b', r'\1-\2-haired'),
-    (r'\b(black|dark|brown|blonde?|long|short|gr[ae]y|light|red|white|fair|curly) haired\b', r'\1-haired'),
-    (r'\bmiddle aged\b', 'middle-aged'), (r'\bsee through\b', 'see-through'), (r'\b(open|peep|closed) (toed?)\b', r'\1-\2'),
-    (r'\bcross[ -]body\b', 'crossbody'), (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
-    (r'\btucked in\b(?! (?:a|the|his|her|to))', 'tucked'), (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag)', r'\1-looking '),
-    (r'\b(above|below|past|over)[ -]the[ -]knees?(?= (?:dress|skirt|shorts|pants|boots|socks|jean|length))', r'\1-the-knee')]]
-
-def mend_spelling(caption: str) -> str:
-    "The caption in one line, without markup, its frequent misspellings mended and compounds joined."
-    text = re.sub(r'[*#`<>{}|\[\]\\_~\s"“”()]+', ' ', caption).replace('’', "'").strip()
-    if text.isupper() and len(text) > 9: text = text.capitalize()
-    for pattern, right in _SPELLING + _COMPOUNDS: text = pattern.sub(right, text)
-    return re.sub(r'\bGr([ae])y\b', r'gr\1y', text)
-
-# %% ../nbs/20_lexicon.ipynb #c5226369
+# %% ../nbs/20_lexicon.ipynb #af435de3
 POSTURE = set_of('bent raised crossed extended lifted including held')
-_AMBIGUOUS = set_of('short flat light dark tan plaid denim orange khaki back bottom')   # a noun only if tagged so
+_AMBIGUOUS = set_of(
+    'short flat light dark tan plaid denim orange khaki back bottom')   # a noun only if tagged so
 AMOUNTS = set_of('pair pairs set type kind sort style lot couple bunch number combination stack')
-DETERMINERS = set_of('a an the his her their its this that these those some both another each all one two three several')
-_MODIFIER_TAGS = set_of('DT PRP$ JJ JJR JJS NN NNS NNP NNPS CD VBN VBG VBD HYPH PDT POS RB RBR RBS WP$ ADD FW AFX')
+DETERMINERS = set_of(
+    'a an the his her their its this that these those some both another each all one two three several')
+_MODIFIER_TAGS = set_of(
+    'DT PRP$ JJ JJR JJS NN NNS NNP NNPS CD VBN VBG VBD HYPH PDT POS RB RBR RBS WP$ ADD FW AFX')
 _NOUN_TAGS, _ADJECTIVE_TAGS = set_of('NN NNS NNP NNPS'), set_of('JJ JJR JJS CD')
-LOOSE_ENDS = set_of('up down back open unbuttoned underneath untucked tucked together loose short long straight')
+LOOSE_ENDS = set_of(
+    'up down back open unbuttoned underneath untucked tucked together loose short long straight')
 MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean')
 
+# %% ../nbs/20_lexicon.ipynb #a114e7a4
 @dataclass(slots=True)
 class Word:
     "A word of a parsed caption."
@@ -251,7 +234,7 @@ def is_color(low: str) -> bool: return noun_side(low) == 'color'
 
 def _is_verb(low: str, tag: str) -> bool:
     if low in VERB_OR_NOUN: return tag.startswith('VB') or tag == 'MD'
-    known = low in WEAR_VERBS or low in CARRY_VERBS or low in HAVE_VERBS or low in BE_VERBS or low in SCENE_VERBS
+    known = any(low in verbs for verbs in (WEAR_VERBS, CARRY_VERBS, HAVE_VERBS, BE_VERBS, SCENE_VERBS))
     return known or (tag in ('VBZ', 'VBP', 'MD') and noun_side(low) is None)
 
 def _is_noun(word: Word, next_tag: str) -> bool:
