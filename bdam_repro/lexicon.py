@@ -48,7 +48,7 @@ IDENTITY_WORDS = {
             r'|beard(?:ed)?|m(?:o)?ustache|goatee|stubble|sideburns|bob|afro|dreadlocks|mohawk|hairdo',
 }
 
-# %% ../nbs/20_lexicon.ipynb #659e27b0
+# %% ../nbs/20_lexicon.ipynb #717b581e
 CLOTHING_WORDS = {
     'worn': r'wear(?:s|ing)?|wore|dressed|clad|cloth(?:es|ing)|outfits?|attire|garments?|costumes?'
             r'|apparel|sleeves?|sleeved|sleeveless|collars?|hood(?:ed|s)?|buttons?|buttoned|zippers?'
@@ -62,7 +62,7 @@ CLOTHING_WORDS = {
     'lower': r'pants?|trousers|jeans|shorts|skirts?|leggings|tights|slacks|khakis|joggers|sweatpants'
              r'|capris?|dress(?:es)?|overalls|jumpsuits?|jean|trouser|legging|bluejeans|chinos|cords'
              r'|corduroys|culottes|cut-?offs|denims|hose|mini-?skirts?|pantyhose|skorts?|trunks',
-    'shoes': r'shoes?|sneakers?|boots?|sandals?|heels|loafers|flats|trainers|slippers|flip[- ]flops'
+    'shoes': r'shoes?|sneakers?|boots?|sandals?|heels|loafers|flats|trainers|slippers|flip[- ]?flops?'
              r'|footwear|socks?|stockings|pumps|booties|clogs?|crocs|loafer|moccasins|oxfords|slipper'
              r'|stilettos|wedges',
     'accessory': r'bags?|backpacks?|handbags?|purses?|satchels?|totes?|briefcases?'

@@ -83,7 +83,7 @@ def mend_spelling(caption: str) -> str:
     for pattern, right in _SPELLING + _COMPOUNDS: text = pattern.sub(right, text)
     return re.sub(r'\bGr([ae])y\b', r'gr\1y', text)
 
-# %% ../nbs/22_offline.ipynb #caa38971
+# %% ../nbs/22_offline.ipynb #9d461771
 _NEUTRAL = {'his': 'their', 'her': 'their', 'hers': 'theirs', 'him': 'them', 'himself': 'themselves',
             'herself': 'themselves'}
 _WHOSE = set_of("men men's mens man's women women's womens woman's ladies lady lady's girls girl's boys boy's"
@@ -94,8 +94,9 @@ _LEFT_OUT = set_of('a an the his her their its this that these those some just a
 _MANY = set_of('one two three several another both all each no many pairs multiple')
 _NO_ARTICLE = set_of('clothing attire luggage footwear apparel hose jewelry jewellery pantyhose hair')
 _LOOSE = re.compile(
-    r"(?:[\s,]+(?:and|who|is|are|was|with|has|have|in|on|to reveal|to show|that|which|also|while|a|an|the|of|to|at|from|or|as"
-    r"|well|by|for|over|their|his|her|'s|its|both|into|around|some|very|what|be|appears|looks|then|through"
+    r"(?:[\s,]+(?:and|who|is|are|was|with|has|have|in|on|to reveal|to show|that|which|also|while|a|an"
+    r"|the|of|to|at|from|or|as|well|by|for|over|their|his|her|'s|its|both|into|around|some|very|what|be"
+    r"|appears|looks|then|through"
     r"|like|worn|\w{4,}ing(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)(?<!piping)"
     r"(?<!stitching)(?<!edging)(?<!trimming)))+$|[\s,]+(?:that|which) [\w-]+$", re.I)
 
@@ -118,7 +119,7 @@ def _joined(words: list[str]) -> str:
     while before != text: before, text = text, _LOOSE.sub('', text).strip(' ,-')
     return text
 
-# %% ../nbs/22_offline.ipynb #236d7f71
+# %% ../nbs/22_offline.ipynb #70d3b470
 def _garment_words(r: Reading, item: Item, whole: bool) -> str:
     "`whole`: with all that is said of it; else the bare phrase."
     words, phrase = r.words, item.phrase
@@ -148,7 +149,8 @@ def _trait_words(r: Reading, item: Item, whole: bool, ethnicity: bool) -> str:
         phrase_words = [*(w for w in phrase_words[:-1] if w.adjective), phrase_words[-1]]
     said = _plain_words(phrase_words)
     while said and said[0] in DETERMINERS | set_of("some had 's"): said.pop(0)
-    if PEOPLE_ONLY & set(said): said = [w for w in said if w not in PEOPLE_ONLY and w != ',']
+    if item.side == 'hair' and PEOPLE_ONLY & set(said):
+        said = [w for w in said if w not in PEOPLE_ONLY and w != ',']
     if not ethnicity: said = [w for w in said if 'skin' not in spoken_of(w, 'identity')]
     tail = _plain_words(words[item.tail:item.end]) if whole else []
     if not said or (said == ['hair'] and not (tail or item.said[1])): return ''

@@ -11,8 +11,8 @@ import pytest
 from bdam_repro.config import UserError
 from bdam_repro.hub import MODEL_FOLDER, load_parser, model_digest
 from bdam_repro.journal import read_journal
-from bdam_repro.lexicon import mend_spelling, spoken_of
-from bdam_repro.offline import SPLIT_POLICY, describe_split, split_caption, split_captions
+from bdam_repro.lexicon import spoken_of
+from bdam_repro.offline import SPLIT_POLICY, describe_split, mend_spelling, split_caption, split_captions
 
 CASES = [
     ('A man wears an olive parka, brown corduroys and muddy boots.',
