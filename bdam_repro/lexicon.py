@@ -7,7 +7,7 @@ __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXIC
            'AGE_WORDS', 'HEIGHT_WORDS', 'SHAPE_WORDS', 'HAIRED', 'WEAR_VERBS', 'CARRY_VERBS', 'HAVE_VERBS', 'BE_VERBS',
            'SCENE_VERBS', 'VERB_OR_NOUN', 'BODY_NOUNS', 'PART_NOUNS', 'CARRIED', 'POSTURE', 'AMOUNTS', 'DETERMINERS',
            'LOOSE_ENDS', 'MATERIAL', 'TRAIT_WORDS', 'SCHEMA', 'OTHER_SIDE', 'spoken_of', 'set_of', 'noun_side',
-           'slot_of', 'Word', 'is_color', 'words_of', 'IdentityAttributes', 'ClothingAttributes', 'Description',
+           'slot_of', 'Word', 'is_color', 'parsed_words', 'IdentityAttributes', 'ClothingAttributes', 'Description',
            'Rejected', 'parse_answer', 'Policy', 'is_refusal', 'check_syntax', 'check_length', 'check_purity',
            'check_ethnicity', 'check_coverage', 'check_text', 'check_description']
 
@@ -253,7 +253,7 @@ def _is_adjective(word: Word) -> bool:
     if word.verb or word.tag in _NOUN_TAGS: return word.low.endswith(('-sleeve', '-length')) and not word.verb
     return word.tag in ('VBN', 'VBD') or word.low.endswith('ed')
 
-def words_of(doc) -> list[Word]:
+def parsed_words(doc) -> list[Word]:
     words = [Word(t.text, t.lower_, t.tag_, t.head.i) for t in doc]
     for word, next_tag in zip(words, [*(w.tag for w in words[1:]), '']):
         word.verb = _is_verb(word.low, word.tag)

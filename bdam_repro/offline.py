@@ -23,8 +23,8 @@ from .synth import description_row
 from .hub import MODEL_SHA256, load_parser
 from .lexicon import (AGE_WORDS, AMOUNTS, CARRIED, DETERMINERS, GENDER_OF, HAIRED, HEIGHT_WORDS,
                                 LEXICON, TRAIT_WORDS, Policy, Word, check_text, is_color, noun_side, set_of,
-                                slot_of, spoken_of, words_of)
-from .phrases import PEOPLE_ONLY, Item, Reading, read_items
+                                slot_of, spoken_of, parsed_words)
+from .phrases import PEOPLE_ONLY, Item, CaptionItems, read_items
 from .journal import Journal, JournalLine, Report, Stamp
 
 # %% ../nbs/22_offline.ipynb #583caa31
@@ -90,7 +90,7 @@ _WHOSE = set_of("men men's mens man's women women's womens woman's ladies lady l
                 " male female 's")
 _FULL_NOUN = {'jean': 'jeans', 'pant': 'pants', 'short': 'shorts', 'trouser': 'trousers',
               'legging': 'leggings', 'eyeglass': 'eyeglasses'}
-_LEFT_OUT = set_of('a an the his her their its this that these those some just also then')
+_LEADING = set_of('a an the his her their its this that these those some just also then')
 _MANY = set_of('one two three several another both all each no many pairs multiple')
 _NO_ARTICLE = set_of('clothing attire luggage footwear apparel hose jewelry jewellery pantyhose hair')
 _LOOSE = re.compile(
@@ -120,12 +120,12 @@ def _joined(words: list[str]) -> str:
     return text
 
 # %% ../nbs/22_offline.ipynb #70d3b470
-def _garment_words(r: Reading, item: Item, whole: bool) -> str:
+def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     "`whole`: with all that is said of it; else the bare phrase."
     words, phrase = r.words, item.phrase
     said = _plain_words(words[phrase.start:phrase.head])
     article = bool(said) and said[0] in DETERMINERS
-    while said and said[0] in _LEFT_OUT: said.pop(0)
+    while said and said[0] in _LEADING: said.pop(0)
     low = words[phrase.head].low
     noun = _FULL_NOUN.get(low, low)
     said = _plain_words(words[slice(*item.said)]) + [w for w in said if w not in _WHOSE] + [noun]
@@ -142,7 +142,7 @@ def _garment_words(r: Reading, item: Item, whole: bool) -> str:
 _COUNTED = re.compile(r'ponytail|bun|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle|hairdo|braid'
                       r'|mohawk|afro')
 
-def _trait_words(r: Reading, item: Item, whole: bool, ethnicity: bool) -> str:
+def _trait_words(r: CaptionItems, item: Item, whole: bool, ethnicity: bool) -> str:
     words, phrase = r.words, item.phrase
     phrase_words = words[phrase.start:phrase.head + 1]
     if item.side == 'glasses':
@@ -163,7 +163,7 @@ def _trait_words(r: Reading, item: Item, whole: bool, ethnicity: bool) -> str:
     return _joined(said + tail)
 
 # %% ../nbs/22_offline.ipynb #44c8c469
-def _pure(item_words, r: Reading, item: Item, other_side: str, *more) -> str:
+def _pure(item_words, r: CaptionItems, item: Item, other_side: str, *more) -> str:
     "The words of an item with its tail, else without, else ''."
     for whole in (True, False):
         words = item_words(r, item, whole, *more)
@@ -192,7 +192,7 @@ _ALL_IN = re.compile(r'\b(?:wear\w*|dressed|clad)(?: up)?(?: in)?(?: all)?(?: in
                      r'(?= *(?:[.,;]|and\b|$))', re.I)
 
 # %% ../nbs/22_offline.ipynb #c1d1c1e4
-def _gender_and_noun(r: Reading) -> tuple[str, str]:
+def _gender_and_noun(r: CaptionItems) -> tuple[str, str]:
     "By the nouns, else by the pronouns. *He or she* says nothing."
     gender = noun = ''
     for phrase in r.people if not r.unsure else []:
@@ -207,7 +207,7 @@ def _gender_and_noun(r: Reading) -> tuple[str, str]:
     if not gender and not both: gender = next((_PRONOUNS[low] for low in lows if low in _PRONOUNS), '')
     return gender, noun
 
-def _traits_of(r: Reading, ethnicity: bool) -> list[str]:
+def _traits_of(r: CaptionItems, ethnicity: bool) -> list[str]:
     found = []
     for phrase in r.people:
         for word in r.words[phrase.start:phrase.head]:
@@ -219,7 +219,7 @@ def _traits_of(r: Reading, ethnicity: bool) -> list[str]:
 def read_caption(parsed,                  # a caption that the parser has read
                  ethnicity: bool = False  # may skin and ethnicity be named
                 ) -> Said:
-    r = read_items(words_of(parsed))
+    r = read_items(parsed_words(parsed))
     features = {}
     for item in r.items:
         if item.side == 'garment': continue
@@ -231,7 +231,7 @@ def read_caption(parsed,                  # a caption that the parser has read
     return Said(gender, noun, _traits_of(r, ethnicity), features, _garments_of(r, parsed.text))
 
 # %% ../nbs/22_offline.ipynb #f2444bd8
-def _garments_of(r: Reading, text: str) -> list[Garment]:
+def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
     found, by_item = [], {}
     any_known = any(item.known for item in r.items if item.side == 'garment')
     for item in r.items:
@@ -260,7 +260,7 @@ class TwoTexts(NamedTuple):
     identity: str = ''
     clothing: str = ''
 
-_SINGULAR = {'men': 'man', 'women': 'woman', 'ladies': 'lady', 'males': 'male', 'females': 'female',
+_ONE_OF = {'men': 'man', 'women': 'woman', 'ladies': 'lady', 'males': 'male', 'females': 'female',
              'boys': 'boy', 'girls': 'girl', 'guys': 'guy', 'gentlemen': 'gentleman', 'teen': 'teenager'}
 
 def _listed(parts: Sequence[str]) -> str:
@@ -291,7 +291,7 @@ def _without_repeats(phrases: Sequence[str]) -> list[str]:
 def _identity_of(said: Sequence[Said]) -> str:
     gender = next((one.gender for one in said if one.gender), '')
     noun = next((one.noun for one in said if one.noun), '') or gender
-    noun = _SINGULAR.get(noun, noun)
+    noun = _ONE_OF.get(noun, noun)
     traits = _merged_traits(said, noun)
     def best(kind):
         said_of_it = [one.features.get(kind, []) for one in said]

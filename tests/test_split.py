@@ -257,8 +257,9 @@ def test_in_batches_as_one_by_one():
 
 
 def test_all_captions_of_an_image_make_one_sentence():
-    texts = split_caption(['A woman with short hair wears a red coat and black jeans.',
-                           'She has short gray hair and glasses. She wears a jacket, white boots and a scarf.'])
+    texts = split_caption([
+        'A woman with short hair wears a red coat and black jeans.',
+        'She has short gray hair and glasses. She wears a jacket, white boots and a scarf.'])
     assert texts.identity == 'A woman with short gray hair and glasses.'
     assert texts.clothing == 'The person wears a jacket, white boots, a scarf and black jeans.'
     assert split_caption(['The person wears a hat.', 'He runs.']).identity == 'A man.'
