@@ -97,8 +97,8 @@ _LOOSE = re.compile(
     r"(?:[\s,]+(?:and|who|is|are|was|with|has|have|in|on|to reveal|to show|that|which|also|while|a|an"
     r"|the|of|to|at|from|or|as|well|by|for|over|their|his|her|'s|its|both|into|around|some|very|what|be"
     r"|appears|looks|then|through"
-    r"|like|worn|combined|together|\w{4,}ing(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)(?<!piping)"
-    r"(?<!stitching)(?<!edging)(?<!trimming)))+$|[\s,]+(?:that|which) [\w-]+$", re.I)
+    r"|like|worn|combined|together|\w{4,}ing(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)"
+    r"(?<!piping)(?<!stitching)(?<!edging)(?<!trimming)))+$|[\s,]+(?:that|which) [\w-]+$", re.I)
 
 def with_article(words: str) -> str:
     vowel = re.match(r'[aeiou]', words, re.I) and not re.match(r'uni|one|eu', words, re.I)

@@ -268,10 +268,10 @@ def _not_worn(r: CaptionItems, phrase: Phrase) -> bool:
         return True
     heap = before == 'of' and r.words[phrase.start - 2].noun \
         and noun_side(r.low(phrase.start - 2)) not in ('body', 'part', 'garment')      # "a rack of coats"
-    if heap or r.low(phrase.end) == ':' or r.verb == 'not' or before == 'without' or r.low(phrase.start) == 'no': return True
+    if heap or r.verb == 'not' or before == 'without' or r.low(phrase.start) == 'no': return True
     lows = {word.low for word in r.words[phrase.start:phrase.head]}
     one_of_two = lows & {'left', 'right'} and not r.low(phrase.head).endswith('s')     # "his left shoe"
-    return bool(one_of_two or (r.verb == 'scene' and before in _ELSEWHERE and not lows & _THEIRS))
+    return bool(one_of_two or r.low(phrase.end) == ':' or (r.verb == 'scene' and before in _ELSEWHERE and not lows & _THEIRS))
 
 # %% ../nbs/21_phrases.ipynb #4801c09c
 def _verb_for(r: CaptionItems, low: str, before: str) -> str:
