@@ -270,7 +270,7 @@ def _not_worn(r: CaptionItems, phrase: Phrase) -> bool:
         and noun_side(r.low(phrase.start - 2)) not in ('body', 'part', 'garment')      # "a rack of coats"
     if heap or r.verb == 'not' or before == 'without' or r.low(phrase.start) == 'no': return True
     lows = {word.low for word in r.words[phrase.start:phrase.head]}
-    label, one_of_two = r.low(phrase.end) == ':', lows & {'left', 'right'} and not r.low(phrase.head).endswith('s')
+    label, one_of_two = r.low(phrase.end) == ':', lows & {'left', 'right'} and r.low(phrase.head)[-1] != 's'
     return bool(one_of_two or label or (r.verb == 'scene' and before in _ELSEWHERE and not lows & _THEIRS))
 
 # %% ../nbs/21_phrases.ipynb #4801c09c
