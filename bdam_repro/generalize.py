@@ -110,11 +110,12 @@ def pair_placeholder(first: str, second: str) -> str | None:
         if any(map(pattern.fullmatch, spellings)): return name
     return None
 
-# %% ../nbs/26_generalize.ipynb #193c26dc
+# %% ../nbs/26_generalize.ipynb #7787048e
 _PLURAL = {'is': 'are', 'was': 'were', 'has': 'have', 'does': 'do', "isn't": "aren't", "doesn't": "don't"}
 _ADVERBS = 'always|perhaps|sometimes|besides|(?:to|for|back|after)wards|(?:in|out)doors'
 _SINGULAR = rf"is|was|has|does|isn't|doesn't|(?!(?:{_ADVERBS})\b)[a-z]{{2,}}(?<![su])s"
 _THEY = re.compile(rf'\b(they) ({_SINGULAR})\b', re.I)
+_THEY_IS = re.compile(r"\b(they)(?:['’]s\b| s(?= \w+ing\b))", re.I)
 
 def plural_verb(verb: str) -> str:
     "The verb of *they* for the verb of *he* or *she*."
@@ -122,7 +123,7 @@ def plural_verb(verb: str) -> str:
     if verb.lower().endswith('ies'): return verb[:-3] + 'y'
     return verb[:-2] if re.search(r'(?:ch|sh|ss|x|o)es$', verb, re.I) else verb[:-1]
 
-# %% ../nbs/26_generalize.ipynb #2ba0ce4b
+# %% ../nbs/26_generalize.ipynb #c866b84e
 _NAMES = '|'.join(PLACEHOLDER_NAMES)
 _WORD = re.compile(r'[^\W_]+(?:-[^\W_]+)*')
 _ALL_BUT_LAST = re.compile(rf'\b(?:(?:{_NAMES})[ -]+)+(?=(?:{_NAMES})\b)')   # of a run of placeholders
@@ -147,6 +148,7 @@ def generalize(caption: str  # any caption in English
               ) -> str:      # the same with PERSON, BODY, ITEM, COLOR, TRAIT for what it says
     "Sec. 3.3: a caption's manner without its content, by lexicon. Idempotent."
     text = _ALL_BUT_LAST.sub('', _placeholders(caption))
+    text = _THEY_IS.sub(r'\1 are', text)
     text = _THEY.sub(lambda they: f'{they[1]} {plural_verb(they[2])}', text)
     return _AN.sub(r'\1 ', text)
 
