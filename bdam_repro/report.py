@@ -208,7 +208,7 @@ def claim_tables(t: pd.DataFrame) -> str:   # t: the audit
     return '\n\n'.join([*([pairs_table(done)] if len(done) else []), *([not_run] if len(missing) else []),
                         findings_table(b[~is_pair], 'b')])
 
-# %% ../nbs/86_report.ipynb #a2d4eec6
+# %% ../nbs/86_report.ipynb #048d1259
 EPOCH_NOTE = ('All readings but `epochs=6` train for as many epochs as the default. An epoch passes every '
           'identity once: with four images of each it is twice as long as with two, so compare '
           '`images_per_id=4` with `epochs=6`.')
@@ -217,9 +217,9 @@ VERDICTS = (
     'each. They are *for* where the interval of what the claim says '
     'lies above the bound in the row of `audit.csv`, *against* where it lies below, *negligible* where it '
     f'lies within ±{SMALLEST_EFFECT:g} points of R-1 or mAP, else *too noisy*. A claim holds where all are '
-    '*for*, and does not where one is *against*. It is negligible where an effect that it needs is. Exchanges in '
-    'pictures and training on clothes change have rules from before their numbers; that they decide, and not '
-    'probes, was settled afterwards (01_paper, 39_deciding).')
+    '*for*, and does not where one is *against*. It is negligible where an effect that it needs is. '
+    'Exchanges in pictures and training on clothes change have rules from before their numbers; that they '
+    'decide, and not probes, was settled afterwards (01_paper, 39_deciding).')
 NULL_RUNS = (
     'Null runs differ only in what no gradient carries to their towers, so *too noisy* or *negligible* is '
     'right for them. The seeds of a contrast are those that see a true difference of '
