@@ -7,7 +7,9 @@ __all__ = ['INNER', 'AXES', 'FORMAT', 'UNIT', 'FUSION_MARKS', 'LINE', 'HEADS', '
            'digits', 'si', 'corner', 'draw_radar', 'draw_values', 'value_text', 'draw_cost', 'seeds_of',
            'figure5_caption', 'plot_efficiency']
 
-# %% ../nbs/76_cost_figure.ipynb #d9d18255
+# %% ../nbs/76_cost_figure.ipynb #405fe502
+import math
+
 import numpy as np
 import pandas as pd
 import torch
@@ -92,7 +94,7 @@ def _polygon(points):
     from matplotlib.patches import Polygon
     return Polygon(points, fill=False, edgecolor='0.8', linewidth=.6, zorder=0)
 
-# %% ../nbs/76_cost_figure.ipynb #40f26d67
+# %% ../nbs/76_cost_figure.ipynb #e0ebfc5a
 # head, right edge
 HEADS = {'params': ('Params', .455), 'flops': ('FLOPs', .58), 'memory': ('MiB', .685),
          'speed': ('pairs/s', .81), 'mAP': ('mAP', 1)}
@@ -105,10 +107,11 @@ def draw_values(ax, table: pd.DataFrame) -> None:
         ax.plot([0, .035, .07], [y]*3, **LINE | FUSION_MARKS[name], markevery=[1])
         ax.text(.09, y, name, va='center', fontsize=7.2)
         for column, (_, x) in HEADS.items():
-            best = r[column] == next(good for c, good in AXES.values() if c == column)(
-                table[column].dropna(), default=None)
-            ax.text(x, y, value_text(r, column), ha='right', va='center', fontsize=7.2, fontweight='bold'
-                    if best else None)
+            good = next(end for c, end in AXES.values() if c == column)
+            best = good(table[column].dropna(), default=math.nan)
+            bold = FORMAT[column](r[column]) == FORMAT[column](best) if pd.notna(r[column]) else False
+            ax.text(x, y, value_text(r, column), ha='right', va='center', fontsize=7.2,
+                    fontweight='bold' if bold else None)
     ax.set(xlim=(0, 1), ylim=(len(table) + .6, -.6)); ax.axis('off')
 
 def value_text(r: pd.Series, column: str) -> str:

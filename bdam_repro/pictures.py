@@ -293,7 +293,7 @@ def draw_map(ax, image, shares: np.ndarray, color: str,
     ax.set(xticks=[], yticks=[], xlim=(0, W), ylim=(H, 0))
     for s in ax.spines.values(): s.set(color='0.75', linewidth=.6)
 
-# %% ../nbs/71_pictures.ipynb #ba649e66
+# %% ../nbs/71_pictures.ipynb #0e00418d
 def draw_ranked(fig, y: float, x: Example, run: Run) -> None:
     "The first images of both models, one row each."
     circle = dict(boxstyle='circle,pad=.15', facecolor='black', edgecolor='white', lw=.6)
@@ -322,7 +322,7 @@ def draw_example(fig, y: float, x: Example, letter: str, run: Run) -> None:
     "One query: its text, the images that both models rank first, and the maps."
     write_at(fig, .02, y, f'({letter})  {x.kind}', 8, weight='bold')
     write_at(fig, 6.98, y + .01, f'{x.count:,} of {x.of:,} queries', 7, ha='right')
-    text = textwrap.fill(f'“{x.ranked[0].text}”', 140, max_lines=2, placeholder=' …”')
+    text = textwrap.fill(f'“{x.ranked[0].text}”', 125, max_lines=2, placeholder=' …”')
     write_at(fig, .02, y + .17, text, 7, style='italic', linespacing=1.15)
     draw_ranked(fig, y + .5, x, run)
     draw_patch_maps(fig, y + .5, x, run)
