@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'SPLITS', 'OFFICIAL', 'PROBLEMS', 'REMARKS', 'safe_file', 'clean_caption', 'read_annotations',
-           'PedesDataset', 'read_descriptions', 'attach_descriptions', 'load_pedes', 'PedesReport', 'check_pedes']
+           'PedesDataset', 'read_descriptions', 'attach_descriptions', 'find_annotations', 'load_pedes', 'PedesReport',
+           'check_pedes']
 
 # %% ../nbs/10_pedes.ipynb #94f92876
 import hashlib
@@ -246,7 +247,7 @@ def _attach_factors(ds, path):
         raise UserError(f"{path}: 'styles' must have an entry for each caption; make the dataset again")
     return replace(ds, records=records)
 
-# %% ../nbs/10_pedes.ipynb #0a62b8c9
+# %% ../nbs/10_pedes.ipynb #870d2b6a
 def _hold_out(records, fraction, seed, title):
     "Move a share of the train identities to val; the records and a note that says so."
     ids = np.sort(records.pid[records.split == 'train'].unique())
@@ -269,7 +270,7 @@ def _synth_layout(base):
     if isinstance(layout, str) and layout in DATASETS: return layout
     raise UserError(f"{path}: 'layout' must be one of {', '.join(DATASETS)}, found {layout!r:.60}")
 
-def _find(name, base):
+def find_annotations(name: str, base: Path) -> tuple[Path, str, str]:   # base: the dataset's folder
     "The annotation file, the key of its paths, and the layout. UserError with how to get a missing dataset."
     layout = _synth_layout(base) if name == 'synth' else name
     d = DATASETS[layout]
@@ -295,7 +296,7 @@ def _trainable(records):
     note = f'training images without a caption, left out: {bare.sum():,}'
     return records[~bare].reset_index(drop=True), [note]
 
-# %% ../nbs/10_pedes.ipynb #d0c208b9
+# %% ../nbs/10_pedes.ipynb #34f1f691
 def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
                root: str | Path,           # holds CUHK-PEDES/, ICFG-PEDES/, RSTPReid/, SynthPEDES/
                split: str | None = None,   # 'train', 'val' or 'test'; None: all
@@ -311,7 +312,7 @@ def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
     if not 0 <= val_fraction < 1:
         raise UserError(f'val_fraction must be at least 0 and below 1, found {val_fraction}')
     base = Path(root).expanduser()/(folder or titles[name])
-    path, path_key, _ = _find(name, base)
+    path, path_key, _ = find_annotations(name, base)
     records, notes = read_annotations(path, path_key)
     for mend in (partial(_below_imgs, base=base), _trainable):
         records, note = mend(records)

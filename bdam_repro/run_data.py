@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['GLASSES', 'data_root', 'synth_folder', 'write_styled', 'draw_synth', 'first_people', 'check_pictures', 'load_data',
-           'training_texts', 'run_tokenizer', 'check_encoders', 'says_more_than_gender']
+           'training_texts', 'run_tokenizer', 'check_encoders', 'check_present', 'says_more_than_gender']
 
-# %% ../nbs/29_run_data.ipynb #bcf54016
+# %% ../nbs/29_run_data.ipynb #1bc65349
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from .config import ROOT, Config, UserError, make_config
-from .pedes import PedesDataset, attach_descriptions, load_pedes
+from .pedes import DATASETS, PedesDataset, attach_descriptions, find_annotations, load_pedes
 from .synth import make_synth
 from .images import KEEP
 from .batches import load_tokenizer, save_tokenizer, train_tokenizer
@@ -128,6 +128,13 @@ def check_encoders(c: Config) -> None:
         raise UserError(f'neither encoder is here (vision={c.vision}, text={c.text}): {why}. Each folder '
                         'needs config.json and model.safetensors, that of the text also tokenizer.json or '
                         f'vocab.txt; then give {folders}')
+
+# %% ../nbs/29_run_data.ipynb #9dc5ada1
+def check_present(c: Config) -> None:
+    "Raises one `UserError` where the files of real data or an encoder are not there. Reads nothing."
+    if c.dataset != 'synth':
+        find_annotations(c.dataset, Path(data_root(c))/(c.folder or DATASETS[c.dataset]['title']))
+    check_encoders(c)
 
 # %% ../nbs/29_run_data.ipynb #346ab5ea
 GLASSES = {'glasses', 'sunglasses', 'spectacles'}

@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline
            'StoppedBySignal', 'after_step', 'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table',
            'plot_history']
 
-# %% ../nbs/53_runs.ipynb #ef8448f9
+# %% ../nbs/53_runs.ipynb #2d4348d2
 import json
 import math
 import platform
@@ -37,7 +37,7 @@ from .parameters import changed_modules, code_fingerprint, joined_modules, run_m
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
 from .batches import plan_line
-from .run_data import check_encoders, check_pictures, load_data, run_tokenizer
+from .run_data import check_pictures, check_present, load_data, run_tokenizer
 from .model import Model, build_model, fuse
 from .threads import SecondThread, one_at_a_time
 from .pretrained import from_pretrained, save_pretrained
@@ -357,7 +357,7 @@ def all_epochs(training: Training, progress: bool) -> None:
             raise UserError(f'{e}; {where} names all pictures of the batch') from None
         finally: training.log.close()
 
-# %% ../nbs/53_runs.ipynb #fbcabdd8
+# %% ../nbs/53_runs.ipynb #ca641c76
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete
@@ -368,7 +368,7 @@ def train(c: Config,                        # from `make_config`
 
     An interrupted run is resumed. A complete one is returned at once."""
     pick_device(c)                                                         # raises before anything is written
-    check_encoders(c)
+    check_present(c)
     world = find_world(c)
     if c.processes > 1 and world.size == 1:
         launch(c, runs, overwrite, progress)

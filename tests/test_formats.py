@@ -170,7 +170,7 @@ def test_real_data_with_descriptions_beside_the_images(data, hub, tmp_path):
     rest = {'attributes': None, 'style': 0, 'model': 'm', 'prompt_hash': 'x', 'seed': 0, 'tries': 1,
             'tokens': 1, 'cost': 0.,
             'latency': 0., 'status': 'ok', 'reason': None}
-    lines = [{'image': f, 'identity': f'a person number {i}', 'clothing': f'clothes number {i}'} | rest
+    lines = [{'image': f, 'identity': f'a tall man number {i}', 'clothing': f'clothes number {i}'} | rest
              for i, f in enumerate(rows['file'])]
     file = data/'RSTPReid'/'described.jsonl'
     file.write_text('\n'.join(map(json.dumps, lines)) + '\n')

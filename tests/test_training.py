@@ -342,8 +342,9 @@ def test_an_unfinished_run_of_other_options_is_not_continued(home, whole, tmp_pa
 
 
 @pytest.mark.parametrize('limit, has', [
-    (1_000, []), (5_000, ['config.json']), (100_000, ['config.json', 'tokenizer']),
-    (700_000, ['best.safetensors', 'config.json', 'history.csv', 'tokenizer'])])
+    (1_000, ['provenance.json']), (5_000, ['config.json', 'provenance.json']),
+    (100_000, ['config.json', 'provenance.json', 'tokenizer']),
+    (700_000, ['best.safetensors', 'config.json', 'history.csv', 'provenance.json', 'tokenizer'])])
 def test_a_full_disk_is_one_line_and_nothing_half_written(home, whole, tmp_path, start, limit, has):
     line = said(*start(cfg(home), tmp_path, limit=limit))
     assert line.startswith('cannot write') and 'free some space' in line and '\n' not in line
@@ -613,7 +614,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_epoch(home, tmp_path, monk
         train(cfg(home), tmp_path, progress=False)
     folder = run_dir(cfg(home), tmp_path)
     assert names(folder) == ['bad_step.json', 'best.safetensors', 'config.json', 'history.csv', 'last.ckpt',
-                             'tokenizer']
+                             'provenance.json', 'tokenizer']
     assert all(v.isfinite().all() for v in weights(folder).values())
     assert len(pd.read_csv(folder/'history.csv')) == 1
 
