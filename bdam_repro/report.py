@@ -23,7 +23,7 @@ from .deciding import SMALLEST_EFFECT
 from .paper import OPEN_POINTS
 from .grid import DATASET_NAMES
 from .results import ArtifactParameters, write_csv
-from .artifacts import number
+from .tabular import number
 from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_RUN, NO_OPTION, ONE_SEED,
                                  Evidence, Finding, ModelQuestion, claim_verdict, findings_frame, gather,
                                  model_findings, read_audit, runs_with_findings, settle)
