@@ -58,7 +58,7 @@ def gallery_rows(s: Spec) -> list[dict]:
         if s.split(i) == 'test': rows += picture_rows(s, i)
     return rows
 
-# %% ../nbs/83_probes.ipynb #df8f84f3
+# %% ../nbs/83_probes.ipynb #5e4a387c
 PROBES = {'clothing': ('upper_color', 'lower_color'), 'identity': ('gender', 'build')}
 
 def run_probe_hits(e: Evidence, folder: Path, feature: str, kind: str) -> np.ndarray:   # [factors·G] percent
@@ -70,13 +70,14 @@ def run_probe_hits(e: Evidence, folder: Path, feature: str, kind: str) -> np.nda
 
 def side_probe_hits(e: Evidence, side: Side, feature: str, kind: str) -> np.ndarray:   # [seeds, factors·G]
     "The same for all runs of a side."
-    def probe_runs(): return np.stack([run_probe_hits(e, f, feature, kind) for f in e.folders(side)])
+    folders = e.feature_folders(side, feature)
+    def probe_runs(): return np.stack([run_probe_hits(e, f, feature, kind) for f in folders])
     return e.cached(('probe', side, feature, kind), probe_runs)
 
-# %% ../nbs/83_probes.ipynb #09550e8b
+# %% ../nbs/83_probes.ipynb #061b2245
 def probe_gap(e: Evidence, a: tuple[Side, str], b: tuple[Side, str], kind: str) -> dict[str, float]:
     "By how much probes do better on feature a than on b; nothing where people are too few for a probe."
-    seeds = [e.seeds(a[0]), e.seeds(b[0])]
+    seeds = [[int(f.name.removeprefix('seed')) for f in e.feature_folders(*of)] for of in (a, b)]
     both = [s for s in seeds[0] if s in seeds[1]]
     x, y = (side_probe_hits(e, *of, kind)[[own.index(s) for s in both]] for of, own in zip((a, b), seeds))
     if not (both and np.isfinite(x).all() and np.isfinite(y).all()): return {}
@@ -92,13 +93,14 @@ def probe_chance(e: Evidence, kind: str) -> float:
         chances.append(chance)
     return 100*np.mean(chances)
 
-# %% ../nbs/83_probes.ipynb #2c58bdb2
+# %% ../nbs/83_probes.ipynb #41d591e4
 def feature_claims(e: Evidence) -> list[Finding]:
     "The claims `purity` and `clothing_branch`."
-    both, full = run_source(e, FULL, BASELINE), run_source(e, FULL)
-    if not (e.folders(FULL) and e.folders(BASELINE)):
-        return [claim_finding(item, 'probes', 'accuracy', both, decides=False)
+    ours, plain_runs = e.feature_folders(FULL, 'f_clo'), e.feature_folders(BASELINE, 'f_id')
+    if not (ours and plain_runs):
+        return [claim_finding(item, 'probes', 'accuracy', run_source(e, FULL, BASELINE), decides=False)
                 for item in ('purity', 'clothing_branch')]
+    both, full = folder_source(e, ours, plain_runs), folder_source(e, ours)
     colors, body = 'balanced accuracy, colors of upper and lower', 'balanced accuracy, gender and build'
     plain, f_id, f_clo = (BASELINE, 'f_id'), (FULL, 'f_id'), (FULL, 'f_clo')
     purer = probe_gap(e, plain, f_id, 'clothing')
