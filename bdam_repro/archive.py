@@ -26,9 +26,9 @@ from .grid import LAYOUT_TAGS
 from .results import FEATURE_SEEDS, KEPT_FEATURES, KEY, METRICS, ArtifactParameters, run_folder
 from .packing import pack, same_tensors, unpack
 
-# %% ../nbs/68_archive.ipynb #f02e7b4d
+# %% ../nbs/68_archive.ipynb #43e45220
 SMALL_FILES = 'config.json', 'metrics.json', 'provenance.json', 'history.csv'
-FIRST_SEED = {'full': KEPT_FEATURES, 'baseline': ('f_id',)}
+FIRST_SEED = {'full': KEPT_FEATURES, 'baseline': ('f_id',), 'no_gate_reg': ('g',)}
 LATER_SEEDS = {'full': ('f_id', 'f_clo', 'g', 'w'), 'baseline': ('f_id',)}       # below `FEATURE_SEEDS`
 RANKED = 'full', 'baseline'                    # whose rankings Figure 1 shows, of seed 0
 RANKED_IMAGES = 10                             # kept of each ranking
@@ -60,10 +60,10 @@ def query_results(path: Path,                       # `features.safetensors`
     if 'top' in kept: kept['top'] = np.ascontiguousarray(kept['top'][:, :RANKED_IMAGES], np.int32)
     return save(kept, about)
 
-# %% ../nbs/68_archive.ipynb #bce02648
+# %% ../nbs/68_archive.ipynb #42100885
 def archive_of(variant: str, tag: str, seed: int) -> str:
     "The name of the file that keeps a run."
-    if variant in FIRST_SEED and not tag: group = f'-{variant}'
+    if variant in RANKED and not tag: group = f'-{variant}'
     elif tag in LAYOUT_TAGS: group = ''
     else: group = '-readings'
     return f'kept-seed{seed}{group}.zip'

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['GATE_READINGS', 'SWAPS', 'WORTH', 'BINS', 'FIGURE3', 'gate_weights', 'shape_of', 'gate_table', 'variance_shares',
-           'gate_worth', 'known_worth', 'draw_pair', 'draw_means', 'draw_reading', 'draw_shares', 'draw_worth',
-           'plot_gates']
+           'gate_worth', 'known_worth', 'zoomed', 'draw_pair', 'draw_means', 'draw_reading', 'draw_shares',
+           'draw_worth', 'without_regularization', 'draw_unregularized', 'plot_gates']
 
-# %% ../nbs/73_gates.ipynb #3c7fc736
+# %% ../nbs/73_gates.ipynb #57efaf93
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 import torch
@@ -16,7 +18,8 @@ from scipy import stats
 from .paper import figure3
 from .files import read_tensors
 from .metrics import rank_metrics
-from .results import Features
+from .config import make_config, run_dir
+from .results import ArtifactParameters, Features, load_features
 from .figure_style import (CHART_STYLE, CLOTHING_COLOR, IDENTITY_COLOR, runs_source, settle_layout,
                                      write_caption)
 
@@ -87,21 +90,28 @@ def known_worth(run: Features, pids: np.ndarray) -> dict[str, float]:
     found, _ = read_tensors(path)
     return {name: float(found[name][0]) for name in SWAPS}
 
-# %% ../nbs/73_gates.ipynb #44154f38
+# %% ../nbs/73_gates.ipynb #c09e9a80
 BINS = np.linspace(0, 1, 81)
 
-def draw_pair(ax, values: list[tuple[list[np.ndarray], str]]) -> None:
+def zoomed(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    "81 bin edges from the least to the largest value, with a margin; never narrower than 0.02."
+    low, high = min(a.min() for a in arrays), max(a.max() for a in arrays)
+    margin = max(.08*(high - low), .01 - (high - low)/2)
+    return np.linspace(max(0, low - margin), min(1, high + margin), 81)
+
+def draw_pair(ax, values: list[tuple[list[np.ndarray], str]],
+              bins: np.ndarray = BINS) -> None:     # their ends are the axis
     "Two distributions on one axis: the first filled, the second hatched; a thin line for each seed."
     hatched = dict(facecolor='none', hatch='//////', alpha=.9)
     looks = ((dict(color=IDENTITY_COLOR, alpha=.3), {}, IDENTITY_COLOR, '-'),
              (dict(edgecolor=CLOTHING_COLOR) | hatched, dict(linewidth=0), CLOTHING_COLOR, (0, (3, 1))))
     for (arrays, label), (fill, no_edge, color, line) in zip(values, looks):
-        density = [np.histogram(a, BINS, density=True)[0] for a in arrays]
-        ax.stairs(np.mean(density, 0), BINS, fill=True, **fill | no_edge)
-        for d in density: ax.stairs(d, BINS, color=color, linewidth=.7, linestyle=line)
+        density = [np.histogram(a, bins, density=True)[0] for a in arrays]
+        ax.stairs(np.mean(density, 0), bins, fill=True, **fill | no_edge)
+        for d in density: ax.stairs(d, bins, color=color, linewidth=.7, linestyle=line)
         in_legend = dict(linewidth=.7) if no_edge else {}
         ax.stairs([0], [0, 0], fill=True, label=label, **fill | in_legend)
-    ax.set(xlim=(0, 1), yticks=[])
+    ax.set(xlim=(bins[0], bins[-1]), yticks=[])
     ax.spines['left'].set_visible(False)
 
 def draw_means(ax, table: pd.DataFrame, keys: tuple[str, str], over: str) -> None:
@@ -123,7 +133,7 @@ def draw_means(ax, table: pd.DataFrame, keys: tuple[str, str], over: str) -> Non
     ax.tick_params(axis='both', length=0, labelbottom=False)
     for s in ax.spines.values(): s.set_visible(False)
 
-# %% ../nbs/73_gates.ipynb #71450dd6
+# %% ../nbs/73_gates.ipynb #3d2e5a41
 def draw_reading(ax, arrays: list[np.ndarray], title: str) -> None:
     "The identity gate under another reading, as far as it spreads."
     all_ = np.concatenate(arrays)
@@ -155,22 +165,39 @@ def draw_worth(ax, runs: list[Features], pids: np.ndarray) -> None:
     "R-1 under another gate, a marker a seed."
     worth = pd.DataFrame([known_worth(r, pids) for r in runs])
     for i, x in enumerate(worth.T.to_numpy()):
-        for value, marker in zip(x, 'os^Dv*'):
-            ax.plot(value, i, marker, ms=4, mfc='none', mec=IDENTITY_COLOR, mew=.9)
+        for value, marker, run in zip(x, 'os^Dv*', runs):
+            named = None if i else f'seed {run.config.seed}'
+            ax.plot(value, i, marker, ms=4, mfc='none', mec=IDENTITY_COLOR, mew=.9, label=named)
         ax.text(x.max(), i - .3, f' {x.mean():.1f}', fontsize=7, va='center', ha='center')
     ax.set(title='(f) Test R-1, gate', yticks=range(3), yticklabels=['as\nlearned', 'its\nmean', 'none'],
-           ylim=(2.5, -.7), xlabel='R-1 (%), dual')
+           ylim=(2.5, -1.5), xlabel='R-1 (%), dual')
+    ax.legend(loc='upper center', ncols=min(3, len(runs)), frameon=False, handlelength=.6, handletextpad=.2,
+              columnspacing=.6, borderpad=0)
     mid, half = worth.to_numpy().mean(), max(3, .75*np.ptp(worth.to_numpy()))
     ax.set_xlim(mid - half, mid + half); ax.grid(axis='x', color='0.9', linewidth=.5); ax.set_axisbelow(True)
 
-# %% ../nbs/73_gates.ipynb #81a44328
+# %% ../nbs/73_gates.ipynb #98816bf8
 FIGURE3 = ('Figure 3. Gate weights, mean ± sd: filled markers ours, open ones as printed for CUHK-PEDES. '
            '(c, d) g as means over the images, and over the dimensions. '
            '(e) How much of the variance of all g is that of (c), of (d), and of neither alone. (f) The '
-           'same features ranked with another gate. A line, bar or marker a seed. ')
+           'same features ranked with another gate. A line, bar or marker per seed. ')
+
+def without_regularization(p: ArtifactParameters) -> Features | None:   # None: no such run kept its gate
+    "A run without the gate's regularization that kept its gate, the one of the first name."
+    folder = run_dir(make_config(p.dataset, p.preset, 'no_gate_reg'), p.runs_path).parent
+    for file in sorted(folder.glob('seed*/features.safetensors')):
+        run = load_features(file.parent)
+        if 'g' in run.tensors: return run
+    return None
+
+def draw_unregularized(ax, run: Features) -> None:
+    "The same gate where nothing pulls it to one half."
+    density, _ = np.histogram(run['g'].ravel(), BINS, density=True)
+    ax.stairs(density, BINS, color='0.1', linewidth=1, linestyle=(0, (1, 1)), label='g, no regularization')
 
 def plot_gates(runs: list[Features],  # of the whole model, a seed each
                pids: np.ndarray,      # identity of each row of the dataset
+               unregularized: Features | None = None,    # beside them, of `without_regularization`
                dpi: int = 75          # on the screen
               ):                      # matplotlib's figure, 7 inches wide
     "Figure 3: the gates as the paper draws them (a, b), and what it leaves open (c to f)."
@@ -179,21 +206,29 @@ def plot_gates(runs: list[Features],  # of the whole model, a seed each
     with plt.rc_context(CHART_STYLE):
         fig = plt.figure(figsize=(7, 4.6), dpi=dpi, layout='constrained')
         top, bottom = fig.subfigures(2, 1, height_ratios=[1.3, 1])
-        axes = top.subplots(2, 2, height_ratios=[1, 3.2], sharex=True)
+        axes = top.subplots(2, 2, height_ratios=[1, 3.2])
         pairs = (('bdam_identity', 'bdam_clothing', 'entries', ('g, identity', '1 − g, clothing'),
                   '(a) Gate of BDAM, all entries'),
                  ('fusion_image', 'fusion_text', 'queries', ('w₁, image', 'w₂, text'),
-                  '(b) Gate of the fusion'))
+                  '(b) Gate of the fusion, below zoomed'))
         for (a, b, over, labels, title), (up, ax) in zip(pairs, axes.T):
             draw_means(up, table, (a, b), over)
-            draw_pair(ax, [([v[k].ravel() for v in values], l) for k, l in zip((a, b), labels)])
-            up.set_title(title); ax.set_xlabel('weight'); ax.legend(
-                frameon=False, loc='upper left', borderpad=0)
+            shown = [([v[k].ravel() for v in values], l) for k, l in zip((a, b), labels)]
+            of_fusion = a == 'fusion_image'
+            bins = zoomed([x for arrays, _ in shown for x in arrays]) if of_fusion else BINS
+            draw_pair(ax, shown, bins)
+            if unregularized and not of_fusion: draw_unregularized(ax, unregularized)
+            up.set(title=title, xlim=(0, 1))
+            ax.set_xlabel('weight')
+            ax.legend(frameon=False, loc='upper left', borderpad=0)
         ax = bottom.subplots(1, 4, width_ratios=[1, 1, 1.15, .9])
         for axis, over, title in zip(ax, ('dimensions', 'images'), ('(c) g by dimension', '(d) g by image')):
             draw_reading(axis, [GATE_READINGS[over](v['bdam_identity']) for v in values], title)
         draw_shares(ax[2], runs); draw_worth(ax[3], runs, pids)
-        write_caption(fig, FIGURE3 + runs_source(runs))
+        beside = ''
+        if unregularized:
+            beside = f'Dotted in (a): a run without L_gate, seed {unregularized.config.seed}. '
+        write_caption(fig, FIGURE3 + beside + runs_source(runs))
         settle_layout(fig)
     plt.close(fig)
     return fig
