@@ -72,7 +72,7 @@ def main():
     p.add_argument('--audit', action='store_true', help='the runs of other readings too')
     p.add_argument('--worth', action='store_true',
                    help='all runs of tables and audit, the most telling first: ten, five and three seeds')
-    p.add_argument('--plan', type=Path, help='write what is missing into this file, one run per line, and end')
+    p.add_argument('--plan', type=Path, help='write what is missing into this file as a list, and end')
     p.add_argument('--layouts', action='store_true', help='the other two layouts of SynthPEDES too')
     p.add_argument('--runs', type=Path, default=Path('runs'))
     p.add_argument('--processes', type=int, default=max(1, (os.cpu_count() or 2) - 2))
