@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAGE_WIDTH', 'PAGE_STYLE', 'CHART_STYLE', 'IDENTITY_INK', 'CLOTHING_INK', 'BASELINE_INK', 'IDENTITY_COLOR',
-           'CLOTHING_COLOR', 'BASELINE_COLOR', 'MIN_POINTS', 'sharp_figures', 'small_texts', 'save_figure',
-           'settle_layout', 'write_caption', 'each_once', 'made_from', 'run_code', 'runs_source']
+           'CLOTHING_COLOR', 'BASELINE_COLOR', 'MIN_POINTS', 'small_texts', 'save_figure', 'settle_layout',
+           'write_caption', 'each_once', 'made_from', 'run_code', 'runs_source']
 
 # %% ../nbs/69_figure_style.ipynb #848fdeb0
 import textwrap
@@ -25,13 +25,6 @@ CHART_STYLE = {'font.size': 7.5, 'axes.titlesize': 8, 'axes.labelsize': 7.5, 'xt
                'ytick.major.width': .6, 'axes.titlelocation': 'left', 'hatch.linewidth': .5}   # charts
 IDENTITY_INK, CLOTHING_INK, BASELINE_INK = '#1f4e8c', '#94480f', '#4d4d4d'         # lines and texts: all dark
 IDENTITY_COLOR, CLOTHING_COLOR, BASELINE_COLOR = '#1f4e8c', '#d9822b', '#6e6e6e'   # areas: apart in gray
-
-# %% ../nbs/69_figure_style.ipynb #e5663aed
-def sharp_figures(photographs: bool = False, quality: int = 75) -> None:   # `quality`: of the JPEG
-    "How figures are stored in a notebook: PNG with twice the pixels, or JPEG for photographs."
-    from matplotlib_inline.backend_inline import set_matplotlib_formats
-    if photographs: set_matplotlib_formats('jpeg', pil_kwargs=dict(quality=quality))
-    else: set_matplotlib_formats('retina')
 
 # %% ../nbs/69_figure_style.ipynb #35684917
 MIN_POINTS = 7   # the smallest text of a figure, as printed

@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline
            'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step', 'all_epochs', 'train',
            'progress_bar', 'score_table', 'result_table', 'plot_history']
 
-# %% ../nbs/53_runs.ipynb #cc8cceed
+# %% ../nbs/53_runs.ipynb #1eb2a0ee
 import json
 import math
 import platform
@@ -33,6 +33,7 @@ from tqdm import tqdm
 import bdam_repro
 from . import __version__
 from .config import Config, UserError, atomic_path, config_hash, run_dir
+from .screen import NotebookBar, run_bar
 from .parameters import changed_modules, code_fingerprint, joined_modules, run_modules
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
@@ -47,8 +48,8 @@ from .checkpoints import (LAST, PREVIOUS, RunState, SavePlan, StopRequest, drop_
                                     resume_checkpoint, save_checkpoint, stop_now, stop_requests)
 from .metrics import bootstrap_ci, chance
 from .evaluate import evaluate
-from .trainer import (LossError, NotebookBar, Trainer, pick_device, run_bar, run_batches,
-                                single_threaded, train_epoch, two_cores)
+from .trainer import (LossError, Trainer, pick_device, run_batches, single_threaded, train_epoch,
+                                 two_cores)
 
 # %% ../nbs/53_runs.ipynb #12bbcf8a
 @dataclass
@@ -140,7 +141,7 @@ def validate(training: Training) -> dict[str, float]:
     if c.log_test: row |= named_scores('test', scores_of('test'))          # recorded only; selects nothing
     return row
 
-# %% ../nbs/53_runs.ipynb #2ee7fff1
+# %% ../nbs/53_runs.ipynb #ab6cc86f
 def one_epoch(training: Training, bar: tqdm | NotebookBar,
               after_step: Callable[[], None] | None = None   # called after each training step
              ) -> None:
@@ -165,9 +166,10 @@ def show_epoch(bar: tqdm | NotebookBar, row: dict, epochs: int, times: tuple[str
     line = f'{epoch_line(row, epochs)}, {times[0]} done, {times[1]} left'
     if not isinstance(bar, NotebookBar): return bar.write(line)
     scores, terms = epoch_scores(row), epoch_terms(row)
-    cells = {'epoch': f'{row["epoch"]} of {epochs}'} 
+    cells = {'epoch': f'{row["epoch"]} of {epochs}'}
     for name in ('dual', 'fused'): cells[f'{name} R-1'] = scores.get(name, '')
-    bar.row(cells | terms | {'images/s': f'{row["images_per_s"]:.0f}', 'done': times[0], 'left': times[1]}, line)
+    cells |= terms | {'images/s': f'{row["images_per_s"]:.0f}', 'done': times[0], 'left': times[1]}
+    bar.row(cells, line)
 
 def time_left(seconds: float, step: int, steps: int) -> tuple[str, str]:   # after `step` of `steps`
     "How long it has trained, and how long it still will."

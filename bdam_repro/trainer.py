@@ -6,13 +6,10 @@
 __all__ = ['TEXT_FIELDS', 'READ_EVERY', 'STATIC_READ_EVERY', 'run_batches', 'pick_device', 'pick_dtype', 'run_autocast',
            'attention_kernel', 'two_cores', 'single_threaded', 'shuffled', 'options_at', 'LossError', 'LossLog',
            'memory_advice', 'TrainerBase', 'Trainer', 'train_epoch', 'plain_steps', 'history_row', 'progress_text',
-           'steps_of', 'static_steps', 'in_kernel', 'text_bar', 'NotebookBar', 'html_table', 'run_bar']
+           'steps_of', 'static_steps']
 
-# %% ../nbs/52_trainer.ipynb #7da4d055
-import html
+# %% ../nbs/52_trainer.ipynb #68052d6c
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -362,70 +359,3 @@ def static_steps(trainer: Trainer, epoch: int, last: int, tick: Callable[[], Non
         trainer.step += 1
         tick()
     static.run(epoch, trainer.step - first, after)
-
-# %% ../nbs/52_trainer.ipynb #20341db6
-def in_kernel() -> bool:
-    "Whether a Jupyter kernel runs this code."
-    ipython = sys.modules.get('IPython')
-    return ipython is not None and type(ipython.get_ipython()).__name__ == 'ZMQInteractiveShell'
-
-def text_bar(total: int, done: int, name: str, disable: bool = False) -> tqdm:
-    "A bar of text; in a notebook not on stderr, which is red there."
-    return tqdm(total=total, initial=done, desc=name, disable=disable, mininterval=1,
-                file=sys.stdout if in_kernel() else sys.stderr)
-
-# %% ../nbs/52_trainer.ipynb #54d07af9
-class NotebookBar:
-    "As much of `tqdm` as a run needs, displayed as one table and one bar. Lines that are no row stand above."
-    disable = False
-
-    def __init__(self, total: int, done: int, name: str, every: float = 1.):   # seconds between two drawings
-        self.total, self.n, self.name, self.every = total, done, name, every
-        self.rows, self.lines, self.notes, self.now = [], [], [], ''
-        self.handle, self.drawn = None, 0.
-
-    def __enter__(self): self.draw(); return self
-
-    def __exit__(self, *error): self.draw(running=False)
-
-    def update(self, n: int = 1) -> None:
-        self.n += n
-        if time.monotonic() - self.drawn > self.every: self.draw()
-
-    def set_postfix_str(self, text: str, refresh: bool = True) -> None: self.now = text
-
-    def write(self, text: str) -> None:
-        self.notes.append(text)
-        self.draw()
-
-    def row(self, cells: dict[str, str], line: str) -> None:   # as columns, and as text
-        self.rows.append(cells)
-        self.lines.append(line)
-        self.draw()
-
-    def shown(self, running: bool = True) -> dict[str, str]:
-        "The state as HTML and as text."
-        state = f'{self.name}: {self.n:,} of {self.total:,} steps' + f', {self.now}'*bool(self.now)
-        bar = f'<progress value="{self.n}" max="{self.total}" style="width: 100%"></progress>'
-        notes = [f'<div>{html.escape(note)}</div>' for note in self.notes]
-        below = [f'{bar}<div>{html.escape(state)}</div>']*running
-        plain = [*self.notes, *self.lines, *[state]*running]
-        return {'text/html': '\n'.join([*notes, html_table(self.rows), *below]), 'text/plain': '\n'.join(plain)}
-
-    def draw(self, running: bool = True) -> None:
-        from IPython.display import display
-        self.drawn, shown = time.monotonic(), self.shown(running)
-        if self.handle is None: self.handle = display(shown, raw=True, display_id=True)
-        else: self.handle.update(shown, raw=True)
-
-def html_table(rows: list[dict[str, str]]) -> str:
-    "Rows with the same columns, as an HTML table."
-    if not rows: return ''
-    def cells(kind, texts): return ''.join(f'<{kind}>{html.escape(text)}</{kind}>' for text in texts)
-    body = ''.join(f'<tr>{cells("td", row.values())}</tr>' for row in rows)
-    return f'<table><thead><tr>{cells("th", rows[-1])}</tr></thead><tbody>{body}</tbody></table>'
-
-def run_bar(total: int, done: int, name: str) -> tqdm | NotebookBar:
-    "A table in a notebook; text on a terminal, in a log, and where `BDAM_TEXT` is set."
-    kind = NotebookBar if in_kernel() and not os.environ.get('BDAM_TEXT') else text_bar
-    return kind(total, done, name)
