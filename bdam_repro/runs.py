@@ -432,17 +432,19 @@ def result_table(folder: Path) -> pd.DataFrame:
 def plot_history(folder: Path):   # -> a matplotlib figure
     "Losses, task weights and validation R-1 over the epochs of a run."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
     h = pd.read_csv(folder/'history.csv').set_index('epoch')
-    r1 = h[[column for column in h if column.startswith('val_') and column.endswith('_R1')]]
-    losses, weights = h.filter(regex='^loss_'), h.filter(regex='^w_')
-    relative = losses/losses.iloc[0]
-    panels = {'loss, relative to epoch 1': relative, 'task weight': weights, 'validation R-1 (%)': r1}
-    fig, axes = plt.subplots(1, 3, figsize=(9, 2.2), dpi=75, layout='constrained')
+    r1 = h[[column for column in h if column.startswith('val_') and column.endswith('_R1')]].dropna()
+    losses = h.filter(regex='^loss_')
+    panels = {'loss, relative to epoch 1': losses/losses.iloc[0], 'task weight': h.filter(regex='^w_'),
+              'validation R-1 (%)': r1}
+    fig, axes = plt.subplots(1, 3, figsize=(9, 2.5), dpi=100, layout='constrained')
     for ax, (title, columns) in zip(axes, panels.items()):
-        for style, name in zip(('-', '--', ':', '-.', (0, (5, 1)), (0, (1, 3))), columns):
-            label = name.split('_', 1)[1].removesuffix('_R1')
-            ax.plot(columns[name], linestyle=style, label=label)
+        for style, name in zip(('-', '--', ':', '-.', (0, (5, 1)), (0, (1, 3))), sorted(columns)):
+            ax.plot(columns[name], '.', ls=style, label=name.split('_', 1)[1].removesuffix('_R1'))
         ax.set(title=title, xlabel='epoch')
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[['top', 'right']].set_visible(False)
-        ax.legend(fontsize=6, frameon=False)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=6, frameon=False)
+    axes[2].legend(frameon=False)
     return fig
