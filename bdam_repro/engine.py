@@ -82,7 +82,7 @@ class BdamEngine:
         try:
             return NBClientEngine.execute_notebook(
                 nb, kernel_name, stdout_file=stdout_file or live[0], stderr_file=stderr_file or live[1],
-                extra_arguments=['--IPKernelApp.log_level=ERROR'], on_cell_executed=tables,
+                extra_arguments=['--IPKernelApp.log_level=CRITICAL'], on_cell_executed=tables,
                 coalesce_streams=True, **options)            # of a bar, the last state is stored
         finally:
             for l in live: l.close()

@@ -195,13 +195,13 @@ def at_once(trainers: list[Trainer], epochs: int) -> float:
     return images/(time.perf_counter() - start)
 
 
-def top_kernels(trainer: Trainer, bench: Bench) -> None:
-    "Kernels of an epoch of replays: how many a step, their time, the longest."
+def top_kernels(run, steps: int, bench: Bench) -> None:
+    "Kernels of the steps that `run` takes: how many a step, their time, the longest."
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as p:
-        trainer.static.run(1)
+        run()
         torch.cuda.synchronize()
-    steps, times = len(trainer.loader), {}
+    times = {}
     for event in p.events():
         if 'Mem' in event.name[:4]: continue
         count, total = times.get(event.name, (0, 0.))
@@ -226,7 +226,7 @@ def tiny(bench: Bench) -> None:
     bench.row('to build and record a run', time.perf_counter() - start, 's', n)
     runs[0].static.run(0)
     bench.row('recorded', at_once(runs, 1 if bench.smoke else 4), 'images/s', n)
-    if bench.cuda: top_kernels(runs[0], bench)
+    if bench.cuda: top_kernels(partial(runs[0].static.run, 1), len(runs[0].loader), bench)
     start = time.perf_counter()
     evaluate(runs[0].model, setup[1], setup[2], 'val', runs[0].amp())
     bench.row('evaluate', time.perf_counter() - start, 's', detail=f'{c.synth_val_ids} people')
@@ -435,6 +435,36 @@ def compiled(bench: Bench) -> None:
     bench.row('full, encoders compiled', n/t, 'images/s', n, 'bfloat16', detail)
 
 
+def levers(bench: Bench) -> None:
+    "What a step of `paper` spends its time on, and what makes it faster."
+    rate, precision = ceiling(bench), 'bfloat16'
+    n, most = (8, 8) if bench.smoke else (128, 256)
+    trainer, batch = paper_trainer(bench, n, amp='bf16')
+    step = partial(trainer.train_step, batch)
+    flops = step_flops(trainer, batch)/n
+
+    def row(what, images, t):
+        share = f'{100*flops*images/t/rate:.1f} % of the matrix product'
+        bench.row(what, images/t, 'images/s', images, precision, share)
+    row('full', n, bench.seconds(step, 3, 1))
+    if bench.cuda: top_kernels(step, 1, bench)
+    torch.use_deterministic_algorithms(False)
+    row('full, algorithms that are not deterministic', n, bench.seconds(step, 3, 1))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    del trainer, step
+    if bench.cuda: torch.cuda.empty_cache()
+    trainer, _ = paper_trainer(bench, most, amp='bf16')
+    model, backend = trainer.model, 'eager' if bench.smoke else 'inductor'
+    for tower in (model.vision, model.text):
+        tower.net = torch.compile(tower.net, dynamic=False, backend=backend)
+    if model.bdam is not None: model.bdam.compile(dynamic=False, backend=backend)
+    start = time.perf_counter()
+    call = recorded(trainer, bench)
+    bench.row('to compile and record', time.perf_counter() - start, 's', most, precision)
+    row('full, encoders and BDAM compiled, recorded', most, bench.seconds(call, 4, 1))
+    if bench.cuda: top_kernels(call, 1, bench)
+
+
 # ---- Mamba
 
 def mamba(bench: Bench) -> None:
@@ -470,7 +500,7 @@ def mamba(bench: Bench) -> None:
 
 
 SECTIONS = dict(correct=correct, tests=tests, shares=shares, processes=processes, compiled=compiled,
-                mamba=mamba, tiny=tiny, paper=paper)
+                mamba=mamba, levers=levers, tiny=tiny, paper=paper)
 
 
 def order_of_worth(out: Path) -> list[str]:
