@@ -219,6 +219,18 @@ def test_notebook_reads_well(notebook):
     assert cells(notebook, 'markdown')[0]['source'][0].startswith('# ')
 
 
+def test_only_hidden_cells_are_collapsed():
+    "In JupyterLab a reader sees each line that the site shows, and no plumbing."
+    collapsed, tags = 0, {'remove_input', 'remove_cell'}
+    for notebook in NOTEBOOKS:
+        for c in cells(notebook, 'code'):
+            if not c['metadata'].get('jupyter', {}).get('source_hidden'): continue
+            hidden = ''.join(c['source']).startswith('#| hide') or tags & {*c['metadata'].get('tags', [])}
+            assert hidden, f'{notebook.name}: {"".join(c["source"])[:80]!r} is collapsed'
+            collapsed += 1
+    assert collapsed > len(NOTEBOOKS)
+
+
 @pytest.mark.parametrize('notebook', NAMED, ids=lambda p: p.stem)
 def test_named_notebook_has_one_parameters_cell(notebook):
     tagged = [c for c in cells(notebook) if 'parameters' in c['metadata'].get('tags', [])]
