@@ -29,7 +29,8 @@ def html_table(rows: list[dict[str, str]]) -> str:
     if not rows: return ''
     def cells(kind, texts): return ''.join(f'<{kind}>{html.escape(text)}</{kind}>' for text in texts)
     body = ''.join(f'<tr>{cells("td", row.values())}</tr>' for row in rows)
-    return f'<table><thead><tr>{cells("th", rows[-1])}</tr></thead><tbody>{body}</tbody></table>'
+    head = f'<thead><tr>{cells("th", rows[-1])}</tr></thead>'
+    return f'<table class="dataframe">{head}<tbody>{body}</tbody></table>'
 
 # %% ../nbs/02_screen.ipynb #19b687cb
 class NotebookBar:
