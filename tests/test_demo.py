@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def tab(browser, url):
     assert outside == []
     assert errors == []
     context.close()
+
+
+def test_the_address_that_is_printed_answers_at_once(home):
+    "Who opens it in that moment waits for the page, and is not refused."
+    p = start(home, '--model', home/'model.safetensors', '--data-root', home/'data', '--people', 6)
+    try:
+        with urllib.request.urlopen(p.stdout.readline().split()[0], timeout=WAIT/1000) as answer:
+            assert answer.status == 200 and b'<html' in answer.read()
+    finally:
+        p.send_signal(signal.SIGINT)
+        p.communicate(timeout=60)
 
 
 def field(tab): return tab.locator('#text textarea, #text input').first
