@@ -134,7 +134,7 @@ def progress_line(done: int, failed: int, total: int, seconds: float) -> str:
     rate = 3600*done/seconds
     return f'{done} of {total} runs{wrong}, {seconds:.0f} s; {rate:.0f} per hour, {rest:.0f} s to go'
 
-# %% ../nbs/79_many.ipynb #1317a029
+# %% ../nbs/79_many.ipynb #d50a6d5f
 def train_many(configs: Iterable[Config],
                runs: Path,                      # folder of the runs
                processes: int = 1,              # workers
@@ -144,7 +144,9 @@ def train_many(configs: Iterable[Config],
                every: float = 60.,              # seconds between two calls of `after`
                say: Callable[[str], None] = print
               ) -> list[str]:                   # what went wrong, one line per run
-    "Train a list of runs. Complete ones are passed over; one that fails does not stop the others."
+    """Train a list of runs. Complete ones are passed over; one that fails does not stop the others.
+
+    Where the first three all fail, no other begins: so might the rest."""
     todo, start = left_to_do(configs, runs), time.perf_counter()
     say(f'{len(todo)} runs to train, {processes} processes of {threads} at once')
     context = multiprocessing.get_context('spawn')
@@ -158,6 +160,9 @@ def train_many(configs: Iterable[Config],
     aside, last = threading.Thread(), start
     while waiting or busy:
         late = time.perf_counter() - start + statistics.median(took[-10:] or [0]) > seconds
+        if waiting and len(took) == len(errors) >= 3:
+            say(f'the first {len(errors)} runs all failed: no other begins')
+            waiting = []
         while waiting and not late and busy < len(workers)*threads:
             jobs.put(waiting.pop(0))
             busy += 1
@@ -170,7 +175,9 @@ def train_many(configs: Iterable[Config],
         else:
             busy, c = busy - 1, todo[outcome.number]
             took.append(outcome.seconds)
-            if outcome.error: errors.append(f'{c.variant} {c.tag} seed {c.seed}: {outcome.error}')
+            if outcome.error:
+                errors.append(f'{" ".join(filter(None, [c.variant, c.tag]))} seed {c.seed}: {outcome.error}')
+                say(errors[-1])
             say(progress_line(len(took), len(errors), len(todo), time.perf_counter() - start))
         if time.perf_counter() - last > every and not aside.is_alive():
             aside, last = threading.Thread(target=after), time.perf_counter()
