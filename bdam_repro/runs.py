@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
-           'time_left', 'epoch_line', 'code_version', 'device_name', 'provenance', 'intervals', 'own_weights',
-           'save_features', 'finish_run', 'data_ok', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume',
-           'StoppedBySignal', 'after_step', 'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table',
-           'plot_history']
+           'show_epoch', 'time_left', 'epoch_scores', 'epoch_terms', 'epoch_line', 'code_version', 'device_name',
+           'provenance', 'intervals', 'own_weights', 'save_features', 'finish_run', 'data_ok', 'run_metrics',
+           'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step', 'all_epochs', 'train',
+           'progress_bar', 'score_table', 'result_table', 'plot_history']
 
-# %% ../nbs/53_runs.ipynb #2d4348d2
+# %% ../nbs/53_runs.ipynb #1eb2a0ee
 import json
 import math
 import platform
@@ -33,6 +33,7 @@ from tqdm import tqdm
 import bdam_repro
 from . import __version__
 from .config import Config, UserError, atomic_path, config_hash, run_dir
+from .screen import NotebookBar, run_bar
 from .parameters import changed_modules, code_fingerprint, joined_modules, run_modules
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
@@ -140,8 +141,8 @@ def validate(training: Training) -> dict[str, float]:
     if c.log_test: row |= named_scores('test', scores_of('test'))          # recorded only; selects nothing
     return row
 
-# %% ../nbs/53_runs.ipynb #7488d9d0
-def one_epoch(training: Training, bar: tqdm,
+# %% ../nbs/53_runs.ipynb #ab6cc86f
+def one_epoch(training: Training, bar: tqdm | NotebookBar,
               after_step: Callable[[], None] | None = None   # called after each training step
              ) -> None:
     "Train, validate, keep the best, write history and checkpoint."
@@ -158,21 +159,37 @@ def one_epoch(training: Training, bar: tqdm,
     history = pd.DataFrame(state.history)
     with atomic_path(training.folder/'history.csv') as tmp: history.to_csv(tmp, index=False)
     save_checkpoint(training.folder/LAST, trainer, state)
-    if not bar.disable:
-        times = time_left(state.seconds, trainer.step, trainer.steps)
-        bar.write(f'{epoch_line(row, c.epochs)}, {times}')
+    if not bar.disable: show_epoch(bar, row, c.epochs, time_left(state.seconds, trainer.step, trainer.steps))
 
-def time_left(seconds: float, step: int, steps: int) -> str:   # after `step` of `steps`
+def show_epoch(bar: tqdm | NotebookBar, row: dict, epochs: int, times: tuple[str, str]) -> None:
+    "A row of the table in a notebook; a line elsewhere."
+    line = f'{epoch_line(row, epochs)}, {times[0]} done, {times[1]} left'
+    if not isinstance(bar, NotebookBar): return bar.write(line)
+    scores, terms = epoch_scores(row), epoch_terms(row)
+    cells = {'epoch': f'{row["epoch"]} of {epochs}'}
+    for name in ('dual', 'fused'): cells[f'{name} R-1'] = scores.get(name, '')
+    cells |= terms | {'images/s': f'{row["images_per_s"]:.0f}', 'done': times[0], 'left': times[1]}
+    bar.row(cells, line)
+
+def time_left(seconds: float, step: int, steps: int) -> tuple[str, str]:   # after `step` of `steps`
     "How long it has trained, and how long it still will."
     def clock(x): return f'{int(x)//3600}:{int(x)//60%60:02}:{int(x)%60:02}'
-    return f'{clock(seconds)} done, {clock(seconds/max(step, 1)*(steps - step))} left'
+    return clock(seconds), clock(seconds/max(step, 1)*(steps - step))
+
+def epoch_scores(row: dict) -> dict[str, str]:
+    "R-1 on validation by score, where the epoch was validated."
+    scores = [score for score in ('dual', 'fused') if f'val_{score}_R1' in row]
+    return {score: f'{row[f"val_{score}_R1"]:.1f}' for score in scores}
+
+def epoch_terms(row: dict) -> dict[str, str]:
+    "Each loss with its task weight."
+    names = [column.removeprefix('loss_') for column in row if column.startswith('loss_')]
+    return {name: f'{row[f"loss_{name}"]:.2f}·{row[f"w_{name}"]:.2f}' for name in names}
 
 def epoch_line(row: dict, epochs: int) -> str:
     "One line per epoch: validation, losses with their weights, speed."
-    scores = [score for score in ('dual', 'fused') if f'val_{score}_R1' in row]
-    val = ', '.join(f'{score} R-1 {row[f"val_{score}_R1"]:.1f}' for score in scores)
-    names = [column.removeprefix('loss_') for column in row if column.startswith('loss_')]
-    terms = '  '.join(f'{name} {row[f"loss_{name}"]:.2f}·{row[f"w_{name}"]:.2f}' for name in names)
+    val = ', '.join(f'{score} R-1 {r1}' for score, r1 in epoch_scores(row).items())
+    terms = '  '.join(f'{name} {term}' for name, term in epoch_terms(row).items())
     speed = f'{row["images_per_s"]:.0f} images/s, waited {row["wait_share"]:.1%}'
     return f'epoch {row["epoch"]:>3}/{epochs}  {val:<32}  {terms}  {speed}'
 
@@ -357,7 +374,7 @@ def all_epochs(training: Training, progress: bool) -> None:
             raise UserError(f'{e}; {where} names all pictures of the batch') from None
         finally: training.log.close()
 
-# %% ../nbs/53_runs.ipynb #ca641c76
+# %% ../nbs/53_runs.ipynb #85a4db54
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete
@@ -390,11 +407,11 @@ def train(c: Config,                        # from `make_config`
     finish_run(training)
     return folder
 
-def progress_bar(training: Training, progress: bool) -> tqdm:
-    "A bar over the steps of the run."
+def progress_bar(training: Training, progress: bool) -> tqdm | NotebookBar:
+    "What is seen of the steps of the run."
     c, trainer = training.c, training.trainer
     done, name = training.state.epoch*len(trainer.loader) + training.done, f'{c.variant} seed {c.seed}'
-    return tqdm(total=trainer.steps, initial=done, desc=name, disable=not progress, mininterval=1)
+    return run_bar(trainer.steps, done, name) if progress else tqdm(disable=True)
 
 # %% ../nbs/53_runs.ipynb #e9d0cee3
 def score_table(scores: dict, ci: dict, chance: dict) -> pd.DataFrame:   # of `summary`, `intervals`, `chance`
@@ -415,17 +432,19 @@ def result_table(folder: Path) -> pd.DataFrame:
 def plot_history(folder: Path):   # -> a matplotlib figure
     "Losses, task weights and validation R-1 over the epochs of a run."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
     h = pd.read_csv(folder/'history.csv').set_index('epoch')
-    r1 = h[[column for column in h if column.startswith('val_') and column.endswith('_R1')]]
-    losses, weights = h.filter(regex='^loss_'), h.filter(regex='^w_')
-    relative = losses/losses.iloc[0]
-    panels = {'loss, relative to epoch 1': relative, 'task weight': weights, 'validation R-1 (%)': r1}
-    fig, axes = plt.subplots(1, 3, figsize=(9, 2.2), dpi=75, layout='constrained')
+    r1 = h[[column for column in h if column.startswith('val_') and column.endswith('_R1')]].dropna()
+    losses = h.filter(regex='^loss_')
+    panels = {'loss, relative to epoch 1': losses/losses.iloc[0], 'task weight': h.filter(regex='^w_'),
+              'validation R-1 (%)': r1}
+    fig, axes = plt.subplots(1, 3, figsize=(9, 2.5), dpi=100, layout='constrained')
     for ax, (title, columns) in zip(axes, panels.items()):
-        for style, name in zip(('-', '--', ':', '-.', (0, (5, 1)), (0, (1, 3))), columns):
-            label = name.split('_', 1)[1].removesuffix('_R1')
-            ax.plot(columns[name], linestyle=style, label=label)
+        for style, name in zip(('-', '--', ':', '-.', (0, (5, 1)), (0, (1, 3))), sorted(columns)):
+            ax.plot(columns[name], '.', ls=style, label=name.split('_', 1)[1].removesuffix('_R1'))
         ax.set(title=title, xlabel='epoch')
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[['top', 'right']].set_visible(False)
-        ax.legend(fontsize=6, frameon=False)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=6, frameon=False)
+    axes[2].legend(frameon=False)
     return fig
