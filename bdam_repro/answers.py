@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CUT', 'FILTERED', 'SCHEMA', 'without_reasoning', 'token_count', 'redact', 'json_value', 'error_words', 'NoAnswer',
            'completion_of', 'Reply', 'read_reply', 'JsonObject', 'Objects', 'whole_objects', 'objects_within',
-           'IdentityAttributes', 'ClothingAttributes', 'Description', 'Rejected', 'parse_answer']
+           'IdentityAttributes', 'ClothingAttributes', 'Description', 'Rejected', 'parse_answer', 'is_refusal',
+           'check_syntax']
 
 # %% ../nbs/18_answers.ipynb #bd5642cf
 import json
@@ -322,3 +323,25 @@ def parse_answer(text: str  # what the model wrote: bare, fenced or surrounded J
     if not objects.whole and '{' not in text: raise Rejected('json: no JSON object in the answer')
     if not objects.whole or objects.broken: reason = reason or 'json: no whole JSON object in the answer'
     raise Rejected(reason or _read_object(objects.whole[-1]))
+
+# %% ../nbs/18_answers.ipynb #8a7ff822
+_REFUSAL = re.compile(r"\b(?:sorry|apologi[sz]e|as an ai|i(?:'m| am) (?:unable|not able)"
+                      r"|i (?:cannot|can't|can not|won't)|unable to (?:assist|identify|describe|help)"
+                      r"|can(?:not|'t) (?:assist|help|identify|determine))\b", re.I)
+_MARKUP = re.compile(r'[*#`<>{}|\[\]\\_~]|https?:|[\r\n\t]|[\x00-\x1f\x7f]')
+_DANGLING = re.compile(r'\b(?:and|or|with|a|an|the|of|in|is|are|has|wears|wearing|who|to|while|but)[.!?]$',
+                       re.I)
+
+def is_refusal(text: str) -> bool:
+    "Whether the model declines to describe. Both kinds of apostrophe are known."
+    return bool(_REFUSAL.search(text.replace('’', "'")))
+
+# %% ../nbs/18_answers.ipynb #b97902cb
+def check_syntax(text: str, side: str) -> str | None:  # the reason for refusing it, or None
+    "Whole sentences, from a capital to a full stop, without markup, refusal or a dangling last word."
+    if is_refusal(text): return f'refusal: {side}: the text declines to describe'
+    if _MARKUP.search(text): return f'syntax: {side}: markup or line breaks'
+    if not text[:1].isupper(): return f'syntax: {side}: does not begin with a capital letter'
+    if text[-1:] not in '.!?': return f'syntax: {side}: does not end with a full stop'
+    if _DANGLING.search(text): return f'syntax: {side}: ends in the middle of a sentence'
+    return None

@@ -9,15 +9,15 @@ __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXIC
            'LOOSE_ENDS', 'MATERIAL', 'LISTS', 'TAIL_WORDS', 'OVER_WORDS', 'BEFORE_OTHERS', 'ELSEWHERE', 'COMPANY',
            'PEOPLE_ONLY', 'LOOSE_WORDS', 'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS', 'TRAIT_WORDS', 'OTHER_SIDE',
            'spoken_of', 'set_of', 'noun_side', 'slot_of', 'Word', 'is_color', 'parsed_words', 'leads_to_noun',
-           'goes_on', 'colors_end', 'first_modifier', 'adjectives_end', 'Policy', 'is_refusal', 'check_syntax',
+           'goes_on', 'colors_end', 'stands_apart', 'begins_phrase', 'first_modifier', 'adjectives_end', 'Policy',
            'check_length', 'check_purity', 'check_ethnicity', 'check_coverage', 'check_text', 'check_description']
 
-# %% ../nbs/20_lexicon.ipynb #342ef718
+# %% ../nbs/20_lexicon.ipynb #dc28903d
 import functools
 import re
 from dataclasses import dataclass
 
-from .answers import Description, Rejected
+from .answers import Description, Rejected, check_syntax
 
 # %% ../nbs/20_lexicon.ipynb #62e950c0
 _BODY = (r'(?:build|built|figure|frame|body|physique|stature|person|individual|adult|man|woman|male'
@@ -238,7 +238,7 @@ HAIR_DONE = set_of(
     ' cropped tucked draped curled dyed colored left piled wrapped split set brushed drawn twisted')
 NO_ENDS = set_of('also on away forward together as well too not')
 
-# %% ../nbs/20_lexicon.ipynb #b7810250
+# %% ../nbs/20_lexicon.ipynb #d1c68cc8
 @dataclass(slots=True)
 class Word:
     "A word of a parsed caption."
@@ -286,8 +286,8 @@ def parsed_words(doc) -> list[Word]:
         listed = len(following) == 2 and following[0].low in LISTS and is_color(following[1].low)
         word.verb = _is_verb(word.low, word.tag)
         word.noun = _is_noun(word, following[0].tag if following else '', listed)
-        of_the = i > 0 and words[i - 1].low == 'the' and word.low in ('back', 'bottom')
-        word.noun |= of_the and (not following or following[0].low in (*LISTS, '.', 'of', 'with', 'that'))
+        of_the = i > 0 and words[i - 1].low in ('the', 'his', 'her') and word.low in ('back', 'bottom')
+        word.noun |= of_the and not (following and following[0].tag in _NOUN_TAGS | {'JJ'})
         word.adjective = _is_adjective(word)
         plain = not word.verb and word.low not in POSTURE and word.tag in _MODIFIER_TAGS
         word.modifier = plain or word.adjective
@@ -324,6 +324,23 @@ def colors_end(words: list[Word], i: int) -> int:
     ends = last + 1 < end and (last + 2 == len(words) or words[last + 2].low in LISTS + ('.', ';', 'with'))
     if ends: return last + 2
     return i + 1 if is_color(words[i].low) and words[i + 1].low == ',' else i
+
+# %% ../nbs/20_lexicon.ipynb #f4915624
+_TOPS = set_of('shirt t-shirt sweater jacket coat blouse top')
+
+def stands_apart(first: str, second: str) -> bool:
+    "Two nouns in a row that are two phrases: 'shirt jeans', 'man jacket', not 'jean shorts'."
+    if second in ('pocket', 'pockets', 'hem'): return False
+    if first in GENDER_OF: return noun_side(second) != 'person'
+    plural = first.endswith('s') and not first.endswith('ss')
+    whole = noun_side(first) == 'garment' and (plural or first in _TOPS)
+    return whole and slot_of(first) not in ('bag', first, slot_of(second)) and second != 'suit'
+
+def begins_phrase(words: list[Word], i: int) -> bool:
+    word, after = words[i], words[i + 1] if i + 1 < len(words) else None
+    is_open = i > 0 and words[i - 1].low in BE_VERBS and after and after.low == ','      # "that is open, …"
+    if is_open or not (word.modifier or word.noun): return False
+    return not word.tag.startswith('RB') or bool(after and after.adjective)
 
 # %% ../nbs/20_lexicon.ipynb #c5356aaa
 def first_modifier(words: list[Word], start: int, head: int) -> int:
@@ -365,28 +382,6 @@ class Policy:
     min_clothing: int = 2       # categories of LEXICON['clothing'] and color that the clothing text names
     purity: bool = True         # refuse an identity text that speaks of clothing, and the reverse
     ethnicity: bool = False     # may skin and ethnicity be named
-
-# %% ../nbs/20_lexicon.ipynb #13654bea
-_REFUSAL = re.compile(r"\b(?:sorry|apologi[sz]e|as an ai|i(?:'m| am) (?:unable|not able)"
-                      r"|i (?:cannot|can't|can not|won't)|unable to (?:assist|identify|describe|help)"
-                      r"|can(?:not|'t) (?:assist|help|identify|determine))\b", re.I)
-_MARKUP = re.compile(r'[*#`<>{}|\[\]\\_~]|https?:|[\r\n\t]|[\x00-\x1f\x7f]')
-_DANGLING = re.compile(r'\b(?:and|or|with|a|an|the|of|in|is|are|has|wears|wearing|who|to|while|but)[.!?]$',
-                       re.I)
-
-def is_refusal(text: str) -> bool:
-    "Whether the model declines to describe. Both kinds of apostrophe are known."
-    return bool(_REFUSAL.search(text.replace('’', "'")))
-
-# %% ../nbs/20_lexicon.ipynb #f5bad2bb
-def check_syntax(text: str, side: str) -> str | None:  # the reason for refusing it, or None
-    "Whole sentences, from a capital to a full stop, without markup, refusal or a dangling last word."
-    if is_refusal(text): return f'refusal: {side}: the text declines to describe'
-    if _MARKUP.search(text): return f'syntax: {side}: markup or line breaks'
-    if not text[:1].isupper(): return f'syntax: {side}: does not begin with a capital letter'
-    if text[-1:] not in '.!?': return f'syntax: {side}: does not end with a full stop'
-    if _DANGLING.search(text): return f'syntax: {side}: ends in the middle of a sentence'
-    return None
 
 # %% ../nbs/20_lexicon.ipynb #cce6002a
 def check_length(text: str, side: str, policy: Policy) -> str | None:

@@ -27,43 +27,42 @@ from .lexicon import (AGE_WORDS, AMOUNTS, CARRIED, DETERMINERS, GENDER_OF, HAIRE
 from .phrases import Item, CaptionItems, read_items
 from .journal import Journal, JournalLine, Report, Stamp
 
-# %% ../nbs/22_offline.ipynb #ea80a23b
+# %% ../nbs/22_offline.ipynb #3490e335
+_TYPOS = dict(pair.split('=') for pair in (     # "_" for a blank
+    'apair=a_pair waring=wearing caring=carrying whit=white stripped=striped shit=shirt shire=shirt pans=pants'
+    ' hoes=shoes genes=jeans scandals=sandals crocks=crocs collard=collared col_er=collar cent_er=center'
+    ' out_fit=outfit ear_buds=earbuds re_dish=reddish ca_mi=cami teen_aged=teenaged shoe_son=shoes_on'
+    ' tennis_shows=tennis_shoes back_back=backpack eyeglass_frames=eyeglasses specs=glasses'
+    ' broad_shouldered=broad-shouldered cow_boy=cowboy base_ball=baseball sleeve_shift=sleeve_shirt'
+    ' pair_or=pair_of pair_off=pair_of shirtsleeve=short-sleeve anticked= unknown=').split())
 _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
+    (rf'\b(?:{"|".join(_TYPOS)})\b'.replace('_', ' '),
+     lambda found: _TYPOS[found[0].lower().replace(' ', '_')].replace('_', ' ')),
     (r"\b(he|she|it) ?(?:[' ]s)\b(?= \w+(?:ing|ed)\b| not| a\b| in\b)", r'\1 is'),
     (r"\b(that|who|which)[' ]s\b", r'\1 is'), (r"(?<=[a-rt-z])' (?=\w)", ' '),
-    (r'\b(he|she)s (?=\w+ing\b|all\b|dressed\b)', r'\1 is '),
-    (r'\bwhat (?:look|appear|seem)s? (?:like|to be) ', ''), (r'\bsome (?:sort|type|kind|form) of ', 'some '), (r"\b(\w+) s (?=\w+ing\b)", r'\1 is '),
+    (r'\b(he|she)s (?=\w+ing\b|all\b|dressed\b)', r'\1 is '), (r"\b(\w+) s (?=\w+ing\b)", r'\1 is '),
+    (r'\bwhat (?:look|appear|seem)s? (?:like|to be) ', ''), (r'\bsome (?:sort|type|kind|form) of ', 'some '),
     (r'\b(man|woman|men|women|girl|boy|lady|person|jacket|shirt) s (?=[a-z])', r"\1's "),
     (r'(?<=[a-z]{2})\.(?=[a-z]{2})', '. '), (r',(?=[a-z])', ', '), (r'(?<=[a-z])=(?=[a-z])', '-'),
-    (r'&', ' and '),
-    (r'(?<=[a-z]) ?/ ?(?=[a-z])', ' and '),
-    (r'\b(?:back|knap)[ -]?pack(s?)\b', r'backpack\1'), (r'\bback back\b', 'backpack'),
-    (r'\bhand bag', 'handbag'),
-    (r'\bcheck(?:er)? ?ed\b', 'checkered'), (r'\bcol er\b', 'collar'), (r'\bcent er\b', 'center'),
-    (r'\bout fit(s?)\b', r'outfit\1'), (r'\bear buds\b', 'earbuds'), (r'\bre dish\b', 'reddish'), (r'\bca mi\b', 'cami'),
-    (r'\bone[ -]piece\b', 'one-piece'), (r'\b(low|high|hi)[ -](tops?)\b', r'\1-\2'), (r'\b(cow|base) (boy|ball)\b', r'\1\2'), (r'\bover[ -]sized?\b', 'oversized'), (r'\bduffle ?bag', 'duffel bag'),
-    (r'\b(wrist|sweat|arm|head|watch) band(s?)\b', r'\1band\2'), (r'\beyeglass frames\b', 'eyeglasses'),
-    (r'\b(an?|open|long|short|white|black|gr[ae]y|blue|red|brown|tan|green|pink) over (coat|shirt)\b', r'\1 over\2'),
-    (r'\b(man|mane|woman) ea ring\b', r'\1 wearing'), (r'\bshoe son\b', 'shoes on'), (r'\btennis shows\b', 'tennis shoes'),
-    (r'\b(blue|black|gr[ae]y|denim) (?:years|beans)\b', r'\1 jeans'), (r'\bshire\b', 'shirt'), (r'\bcol or( ed)?\b', 'color'),
-    (r'\b(?:t|tee)[ -]?sh[io]rt(s?)\b', r't-shirt\1'),
-    (r'\bpolo short\b(?! sl)', 'polo shirt'), (r'\b(pony|pig)[ -](?:tail|tale)', r'\1tail'),
-    (r'\bhair[ -](style|cut)\b', r'hair\1'),
+    (r'&', ' and '), (r'(?<=[a-z]) ?/ ?(?=[a-z])', ' and '), (r'\b(man|mane|woman) ea ring\b', r'\1 wearing'),
+    (r'\b(?:back|knap)[ -]?pack(s?)\b', r'backpack\1'), (r'\bhand bag', 'handbag'),
+    (r'\b(?:duffle ?|muffle |duffer )bag', 'duffel bag'), (r'\bcheck(?:er)? ?ed\b', 'checkered'),
+    (r'\bone[ -]piece\b', 'one-piece'), (r'\b(low|high|hi)[ -](tops?)\b', r'\1-\2'),
+    (r'\bover[ -]sized?\b', 'oversized'), (r'\b(wrist|sweat|arm|head|watch) band(s?)\b', r'\1band\2'),
+    (r'\b(an?|open|long|short|white|black|gr[ae]y|blue|red|brown|tan|green|pink) over (coat|shirt)\b',
+     r'\1 over\2'),
+    (r'\b(blue|black|gr[ae]y|denim) (?:years|beans)\b', r'\1 jeans'), (r'\bcol or( ed)?\b', 'color'),
+    (r'\b(?:t|tee)[ -]*sh[io]rt(s?)\b', r't-shirt\1'), (r'\bpolo short\b(?! sl)', 'polo shirt'),
+    (r'\b(pony|pig)[ -](?:tail|tale)', r'\1tail'), (r'\bhair[ -](style|cut)\b', r'hair\1'),
     (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper|style))', 'flip-flop'),
     (r'\bflip[ -]?flop(?:s|ped)?\b(?! (?:sandal|shoe|slip|style))', 'flip-flops'),
-    (r"\bcapri(?:'?s| s)?\b(?! (?:pants|length|jeans|leggings|type|style))", 'capris'),
-    (r'\b(eye|sun) glasses\b', r'\1glasses'),
-    (r'\bapair\b', 'a pair'), (r'\bpair o(?:r|ff)\b', 'pair of'), (r'\bwaring\b', 'wearing'), (r'\bcaring\b', 'carrying'), (r'\bwhit\b', 'white'),
-    (r'\bstripped\b', 'striped'), (r'\bshit\b', 'shirt'), (r'\bsleeve shift\b', 'sleeve shirt'),
+    (r"\bcapri(?:'?s| s)?\b(?! (?:pants|shorts|length|jeans|leggings|type|style))", 'capris'),
+    (r'\b(eye|sun) glasses\b', r'\1glasses'), (r'\bpanty? hose\b', 'pantyhose'),
     (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink|jean) short'
      r'(?= (?:and|with)\b(?![\w ]{0,20}hair)|[.,](?! ?[\w ]{0,20}hair))', r'\1 shorts'),
-    (r'\bpans\b', 'pants'), (r'\bpanty? hose\b', 'pantyhose'), (r'\bhoes\b', 'shoes'),
-    (r'\bgenes\b', 'jeans'), (r'\bscandals\b', 'sandals'), (r'\bcrocks\b', 'crocs'),
-    (r'\bcollard\b', 'collared'),
-    (r'\b(?:muffle|duffer) bag', 'duffel bag'), (r'\bteen aged\b', 'teenaged'), (r'\banticked\b ?', ''),
-    (r'\bmilt[ -]', 'multi-'), (r'\bshirtsleeve\b', 'short-sleeve')]]
+    (r'\bmilt[ -]', 'multi-')]]
 
-# %% ../nbs/22_offline.ipynb #02f5709f
+# %% ../nbs/22_offline.ipynb #771da00b
 _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(button|zip|lace)(?:ed)?[ -](down|up)\b(?= \w)', r'\1-\2'),
     (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'),
@@ -71,18 +70,21 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(short|long|half|mid|three-quarter)[ -](sleeved?|length)\b', r'\1-\2'),
     (r'\bcut ?off\b(?= \w)', 'cut-off'),
     (r'\b(knee|shoulder|ankle|elbow|waist|calf|thigh|chin|floor|medium)[ -](length|high)\b', r'\1-\2'),
-    (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme)[ -](colou?red|white)\b',
-     r'\1-\2'),
+    (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme|khaki|olive|mustard|salmon|gr[ae]y)'
+     r'[ -](colou?red|white)\b', r'\1-\2'),
     (r'\b(long|short)[ -](black|dark|brown|blonde?|gr[ae]y)[ -]haired\b', r'\1-\2-haired'),
     (r'\b(black|dark|brown|blonde?|long|short|gr[ae]y|light|red|white|fair|curly) haired\b', r'\1-haired'),
     (r'\bmiddle aged\b', 'middle-aged'), (r'\bsee thr(?:ough|u)\b', 'see-through'),
     (r'\b(form|tight|loose|close) (fitting|fitted)\b', r'\1-\2'), (r'\bmid (calf|thigh)\b', r'mid-\1'),
-    (r'\b(washed|worn) out\b(?= \w+)', r'\1-out'), (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers))', r'\1-up'),
+    (r'\b(washed|worn) out\b(?= \w+)', r'\1-out'),
+    (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers))', r'\1-up'),
     (r'\bover[ -](?:the[ -])?shoulder(?= (?:\w+ )?(?:bag|purse|satchel|tote|strap|backpack|handbag))',
      'over-the-shoulder'),
     (r'\b(open|peep|closed) (toed?)\b', r'\1-\2'),
     (r'\bcross[ -]body\b', 'crossbody'), (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
-    (r'\btucked in\b(?= *(?:[.,;]|and\b|with\b|$))', 'tucked'), (r'\btucked in (?=shirt|top|blouse)', 'tucked-in '),
+    (r'\btucked in\b(?= *(?:[.,;]|and\b|with\b|$))', 'tucked'),
+    (r'\btucked in (?=shirt|top|blouse)', 'tucked-in '),
+    (r'\bstrap on\b(?= (?:\w+ )?(?:sandals|shoes|heels))', 'strap-on'),
     (r'\b(?:just )?(above|below) (knee-length)\b', r'\1-\2'),
     (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag)', r'\1-looking '),
     (r'(?<=\ban )above[ -]the[ -]knee\b', 'above-the-knee'),

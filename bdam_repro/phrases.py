@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Phrase', 'Item', 'CaptionItems', 'read_items']
 
-# %% ../nbs/21_phrases.ipynb #4d2584c8
+# %% ../nbs/21_phrases.ipynb #e4ab7f67
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from .lexicon import (AMOUNTS, BEFORE_OTHERS, BE_VERBS, CARRIED, CARRY_VERBS, CO
                                 DETERMINERS, ELSEWHERE, GENDER_OF, HAIRED, HAIR_DONE, HAIR_ENDS, HAVE_VERBS,
                                 LOOSE_ENDS, LOOSE_WORDS, MATERIAL, NO_ENDS, OF_SCENE, OVER_WORDS,
                                 PART_NOUNS, PEOPLE_ONLY, POSTURE, SCENE_VERBS, TAIL_WORDS, TRAIT_WORDS,
-                                WEAR_VERBS, Word, adjectives_end, colors_end, first_modifier, goes_on,
-                                is_color, noun_side, parsed_words, set_of, slot_of)
+                                WEAR_VERBS, Word, adjectives_end, begins_phrase, colors_end, first_modifier,
+                                goes_on, is_color, noun_side, parsed_words, set_of, slot_of, stands_apart)
 
-# %% ../nbs/21_phrases.ipynb #f85a1680
+# %% ../nbs/21_phrases.ipynb #84bbb326
 class Phrase(NamedTuple):
     "A noun and the words before it."
     side: str     # 'person', 'garment', 'glasses', 'hair', 'build', 'skin', 'body', 'part' or 'other'
@@ -25,7 +25,6 @@ class Phrase(NamedTuple):
     end: int      # exclusive
     head: int     # its noun
 
-_TOPS = set_of('shirt t-shirt sweater jacket coat blouse top')
 _MAYBE_GARMENT = set_of('pack case clip bow duffel messenger tote')      # only with a word before it
 
 def _phrase_side(words: list[Word], start: int, head: int) -> str:
@@ -50,22 +49,14 @@ def _ends_phrase(low: str, after: Sequence[Word] = ()) -> bool:
     parts = side == 'part' and low.endswith('s')
     return low in GENDER_OF or side in ('garment', 'hair', 'glasses') or parts
 
-def _stands_apart(first: str, second: str) -> bool:
-    "Two nouns in a row that are two phrases: 'shirt jeans', 'man jacket', not 'jean shorts'."
-    if second in ('pocket', 'pockets', 'hem'): return False
-    if first in GENDER_OF: return noun_side(second) != 'person'
-    plural = first.endswith('s') and not first.endswith('ss')
-    whole = noun_side(first) == 'garment' and (plural or first in _TOPS)
-    return whole and slot_of(first) not in ('bag', first, slot_of(second)) and second != 'suit'
-
-# %% ../nbs/21_phrases.ipynb #9f643dca
+# %% ../nbs/21_phrases.ipynb #5a0a4404
 def _end_of_phrase(words: list[Word], start: int) -> tuple[int, int]:
     "The index of the noun of the phrase that begins here (-1: none), and where the search ended."
     head, i = -1, start
     while i < len(words):
         word = words[i]
         if word.noun:
-            if head >= 0 and _stands_apart(words[head].low, word.low): break
+            if head >= 0 and stands_apart(words[head].low, word.low): break
             head = i
             after = words[i + 1:i + 3]
             if after and after[0].adjective and not after[0].noun and _ends_phrase(word.low, after): break
@@ -79,33 +70,25 @@ def _end_of_phrase(words: list[Word], start: int) -> tuple[int, int]:
         i += 1
     return head, i
 
-def _begins_phrase(words: list[Word], i: int) -> bool:
-    word, after = words[i], words[i + 1] if i + 1 < len(words) else None
-    is_open = i > 0 and words[i - 1].low in BE_VERBS and after and after.low == ','      # "that is open, …"
-    if is_open or not (word.modifier or word.noun): return False
-    return not word.tag.startswith('RB') or bool(after and after.adjective)
-
 def _phrases(words: list[Word]) -> dict[int, Phrase]:
     "By the index of their first word. 'A pair of' is part of the phrase behind it."
     found, i = [], 0
     while i < len(words):
         i = colors_end(words, i)
-        if i >= len(words) or not _begins_phrase(words, i):
+        if i >= len(words) or not begins_phrase(words, i):
             i += 1
             continue
         head, stop = _end_of_phrase(words, i)
         if head < 0:
             i = max(stop, i + 1)
             continue
-        start = i
+        start, side = i, _phrase_side(words, i, head)
+        if side == 'garment': start = first_modifier(words, i, head)
+        while found and found[-1].end > start: start = min(start, found.pop().start)
         if found:
             before = found[-1]
-            of = i == before.end + 1 and words[before.end].low == 'of'
+            of = start == before.end + 1 and words[before.end].low == 'of'
             if of and words[before.head].low in AMOUNTS: start = found.pop().start
-        side = _phrase_side(words, i, head)
-        if side == 'garment' and start == i:
-            start = first_modifier(words, i, head)
-            while found and found[-1].end > start: start = min(start, found.pop().start)
         found.append(Phrase(side, start, head + 1, head))
         i = head + 1
     return {phrase.start: phrase for phrase in found}
