@@ -159,19 +159,19 @@ PART_NOUNS = set_of(
     ' straps strip strips stripe stripes swirls symbol tag tassel tassels text tint toe toes trim trimming'
     ' trimmings wheels word words writing yoke zipper zippers zip') | {'bottom', 'top'}
 
-# %% ../nbs/20_lexicon.ipynb #f4390e13
+# %% ../nbs/20_lexicon.ipynb #1c3a6c2b
 _HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?|bangs|beard|m(?:o)?ustache'
-                   r'|goatee|stubble|bob|dreadlocks|afro|sideburns|mohawk|curls')
+                   r'|goatee|stubble|bob|(?:buzz|crew)-?cut|dreadlocks|afro|sideburns|mohawk|curls')
 _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sunglasses|cut-?offs'
                       r'|one-piece|sweats|camis?|bikini|swimsuit|leotard|sweatbands?|armbands?|watchband'
                       r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap|bonnet|beret|hijab|headscarf'
                       r'|earmuffs|kerchief|corset|tutu|sarong|dungarees|coveralls?|scrubs|kilt|tux(?:edo)?|bolero'
-                      r'|ka?ftan|bustier|jeggings|bermudas|brogues|espadrilles|slip-ons|(?:high|low)-tops')
+                      r'|ka?ftan|bustier|jeggings|bermudas|brogues|espadrilles|button-(?:up|down)|slip-ons|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
     r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
     r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
     r'|creme|mustard|lime|plain|solid|polka|flowered|denim|leather|plaid|striped|check(?:ed|ered)|floral'
-    r'|printed|patterned|camouflage|dotted')
+    r'|printed|patterned|camouflage|dotted|(?:red|blue|green|tan|brown|gr[ae]y|black|white|pink)s')
 _PIECES = ('upper', 'lower', 'shoes', 'accessory')
 
 @functools.cache
@@ -238,7 +238,7 @@ HAIR_DONE = set_of(
     ' cropped tucked draped curled dyed colored left piled wrapped split set brushed drawn twisted')
 NO_ENDS = set_of('also on away forward together as well too not')
 
-# %% ../nbs/20_lexicon.ipynb #d1c68cc8
+# %% ../nbs/20_lexicon.ipynb #061db9f9
 @dataclass(slots=True)
 class Word:
     "A word of a parsed caption."
@@ -268,7 +268,8 @@ def _is_noun(word: Word, next_tag: str, listed: bool) -> bool:
         if listed: return False                     # "a TAN and red coat"
         as_noun = word.tag in _NOUN_TAGS or word.tag in ('VBP', 'VB', 'VBZ')
         return as_noun and next_tag not in ('RB', 'JJ', 'VBN')
-    if word.low in LOOSE_ENDS or word.low.endswith(_STYLES): return False
+    buttons = word.low.endswith(('-up', '-down')) and next_tag in ('JJ', ',', *_NOUN_TAGS)
+    if word.low in LOOSE_ENDS or word.low.endswith(_STYLES) or buttons: return False
     side = noun_side(word.low)
     if side and side != 'color': return not word.verb
     return word.tag in _NOUN_TAGS and side is None and word.low not in TRAIT_WORDS and not word.verb
@@ -276,14 +277,15 @@ def _is_noun(word: Word, next_tag: str, listed: bool) -> bool:
 def _is_adjective(word: Word) -> bool:
     if word.low in POSTURE: return False
     if is_color(word.low) or word.low in TRAIT_WORDS or word.tag in _ADJECTIVE_TAGS: return True
-    if word.verb or word.tag in _NOUN_TAGS: return word.low.endswith(_STYLES) and not word.verb
+    if word.verb or word.tag in _NOUN_TAGS: return not (word.verb or word.noun) and '-' in word.low
     return word.tag in ('VBN', 'VBD') or word.low.endswith('ed')
 
 def parsed_words(doc) -> list[Word]:
     words = [Word(t.text, t.lower_, t.tag_, t.head.i) for t in doc]
     for i, word in enumerate(words):
         following = words[i + 1:i + 3]
-        listed = len(following) == 2 and following[0].low in LISTS and is_color(following[1].low)
+        styled = len(following) == 2 and (is_color(following[1].low) or following[1].low.endswith(_STYLES))
+        listed = styled and following[0].low in LISTS
         word.verb = _is_verb(word.low, word.tag)
         word.noun = _is_noun(word, following[0].tag if following else '', listed)
         of_the = i > 0 and words[i - 1].low in ('the', 'his', 'her') and word.low in ('back', 'bottom')

@@ -27,7 +27,7 @@ from .lexicon import (AGE_WORDS, AMOUNTS, CARRIED, DETERMINERS, GENDER_OF, HAIRE
 from .phrases import Item, CaptionItems, read_items
 from .journal import Journal, JournalLine, Report, Stamp
 
-# %% ../nbs/22_offline.ipynb #3490e335
+# %% ../nbs/22_offline.ipynb #722b53e7
 _TYPOS = dict(pair.split('=') for pair in (     # "_" for a blank
     'apair=a_pair waring=wearing caring=carrying whit=white stripped=striped shit=shirt shire=shirt pans=pants'
     ' hoes=shoes genes=jeans scandals=sandals crocks=crocs collard=collared col_er=collar cent_er=center'
@@ -53,7 +53,7 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
      r'\1 over\2'),
     (r'\b(blue|black|gr[ae]y|denim) (?:years|beans)\b', r'\1 jeans'), (r'\bcol or( ed)?\b', 'color'),
     (r'\b(?:t|tee)[ -]*sh[io]rt(s?)\b', r't-shirt\1'), (r'\bpolo short\b(?! sl)', 'polo shirt'),
-    (r'\b(pony|pig)[ -](?:tail|tale)', r'\1tail'), (r'\bhair[ -](style|cut)\b', r'hair\1'),
+    (r'\b(pony|pig)[ -](?:tail|tale)', r'\1tail'), (r'\bhair[ -](style|cut)\b', r'hair\1'), (r'\b(buzz|crew) cut\b', r'\1-cut'),
     (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper|style))', 'flip-flop'),
     (r'\bflip[ -]?flop(?:s|ped)?\b(?! (?:sandal|shoe|slip|style))', 'flip-flops'),
     (r"\bcapri(?:'?s| s)?\b(?! (?:pants|shorts|length|jeans|leggings|type|style))", 'capris'),
@@ -62,13 +62,15 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
      r'(?= (?:and|with)\b(?![\w ]{0,20}hair)|[.,](?! ?[\w ]{0,20}hair))', r'\1 shorts'),
     (r'\bmilt[ -]', 'multi-')]]
 
-# %% ../nbs/22_offline.ipynb #771da00b
+# %% ../nbs/22_offline.ipynb #8900d99b
 _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
-    (r'\b(button|zip|lace)(?:ed)?[ -](down|up)\b(?= \w)', r'\1-\2'),
+    (r'\b(button|zip|lace)[ -](down|up)\b(?=,? \w)', r'\1-\2'),
+    (r'\b(button|zip)p?ed[ -](down|up)\b(?= (?:\w+ )?(?:shirt|jacket|top|blouse|sweater))', r'\1-\2'),
+    (r'\bpull (?=sweatshirt|sweater|shirt|top)', 'pullover '),
     (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'),
     (r'\bthree quarters?\b', 'three-quarter'),
     (r'\b(short|long|half|mid|three-quarter)[ -](sleeved?|length)\b', r'\1-\2'),
-    (r'\bcut ?off\b(?= \w)', 'cut-off'),
+    (r'\bcut ?off\b(?= (?:jeans?|shorts|pants|shirt|top|sleeves?|denim))', 'cut-off'),
     (r'\b(knee|shoulder|ankle|elbow|waist|calf|thigh|chin|floor|medium)[ -](length|high)\b', r'\1-\2'),
     (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme|khaki|olive|mustard|salmon|gr[ae]y)'
      r'[ -](colou?red|white)\b', r'\1-\2'),
@@ -78,15 +80,15 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(form|tight|loose|close) (fitting|fitted)\b', r'\1-\2'), (r'\bmid (calf|thigh)\b', r'mid-\1'),
     (r'\b(washed|worn) out\b(?= \w+)', r'\1-out'),
     (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers))', r'\1-up'),
-    (r'\bover[ -](?:the[ -])?shoulder(?= (?:\w+ )?(?:bag|purse|satchel|tote|strap|backpack|handbag))',
-     'over-the-shoulder'),
+    (r'\bover[ -](?:the[ -])?(shoulder|chest|body)(?= (?:\w+ )?(?:bag|purse|satchel|tote|strap|handbag|backpack))',
+     r'over-the-\1'),
     (r'\b(open|peep|closed) (toed?)\b', r'\1-\2'),
     (r'\bcross[ -]body\b', 'crossbody'), (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
     (r'\btucked in\b(?= *(?:[.,;]|and\b|with\b|$))', 'tucked'),
     (r'\btucked in (?=shirt|top|blouse)', 'tucked-in '),
     (r'\bstrap on\b(?= (?:\w+ )?(?:sandals|shoes|heels))', 'strap-on'),
     (r'\b(?:just )?(above|below) (knee-length)\b', r'\1-\2'),
-    (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag)', r'\1-looking '),
+    (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag|jeans|shorts|dress|top|skirt|coat|boots)', r'\1-looking '),
     (r'(?<=\ban )above[ -]the[ -]knee\b', 'above-the-knee'),
     (r'\b(above|below|past|over)[ -]the[ -]knees?(?= (?:dress|skirt|shorts|pants|boots|socks|jean|length))',
      r'\1-the-knee')]]
@@ -99,7 +101,7 @@ def mend_spelling(caption: str) -> str:
     for pattern, right in _SPELLING + _COMPOUNDS: text = pattern.sub(right, text)
     return ' '.join(re.sub(r'\bGr([ae])y\b', r'gr\1y', text).split())
 
-# %% ../nbs/22_offline.ipynb #34d98d41
+# %% ../nbs/22_offline.ipynb #6ce9510f
 _NEUTRAL = {'his': 'their', 'her': 'their', 'hers': 'theirs', 'him': 'them', 'himself': 'themselves',
             'herself': 'themselves'}
 _WHOSE = set_of("men men's mens man's women women's womens woman's ladies lady lady's girls girl's boys boy's"
@@ -112,7 +114,7 @@ _NO_ARTICLE = set_of('clothing attire luggage footwear sportswear swimwear under
 _LOOSE = re.compile(
     r"(?:[\s,]+(?:and|who|is|are|was|with|has|have|in|on|to reveal|to show|that|which|also|while|a|an"
     r"|the|of|to|at|from|or|as|well|by|for|over|their|his|her|'s|its|both|into|around|some|very|what|be"
-    r"|appears|looks|then|through|paired|along|draped"
+    r"|appears|looks|then|through|paired|along|draped|pulled"
     r"|like|worn|combined|together|\w{4,}ing(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)"
     r"(?<!piping)(?<!stitching)(?<!edging)(?<!trimming)))+$|[\s,]+(?:that|which) [\w-]+$", re.I)
 
@@ -135,7 +137,7 @@ def _joined(words: list[str]) -> str:
     while before != text: before, text = text, _LOOSE.sub('', text).strip(' ,-')
     return text
 
-# %% ../nbs/22_offline.ipynb #bb1e23a9
+# %% ../nbs/22_offline.ipynb #e5fc98ae
 def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     "`whole`: with all that is said of it; else the bare phrase."
     words, phrase = r.words, item.phrase
@@ -155,7 +157,7 @@ def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     if item.tail > phrase.end and not item.said[1]: said.append('with')         # "has stripes"
     return _joined([_NEUTRAL.get(w, w) for w in said + _plain_words(tail)])
 
-_COUNTED = re.compile(r'ponytail|bun|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle|hairdo|braid'
+_COUNTED = re.compile(r'ponytail|bun|(?:buzz|crew)-cut|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle|hairdo|braid'
                       r'|mohawk|afro')
 
 def _trait_words(r: CaptionItems, item: Item, whole: bool, ethnicity: bool) -> str:
@@ -249,7 +251,7 @@ def read_caption(parsed,                  # a caption that the parser has read
     gender, noun = _gender_and_noun(r)
     return Said(gender, noun, _traits_of(r, ethnicity), features, _garments_of(r, parsed.text))
 
-# %% ../nbs/22_offline.ipynb #aafe1414
+# %% ../nbs/22_offline.ipynb #fc4187b7
 def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
     found, by_item = [], {}
     any_known = any(item.known for item in r.items if item.side == 'garment')
@@ -269,10 +271,11 @@ def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
     described = {g.noun for g in found if len(g.words.split()) > 2}             # "her blouse … a white blouse"
     found = [g for g in found if g.noun not in described or len(g.words.split()) > 2 or g.words.endswith('s')]
     worn = [garment for garment in found if garment.verb == 'wears']
-    if not {'upper', 'lower', 'whole'} & {slot_of(garment.noun) for garment in worn}:
+    main = [garment.words for garment in worn if slot_of(garment.noun) in ('upper', 'lower', 'whole')]
+    if not any(is_color(word) for word in ' '.join(main).split()):
         colors = _ALL_IN.search(text)                               # "dressed all in black"
         named = colors[1].lower().split(' and ') if colors else []
-        twice = any(garment.words.startswith('all ') for garment in found)
+        twice = any(' all ' in f' {garment.words}' for garment in found)
         says_all = not worn or (colors and ' all' in colors[0].lower())
         if named and all(map(is_color, named)) and says_all and not twice:
             found.insert(0, Garment('wears', f'all {colors[1].lower()}', 'all'))

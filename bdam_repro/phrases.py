@@ -237,17 +237,19 @@ def _not_worn(r: CaptionItems, phrase: Phrase) -> bool:
     label, one_of_two = r.low(phrase.end) == ':', lows & {'left', 'right'} and r.low(phrase.head)[-1] != 's'
     return bool(one_of_two or label or (r.verb == 'scene' and before in ELSEWHERE and not lows & _THEIRS))
 
-# %% ../nbs/21_phrases.ipynb #911df53f
+# %% ../nbs/21_phrases.ipynb #99f56754
 def _verb_for(r: CaptionItems, low: str, before: str) -> str:
     "What the caption says; else bags are carried, and the rest is worn."
-    if before == 'with' and not r.open and r.verb in CARRY_VERBS.values(): r.verb = ''
-    if before == 'in' and slot_of(low) in ('upper', 'lower', 'whole', 'shoes', 'outfit'): return 'wears'
+    worn = slot_of(low) in ('upper', 'lower', 'whole', 'shoes', 'outfit')
+    ends = (before == 'with' and (worn or not r.open)) or (before == 'in' and worn)
+    if ends and r.verb in CARRY_VERBS.values(): r.verb = ''
     if r.verb not in ('', 'has', 'scene', 'not'): return r.verb
     return 'carries' if CARRIED.fullmatch(low) else 'wears'
 
 def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     low, before = r.low(phrase.head), r.low(phrase.start - 1)
-    at, same = _after_be(r, phrase.end), _same_garment(r, phrase)
+    at = _after_be(r, phrase.end) if before != 'of' else 0           # not "the lining of her coat is pink"
+    same = _same_garment(r, phrase)
     if at:                                               # "his shoes are …"
         following = r.phrases.get(at)
         if following and following.side == 'garment':    # "… white sneakers"
@@ -380,7 +382,7 @@ def _read_verb(r: CaptionItems, at: int) -> None:
         if goes_on or hair_falls or done or doing: item.end = at + 1
         else: r.close('scene')
 
-# %% ../nbs/21_phrases.ipynb #ed08d10c
+# %% ../nbs/21_phrases.ipynb #cd511d3d
 def _iscolors_end(r: CaptionItems, at: int) -> bool:
     "'stripes of white, GREEN and RED', 'a coat in RED', 'a dress that is long and RED'."
     item, gap = r.open, r.gap(at)
@@ -429,7 +431,7 @@ def _read_word(r: CaptionItems, at: int) -> None:
     elif low in POSTURE or (low in OVER_WORDS and at + 1 in r.phrases): return
     elif item and item.side in ('garment', 'hair') and not {',', 'and'} & set(gap):
         said = word.tag.startswith(('JJ', 'RB')) and low not in NO_ENDS and _hangs_on_open(r, at)
-        if said or low in LOOSE_ENDS: item.end = at + 1
+        if not set(gap) & SCENE_VERBS and (said or low in LOOSE_ENDS): item.end = at + 1
 
 def read_items(words: list[Word]) -> CaptionItems:
     "All items of a caption, in its order."
