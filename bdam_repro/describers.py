@@ -25,7 +25,8 @@ from .config import ROOT, UserError, given_names
 from .pedes import PedesDataset
 from .picture_files import to_rgb
 from .servers import make_client
-from .lexicon import LEXICON, Policy, spoken_of
+from .answers import Policy
+from .lexicon import LEXICON, spoken_of
 from .journal import Report
 from .offline import describe_split, describe_synth, rows_to_describe
 from .mllm import DescribeSettings, check_styles

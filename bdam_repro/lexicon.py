@@ -9,15 +9,16 @@ __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXIC
            'LOOSE_ENDS', 'MATERIAL', 'LISTS', 'TAIL_WORDS', 'OVER_WORDS', 'BEFORE_OTHERS', 'ELSEWHERE', 'COMPANY',
            'PEOPLE_ONLY', 'LOOSE_WORDS', 'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS', 'TRAIT_WORDS', 'OTHER_SIDE',
            'spoken_of', 'set_of', 'noun_side', 'slot_of', 'Word', 'is_color', 'parsed_words', 'leads_to_noun',
-           'goes_on', 'colors_end', 'stands_apart', 'begins_phrase', 'first_modifier', 'adjectives_end', 'Policy',
-           'check_length', 'check_purity', 'check_ethnicity', 'check_coverage', 'check_text', 'check_description']
+           'goes_on', 'colors_end', 'stands_apart', 'ends_phrase', 'begins_phrase', 'first_modifier', 'adjectives_end',
+           'check_purity', 'check_ethnicity', 'check_coverage', 'check_text', 'check_description']
 
-# %% ../nbs/20_lexicon.ipynb #dc28903d
+# %% ../nbs/20_lexicon.ipynb #617e3b55
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .answers import Description, Rejected, check_syntax
+from .answers import Description, Policy, Rejected, check_length, check_syntax
 
 # %% ../nbs/20_lexicon.ipynb #62e950c0
 _BODY = (r'(?:build|built|figure|frame|body|physique|stature|person|individual|adult|man|woman|male'
@@ -142,31 +143,33 @@ SCENE_VERBS = set_of(
 VERB_OR_NOUN = set_of(
     'dress running walking looks looking steps runs worn carried held pull push hold cross face walk')
 
-# %% ../nbs/20_lexicon.ipynb #63f0a60b
+# %% ../nbs/20_lexicon.ipynb #417511ae
 BODY_NOUNS = set_of(
     'hand hands arm arms shoulder shoulders head neck back wrist wrists foot feet leg legs knee knees ankle'
     ' ankles waist chest hip hips ear ears face body finger fingers thumb thumbs thigh thighs calf calves'
     ' elbow elbows forearm side sides lap torso shin shins middle eye eyes')
 PART_NOUNS = set_of(
-    'accent accents band bands block blocks border bow bows brim buckle buttons button character check'
-    ' checks collar collars color colors colour colours compartment cuff cuffs design designs detail details'
-    ' dot dots drawstring drawstrings edge edges edging emblem embroidery fabric flap flower flowers fringe'
-    ' front frills fur graphic graphics handle handles heart hearts heel hem hole holes hood hoods image'
-    ' insignia lace laces lapel lapels leaves length letter level lettering letters line lines lining logo logos'
-    ' markings material mesh neckline number outline panel panels part parts patch patches pattern patterns'
-    ' picture piping pleats pocket pockets print prints printing striping beading ribbing quilting ruffle ruffles seam seams section shade shades'
-    ' shapes sleeve sleeves slit sole soles spot spots squares stain stains star stars stitching strap'
-    ' straps strip strips stripe stripes swirls symbol tag tassel tassels text tint toe toes trim trimming'
-    ' trimmings wheels word words writing yoke zipper zippers zip') | {'bottom', 'top'}
+    'accent accents band bands beading block blocks border bow bows brim buckle button buttons'
+    ' character check checks collar collars color colors colour colours compartment cuff cuffs design'
+    ' designs detail details dot dots drawstring drawstrings edge edges edging emblem embroidery fabric'
+    ' flap flower flowers frills fringe front fur graphic graphics handle handles heart hearts heel hem'
+    ' hole holes hood hoods image insignia lace laces lapel lapels leaves length letter lettering'
+    ' letters level line lines lining logo logos markings material mesh neckline number outline panel'
+    ' panels part parts patch patches pattern patterns picture piping pleats pocket pockets print'
+    ' printing prints quilting ribbing ruffle ruffles seam seams section shade shades shapes sleeve'
+    ' sleeves slit sole soles spot spots squares stain stains star stars stitching strap straps strip'
+    ' stripe stripes striping strips swirls symbol tag tassel tassels text tint toe toes trim trimming'
+    ' trimmings wheels word words writing yoke zip zipper zippers') | {'bottom', 'top'}
 
-# %% ../nbs/20_lexicon.ipynb #1c3a6c2b
+# %% ../nbs/20_lexicon.ipynb #984db4a9
 _HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?|bangs|beard|m(?:o)?ustache'
                    r'|goatee|stubble|bob|(?:buzz|crew)-?cut|dreadlocks|afro|sideburns|mohawk|curls')
 _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sunglasses|cut-?offs'
                       r'|one-piece|sweats|camis?|bikini|swimsuit|leotard|sweatbands?|armbands?|watchband'
-                      r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap|bonnet|beret|hijab|headscarf'
-                      r'|earmuffs|kerchief|corset|tutu|sarong|dungarees|coveralls?|scrubs|kilt|tux(?:edo)?|bolero'
-                      r'|ka?ftan|bustier|jeggings|bermudas|brogues|espadrilles|button-(?:up|down)|slip-ons|(?:high|low)-tops')
+                      r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap|bonnet'
+                      r'|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees|coveralls?'
+                      r'|scrubs|kilt|tux(?:edo)?|bolero|ka?ftan|bustier|jeggings|bermudas|brogues'
+                      r'|espadrilles|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
     r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
     r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
@@ -203,7 +206,7 @@ def slot_of(noun: str) -> str:
     if CARRIED.fullmatch(noun): return 'bag'
     return next((kind for kind in ('upper', 'lower', 'shoes') if kind in kinds), noun)
 
-# %% ../nbs/20_lexicon.ipynb #84bc0ca8
+# %% ../nbs/20_lexicon.ipynb #7287802a
 POSTURE = set_of('bent raised crossed extended lifted including held')
 _AMBIGUOUS = set_of(
     'short flat light dark tan plaid denim orange khaki back bottom')   # a noun only if tagged so
@@ -215,15 +218,16 @@ _MODIFIER_TAGS = set_of(
 _BEFORE_NOUNS = set_of('DT PRP$ JJ JJR JJS NN VBN VBG VB RB CD')
 _NOUN_TAGS, _ADJECTIVE_TAGS = set_of('NN NNS NNP NNPS'), set_of('JJ JJR JJS CD')
 LOOSE_ENDS = set_of(
-    'up down back open unbuttoned underneath untucked tucked together loose short long straight backwards beneath')
+    'up down back open unbuttoned underneath untucked tucked together loose short long straight backwards'
+    ' beneath')
 MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean')
 
-# %% ../nbs/20_lexicon.ipynb #67e63f06
+# %% ../nbs/20_lexicon.ipynb #81193263
 LISTS = (',', 'and', 'or')
 TAIL_WORDS = set_of(
     'on over around across at in with to down from above below up through along under underneath beneath'
     ' into of off against near for past between throughout behind about')
-OVER_WORDS = set_of('over under underneath beneath into of inside below above on')     # one garment and another
+OVER_WORDS = set_of('over under underneath beneath into of inside below above on')       # two garments
 BEFORE_OTHERS = set_of('with to behind by near past and beside of from like at')     # "with another woman"
 ELSEWHERE = set_of('to toward towards at near beside past by behind from for like without')
 COMPANY = set_of(
@@ -238,7 +242,7 @@ HAIR_DONE = set_of(
     ' cropped tucked draped curled dyed colored left piled wrapped split set brushed drawn twisted')
 NO_ENDS = set_of('also on away forward together as well too not')
 
-# %% ../nbs/20_lexicon.ipynb #061db9f9
+# %% ../nbs/20_lexicon.ipynb #1f66bb46
 @dataclass(slots=True)
 class Word:
     "A word of a parsed caption."
@@ -257,12 +261,17 @@ TRAIT_WORDS = AGE_WORDS | HEIGHT_WORDS | SHAPE_WORDS
 @functools.cache
 def is_color(low: str) -> bool: return noun_side(low) == 'color'
 
+_FIT_WORDS = set_of(
+    'snug baggy roomy plain sheer flowing flowy fluorescent stretchy shiny sparkly frilly puffy furry')
+
 def _is_verb(low: str, tag: str) -> bool:
+    if low in _FIT_WORDS or '-' in low: return False
     if low in VERB_OR_NOUN: return tag.startswith('VB') or tag == 'MD'
     known = any(low in verbs for verbs in (WEAR_VERBS, CARRY_VERBS, HAVE_VERBS, BE_VERBS, SCENE_VERBS))
     return known or (tag in ('VBZ', 'VBP', 'MD') and noun_side(low) is None)
 
 def _is_noun(word: Word, next_tag: str, listed: bool) -> bool:
+    if word.low in _FIT_WORDS: return False
     if word.low in ('top', 'polo') and next_tag not in _NOUN_TAGS: return True
     if word.low in _AMBIGUOUS:
         if listed: return False                     # "a TAN and red coat"
@@ -276,6 +285,7 @@ def _is_noun(word: Word, next_tag: str, listed: bool) -> bool:
 
 def _is_adjective(word: Word) -> bool:
     if word.low in POSTURE: return False
+    if word.low in _FIT_WORDS or word.low.endswith(_STYLES): return True
     if is_color(word.low) or word.low in TRAIT_WORDS or word.tag in _ADJECTIVE_TAGS: return True
     if word.verb or word.tag in _NOUN_TAGS: return not (word.verb or word.noun) and '-' in word.low
     return word.tag in ('VBN', 'VBD') or word.low.endswith('ed')
@@ -286,7 +296,8 @@ def parsed_words(doc) -> list[Word]:
         following = words[i + 1:i + 3]
         styled = len(following) == 2 and (is_color(following[1].low) or following[1].low.endswith(_STYLES))
         listed = styled and following[0].low in LISTS
-        word.verb = _is_verb(word.low, word.tag)
+        leads = following and word.low in ('running', 'walking') and noun_side(following[0].low) == 'garment'
+        word.verb = not leads and _is_verb(word.low, word.tag)      # "RUNNING shoes"
         word.noun = _is_noun(word, following[0].tag if following else '', listed)
         of_the = i > 0 and words[i - 1].low in ('the', 'his', 'her') and word.low in ('back', 'bottom')
         word.noun |= of_the and not (following and following[0].tag in _NOUN_TAGS | {'JJ'})
@@ -295,14 +306,14 @@ def parsed_words(doc) -> list[Word]:
         word.modifier = plain or word.adjective
     return words
 
-# %% ../nbs/20_lexicon.ipynb #ae513411
+# %% ../nbs/20_lexicon.ipynb #b8555fb0
 def leads_to_noun(words: list[Word], at: int) -> bool:
     "Adjectives from here, up to a noun."
     for i in range(at, len(words)):
         word = words[i]
         if word.low in DETERMINERS: return False
         listed = word.low in LISTS and (i > at or words[i - 1].low == ',')
-        adverb = word.tag == 'RB' and i + 1 < len(words) and words[i + 1].adjective       # "a long, DARKLY colored"
+        adverb = word.tag == 'RB' and i + 1 < len(words) and words[i + 1].adjective      # "DARKLY colored"
         if word.adjective or listed or adverb: continue
         if word.low in MATERIAL and i + 1 < len(words) and words[i + 1].noun: return True
         return i > at and (word.noun or (word.modifier and not word.verb))
@@ -327,7 +338,7 @@ def colors_end(words: list[Word], i: int) -> int:
     if ends: return last + 2
     return i + 1 if is_color(words[i].low) and words[i + 1].low == ',' else i
 
-# %% ../nbs/20_lexicon.ipynb #f4915624
+# %% ../nbs/20_lexicon.ipynb #ff0db43a
 _TOPS = set_of('shirt t-shirt sweater jacket coat blouse top')
 
 def stands_apart(first: str, second: str) -> bool:
@@ -338,19 +349,30 @@ def stands_apart(first: str, second: str) -> bool:
     whole = noun_side(first) == 'garment' and (plural or first in _TOPS)
     return whole and slot_of(first) not in ('bag', first, slot_of(second)) and second != 'suit'
 
+def ends_phrase(low: str, after: Sequence[Word] = ()) -> bool:
+    "Whether an adjective behind this noun begins another phrase."
+    if low == 'one-piece': return False
+    if len(after) > 1 and after[1].noun:              # "JEAN short pants", "PULLOVER long-sleeve top"
+        style = after[0].low.endswith(('-sleeve', '-sleeved', 'collared')) and low in ('pullover', 'polo')
+        if style or (low in MATERIAL and not is_color(after[0].low)): return False
+    side = noun_side(low)
+    parts = side == 'part' and low.endswith('s')
+    return low in GENDER_OF or side in ('garment', 'hair', 'glasses') or parts
+
 def begins_phrase(words: list[Word], i: int) -> bool:
     word, after = words[i], words[i + 1] if i + 1 < len(words) else None
     is_open = i > 0 and words[i - 1].low in BE_VERBS and after and after.low == ','      # "that is open, …"
     if is_open or not (word.modifier or word.noun): return False
     return not word.tag.startswith('RB') or bool(after and after.adjective)
 
-# %% ../nbs/20_lexicon.ipynb #c5356aaa
+# %% ../nbs/20_lexicon.ipynb #c468cfd7
 def first_modifier(words: list[Word], start: int, head: int) -> int:
-    "Where the noun at `head` begins, if an adjective was missed: 'a ROOMY white top', 'FLOWING, full skirts'."
+    "Where the noun at `head` begins, if an adjective was missed: 'a ROOMY white top'."
     first = at = start
     while at > 0 and (words[first].low not in DETERMINERS or at > first):
         before = words[at - 1]
-        listed = before.low in LISTS and at > 1 and words[at - 2].tag not in _NOUN_TAGS
+        opens = at > 2 and words[at - 3].low in DETERMINERS                    # "a PLASTIC, green bag"
+        listed = before.low in LISTS and at > 1 and (opens or words[at - 2].tag not in _NOUN_TAGS)
         if listed and words[at - 2].head == head: at -= 1
         elif first <= before.head <= head and before.tag in _BEFORE_NOUNS and not before.verb:
             if noun_side(before.low) not in (None, 'color'): break
@@ -373,24 +395,6 @@ def adjectives_end(words: list[Word], at: int) -> int:
         i += 1
         if plain: last = i
     return last
-
-# %% ../nbs/20_lexicon.ipynb #200019
-@dataclass(frozen=True)
-class Policy:
-    "What a description must be."
-    min_words: int = 5          # of each text
-    max_words: int = 60         # of each text
-    min_identity: int = 2       # categories of LEXICON['identity'] that the identity text names
-    min_clothing: int = 2       # categories of LEXICON['clothing'] and color that the clothing text names
-    purity: bool = True         # refuse an identity text that speaks of clothing, and the reverse
-    ethnicity: bool = False     # may skin and ethnicity be named
-
-# %% ../nbs/20_lexicon.ipynb #cce6002a
-def check_length(text: str, side: str, policy: Policy) -> str | None:
-    "From `min_words` to `max_words`, both included."
-    n = len(text.split())
-    if policy.min_words <= n <= policy.max_words: return None
-    return f'length: {side}: {n} words, {policy.min_words} to {policy.max_words} wanted'
 
 # %% ../nbs/20_lexicon.ipynb #ee22453d
 OTHER_SIDE = {'identity': 'clothing', 'clothing': 'identity'}

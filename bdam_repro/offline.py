@@ -6,7 +6,7 @@
 __all__ = ['SPLIT_VERSION', 'SPLIT_POLICY', 'mend_spelling', 'with_article', 'Garment', 'Said', 'read_caption', 'TwoTexts',
            'split_captions', 'split_caption', 'rows_to_describe', 'describe_split', 'describe_synth']
 
-# %% ../nbs/22_offline.ipynb #e9096006
+# %% ../nbs/22_offline.ipynb #ef4e9dc9
 import hashlib
 import json
 import re
@@ -17,29 +17,31 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from .answers import Policy
 from .config import UserError
 from .people import VERSION
 from .synth import description_row
 from .hub import MODEL_SHA256, load_parser
 from .lexicon import (AGE_WORDS, AMOUNTS, CARRIED, DETERMINERS, GENDER_OF, HAIRED, HEIGHT_WORDS,
-                                LEXICON, PEOPLE_ONLY, TRAIT_WORDS, Policy, Word, check_text, is_color, noun_side, set_of,
-                                slot_of, spoken_of, parsed_words)
+                                LEXICON, PEOPLE_ONLY, TRAIT_WORDS, Word, check_text, is_color, noun_side,
+                                set_of, slot_of, spoken_of, parsed_words)
 from .phrases import Item, CaptionItems, read_items
 from .journal import Journal, JournalLine, Report, Stamp
 
-# %% ../nbs/22_offline.ipynb #722b53e7
-_TYPOS = dict(pair.split('=') for pair in (     # "_" for a blank
-    'apair=a_pair waring=wearing caring=carrying whit=white stripped=striped shit=shirt shire=shirt pans=pants'
-    ' hoes=shoes genes=jeans scandals=sandals crocks=crocs collard=collared col_er=collar cent_er=center'
-    ' out_fit=outfit ear_buds=earbuds re_dish=reddish ca_mi=cami teen_aged=teenaged shoe_son=shoes_on'
-    ' tennis_shows=tennis_shoes back_back=backpack eyeglass_frames=eyeglasses specs=glasses'
-    ' broad_shouldered=broad-shouldered cow_boy=cowboy base_ball=baseball sleeve_shift=sleeve_shirt'
-    ' pair_or=pair_of pair_off=pair_of shirtsleeve=short-sleeve anticked= unknown=').split())
+# %% ../nbs/22_offline.ipynb #0bf23d41
+_WRITTEN = (     # "_" for a blank
+    'apair=a_pair waring=wearing caring=carrying whit=white stripped=striped shit=shirt shire=shirt'
+    ' pans=pants hoes=shoes genes=jeans scandals=sandals crocks=crocs collard=collared col_er=collar'
+    ' cent_er=center out_fit=outfit ear_buds=earbuds re_dish=reddish ca_mi=cami teen_aged=teenaged'
+    ' shoe_son=shoes_on tennis_shows=tennis_shoes back_back=backpack eyeglass_frames=eyeglasses'
+    ' specs=glasses broad_shouldered=broad-shouldered cow_boy=cowboy base_ball=baseball'
+    ' sleeve_shift=sleeve_shirt middle_aged=middle-aged see_through=see-through see_thru=see-through'
+    ' pair_or=pair_of pair_off=pair_of shirtsleeve=short-sleeve anticked= unknown=')
+_TYPOS = dict(pair.replace('_', ' ').split('=') for pair in _WRITTEN.split())
 _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
-    (rf'\b(?:{"|".join(_TYPOS)})\b'.replace('_', ' '),
-     lambda found: _TYPOS[found[0].lower().replace(' ', '_')].replace('_', ' ')),
+    (rf'\b(?:{"|".join(_TYPOS)})\b', lambda found: _TYPOS[found[0].lower()]),
     (r"\b(he|she|it) ?(?:[' ]s)\b(?= \w+(?:ing|ed)\b| not| a\b| in\b)", r'\1 is'),
-    (r"\b(that|who|which)[' ]s\b", r'\1 is'), (r"(?<=[a-rt-z])' (?=\w)", ' '),
+    (r"\b(that|who|which)[' ]s\b", r'\1 is'), (r"(?<!\w)'|'(?!\w)", ' '),
     (r'\b(he|she)s (?=\w+ing\b|all\b|dressed\b)', r'\1 is '), (r"\b(\w+) s (?=\w+ing\b)", r'\1 is '),
     (r'\bwhat (?:look|appear|seem)s? (?:like|to be) ', ''), (r'\bsome (?:sort|type|kind|form) of ', 'some '),
     (r'\b(man|woman|men|women|girl|boy|lady|person|jacket|shirt) s (?=[a-z])', r"\1's "),
@@ -50,11 +52,11 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\bone[ -]piece\b', 'one-piece'), (r'\b(low|high|hi)[ -](tops?)\b', r'\1-\2'),
     (r'\bover[ -]sized?\b', 'oversized'), (r'\b(wrist|sweat|arm|head|watch) band(s?)\b', r'\1band\2'),
     (r'\b(an?|open|long|short|white|black|gr[ae]y|blue|red|brown|tan|green|pink) over (coat|shirt)\b',
-     r'\1 over\2'),
-    (r'\b(blue|black|gr[ae]y|denim) (?:years|beans)\b', r'\1 jeans'), (r'\bcol or( ed)?\b', 'color'),
-    (r'\b(?:t|tee)[ -]*sh[io]rt(s?)\b', r't-shirt\1'), (r'\bpolo short\b(?! sl)', 'polo shirt'),
-    (r'\b(pony|pig)[ -](?:tail|tale)', r'\1tail'), (r'\bhair[ -](style|cut)\b', r'hair\1'), (r'\b(buzz|crew) cut\b', r'\1-cut'),
-    (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper|style))', 'flip-flop'),
+     r'\1 over\2'), (r'\b(blue|black|gr[ae]y|denim) (?:years|beans)\b', r'\1 jeans'),
+    (r'\bcol or( ed)?\b', 'color'), (r'\b(?:t|tee)[ -]*sh[io]rt(s?)\b', r't-shirt\1'),
+    (r'\bpolo short\b(?! sl)', 'polo shirt'), (r'\b(pony|pig)[ -](?:tail|tale)', r'\1tail'),
+    (r'\bhair[ -](style|cut)\b', r'hair\1'), (r'\b(buzz|crew) cut\b', r'\1-cut'),
+    (r'\bcap[ -]sleeve', 'cap-sleeve'), (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper|style))', 'flip-flop'),
     (r'\bflip[ -]?flop(?:s|ped)?\b(?! (?:sandal|shoe|slip|style))', 'flip-flops'),
     (r"\bcapri(?:'?s| s)?\b(?! (?:pants|shorts|length|jeans|leggings|type|style))", 'capris'),
     (r'\b(eye|sun) glasses\b', r'\1glasses'), (r'\bpanty? hose\b', 'pantyhose'),
@@ -62,36 +64,33 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
      r'(?= (?:and|with)\b(?![\w ]{0,20}hair)|[.,](?! ?[\w ]{0,20}hair))', r'\1 shorts'),
     (r'\bmilt[ -]', 'multi-')]]
 
-# %% ../nbs/22_offline.ipynb #8900d99b
+# %% ../nbs/22_offline.ipynb #a9c747f3
 _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(button|zip|lace)[ -](down|up)\b(?=,? \w)', r'\1-\2'),
     (r'\b(button|zip)p?ed[ -](down|up)\b(?= (?:\w+ )?(?:shirt|jacket|top|blouse|sweater))', r'\1-\2'),
     (r'\bpull (?=sweatshirt|sweater|shirt|top)', 'pullover '),
-    (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'),
-    (r'\bthree quarters?\b', 'three-quarter'),
+    (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'), (r'\bthree quarters?\b', 'three-quarter'),
     (r'\b(short|long|half|mid|three-quarter)[ -](sleeved?|length)\b', r'\1-\2'),
     (r'\bcut ?off\b(?= (?:jeans?|shorts|pants|shirt|top|sleeves?|denim))', 'cut-off'),
     (r'\b(knee|shoulder|ankle|elbow|waist|calf|thigh|chin|floor|medium)[ -](length|high)\b', r'\1-\2'),
-    (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme|khaki|olive|mustard|salmon|gr[ae]y)'
-     r'[ -](colou?red|white)\b', r'\1-\2'),
+    (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme|khaki|olive|mustard|salmon'
+     r'|gr[ae]y)[ -](colou?red|white)\b', r'\1-\2'),
     (r'\b(long|short)[ -](black|dark|brown|blonde?|gr[ae]y)[ -]haired\b', r'\1-\2-haired'),
     (r'\b(black|dark|brown|blonde?|long|short|gr[ae]y|light|red|white|fair|curly) haired\b', r'\1-haired'),
-    (r'\bmiddle aged\b', 'middle-aged'), (r'\bsee thr(?:ough|u)\b', 'see-through'),
     (r'\b(form|tight|loose|close) (fitting|fitted)\b', r'\1-\2'), (r'\bmid (calf|thigh)\b', r'mid-\1'),
     (r'\b(washed|worn) out\b(?= \w+)', r'\1-out'),
-    (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers))', r'\1-up'),
-    (r'\bover[ -](?:the[ -])?(shoulder|chest|body)(?= (?:\w+ )?(?:bag|purse|satchel|tote|strap|handbag|backpack))',
-     r'over-the-\1'),
-    (r'\b(open|peep|closed) (toed?)\b', r'\1-\2'),
-    (r'\bcross[ -]body\b', 'crossbody'), (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
+    (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers|sleeves))', r'\1-up'),
+    (r'\bover[ -](?:the[ -])?(shoulder|chest|body)(?= (?:\w+ )?(?:(?:hand)?bag|purse|tote|strap|backpack))',
+     r'over-the-\1'), (r'\b(open|peep|closed) (toed?)\b', r'\1-\2'), (r'\bcross[ -]body\b', 'crossbody'),
+    (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
     (r'\btucked in\b(?= *(?:[.,;]|and\b|with\b|$))', 'tucked'),
     (r'\btucked in (?=shirt|top|blouse)', 'tucked-in '),
     (r'\bstrap on\b(?= (?:\w+ )?(?:sandals|shoes|heels))', 'strap-on'),
     (r'\b(?:just )?(above|below) (knee-length)\b', r'\1-\2'),
-    (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag|jeans|shorts|dress|top|skirt|coat|boots)', r'\1-looking '),
-    (r'(?<=\ban )above[ -]the[ -]knee\b', 'above-the-knee'),
-    (r'\b(above|below|past|over)[ -]the[ -]knees?(?= (?:dress|skirt|shorts|pants|boots|socks|jean|length))',
-     r'\1-the-knee')]]
+    (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag|jeans|shorts|dress|top|skirt|coat|boots)',
+     r'\1-looking '), (r'(?<=\ban )above[ -]the[ -]knee\b', 'above-the-knee'),
+    (r'\b(above|below|past|over)[ -]the[ -]knees?'
+     r'(?= (?:\w+ )?(?:dress|skirt|shorts|pants|boots|socks|jean|length))', r'\1-the-knee')]]
 
 def mend_spelling(caption: str) -> str:
     "The caption in one line, without markup, its frequent misspellings mended and compounds joined."
@@ -101,7 +100,7 @@ def mend_spelling(caption: str) -> str:
     for pattern, right in _SPELLING + _COMPOUNDS: text = pattern.sub(right, text)
     return ' '.join(re.sub(r'\bGr([ae])y\b', r'gr\1y', text).split())
 
-# %% ../nbs/22_offline.ipynb #6ce9510f
+# %% ../nbs/22_offline.ipynb #c12ff916
 _NEUTRAL = {'his': 'their', 'her': 'their', 'hers': 'theirs', 'him': 'them', 'himself': 'themselves',
             'herself': 'themselves'}
 _WHOSE = set_of("men men's mens man's women women's womens woman's ladies lady lady's girls girl's boys boy's"
@@ -110,7 +109,8 @@ _FULL_NOUN = {'jean': 'jeans', 'pant': 'pants', 'short': 'shorts', 'trouser': 't
               'legging': 'leggings', 'eyeglass': 'eyeglasses'}
 _LEADING = set_of('a an the his her their its this that these those some just also then')
 _MANY = set_of('one two three several another both all each no many pairs multiple')
-_NO_ARTICLE = set_of('clothing attire luggage footwear sportswear swimwear underwear apparel hose jewelry jewellery pantyhose hair')
+_NO_ARTICLE = set_of('clothing attire luggage footwear sportswear swimwear underwear apparel hose jewelry'
+                     ' jewellery pantyhose hair')
 _LOOSE = re.compile(
     r"(?:[\s,]+(?:and|who|is|are|was|with|has|have|in|on|to reveal|to show|that|which|also|while|a|an"
     r"|the|of|to|at|from|or|as|well|by|for|over|their|his|her|'s|its|both|into|around|some|very|what|be"
@@ -132,12 +132,13 @@ def _plain_words(words: list[Word]) -> list[str]:
 
 def _joined(words: list[str]) -> str:
     text = re.sub(r"\s+([,.]|'s\b|n't\b)", r'\1', ' '.join(words))
-    text = re.sub(r'\bon (?=under|over|with\b)|\band (?=(?:tied|pulled|cuffed|rolled|tucked)\b)', '', text)
+    text = re.sub(r'\bon (?=under|over|with\b)|(?<! up )\band (?=(?:tied|pulled|cuffed|rolled|tucked)\b)', '',
+                  text)
     before = None
     while before != text: before, text = text, _LOOSE.sub('', text).strip(' ,-')
     return text
 
-# %% ../nbs/22_offline.ipynb #e5fc98ae
+# %% ../nbs/22_offline.ipynb #0b335d2f
 def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     "`whole`: with all that is said of it; else the bare phrase."
     words, phrase = r.words, item.phrase
@@ -157,8 +158,8 @@ def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     if item.tail > phrase.end and not item.said[1]: said.append('with')         # "has stripes"
     return _joined([_NEUTRAL.get(w, w) for w in said + _plain_words(tail)])
 
-_COUNTED = re.compile(r'ponytail|bun|(?:buzz|crew)-cut|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle|hairdo|braid'
-                      r'|mohawk|afro')
+_COUNTED = re.compile(r'ponytail|bun|(?:buzz|crew)-cut|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle'
+                      r'|hairdo|braid|mohawk|afro')
 
 def _trait_words(r: CaptionItems, item: Item, whole: bool, ethnicity: bool) -> str:
     words, phrase = r.words, item.phrase
@@ -180,7 +181,7 @@ def _trait_words(r: CaptionItems, item: Item, whole: bool, ethnicity: bool) -> s
     if said == ['hair'] and len(tail) == 1: said.append('worn')          # "her hair up"
     return _joined(said + tail)
 
-# %% ../nbs/22_offline.ipynb #cfd058b8
+# %% ../nbs/22_offline.ipynb #ecaa301f
 def _pure(item_words, r: CaptionItems, item: Item, other_side: str, *more) -> str:
     "The words of an item with its tail, else without, else ''."
     for whole in (True, False):
@@ -206,8 +207,9 @@ _PRONOUNS = {'he': 'man', 'his': 'man', 'him': 'man', 'himself': 'man',
 _AGED = re.compile(r"\bin (?:his|her|their) (?:early |mid |late |mid-)?(?:to late |to mid )?"
                    r"(?:\w+ties|\d0'?s|teens)"
                    r'|\b(?:about |around )?\d+ years old\b', re.I)
-_ALL_IN = re.compile(r'\b(?:wear\w*|dressed|clad)(?: up)?(?: in)?(?: all)?(?: in)? ([\w-]+(?: and [\w-]+)?)'
-                     r'(?= *(?:colou?rs?)? *(?:[.,;]|and\b|$))', re.I)
+_ALL_IN = re.compile(r'\b(?:wear\w*|dressed|clad|in(?= all))(?: up)?(?: in)?(?: all)?(?: in)?'
+                     r' ([\w-]+(?: and [\w-]+)?)'
+                     r'(?= *(?:colou?rs?)? *(?:[.,;]|and\b|with\b|is\b|$))', re.I)
 
 # %% ../nbs/22_offline.ipynb #9abd7529
 def _gender_and_noun(r: CaptionItems) -> tuple[str, str]:
@@ -251,7 +253,7 @@ def read_caption(parsed,                  # a caption that the parser has read
     gender, noun = _gender_and_noun(r)
     return Said(gender, noun, _traits_of(r, ethnicity), features, _garments_of(r, parsed.text))
 
-# %% ../nbs/22_offline.ipynb #fc4187b7
+# %% ../nbs/22_offline.ipynb #509edf5d
 def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
     found, by_item = [], {}
     any_known = any(item.known for item in r.items if item.side == 'garment')
@@ -268,17 +270,16 @@ def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
             continue
         by_item[id(item)] = len(found)
         found.append(Garment(item.verb, words, r.low(item.phrase.head)))
-    described = {g.noun for g in found if len(g.words.split()) > 2}             # "her blouse … a white blouse"
+    described = {g.noun for g in found if len(g.words.split()) > 2}        # "her blouse … a white blouse"
     found = [g for g in found if g.noun not in described or len(g.words.split()) > 2 or g.words.endswith('s')]
     worn = [garment for garment in found if garment.verb == 'wears']
     main = [garment.words for garment in worn if slot_of(garment.noun) in ('upper', 'lower', 'whole')]
-    if not any(is_color(word) for word in ' '.join(main).split()):
-        colors = _ALL_IN.search(text)                               # "dressed all in black"
-        named = colors[1].lower().split(' and ') if colors else []
-        twice = any(' all ' in f' {garment.words}' for garment in found)
-        says_all = not worn or (colors and ' all' in colors[0].lower())
-        if named and all(map(is_color, named)) and says_all and not twice:
-            found.insert(0, Garment('wears', f'all {colors[1].lower()}', 'all'))
+    colors = _ALL_IN.search(text)                                   # "dressed all in black"
+    named = colors[1].lower().split(' and ') if colors else []
+    said_already = any(' all ' in f' {g.words}' for g in found) or set(named) & set(' '.join(main).split())
+    says_all = not worn or (colors and ' all' in colors[0].lower())
+    if named and all(map(is_color, named)) and says_all and not said_already:
+        found.insert(0, Garment('wears', f'all {colors[1].lower()}', 'all'))
     return found
 
 # %% ../nbs/22_offline.ipynb #89badbab
@@ -381,7 +382,7 @@ def rows_to_describe(records: pd.DataFrame,           # the table of a dataset
         raise UserError(f'limit is {limit!r}: give the number of images, at least 1, or None.')
     return records.drop_duplicates('file').head(limit)
 
-# %% ../nbs/22_offline.ipynb #ac6fb023
+# %% ../nbs/22_offline.ipynb #af34eea3
 SPLIT_VERSION = 2      # of the rules: raised with every change that gives other texts
 SPLIT_POLICY = Policy(min_words=2, max_words=200, min_identity=0, min_clothing=0)
 
@@ -393,14 +394,12 @@ def _why_not(texts: TwoTexts, policy: Policy) -> str | None:
         if reason: return reason
     return None
 
-# %% ../nbs/22_offline.ipynb #d084daf4
 def _split_line(image: str, texts: TwoTexts, policy: Policy, stamp: Stamp) -> JournalLine:
     free = dict(tries=1, tokens={'prompt': 0, 'completion': 0}, cost=0.0, latency=0.0)
     reason = _why_not(texts, policy)
     if reason: return JournalLine(image, **stamp._asdict(), **free, status='failed', reason=reason)
     return JournalLine(image, **texts._asdict(), **stamp._asdict(), **free, status='ok')
 
-# %% ../nbs/22_offline.ipynb #05984807
 def describe_split(records: pd.DataFrame,  # a dataset's table with `file` and `captions`
                    out: str | Path,        # the JSONL
                    *, limit: int | None = None,  # only the first so many images
@@ -421,7 +420,7 @@ def describe_split(records: pd.DataFrame,  # a dataset's table with `file` and `
             report.count(line.reason)
     return report
 
-# %% ../nbs/22_offline.ipynb #edcac19e
+# %% ../nbs/22_offline.ipynb #368d3dd7
 def _check_synth(folder: Path, error_rate: float) -> None:
     "Raises `UserError`."
     if not (folder/'factors.jsonl').is_file() or not (folder/'synth.json').is_file():
@@ -429,7 +428,6 @@ def _check_synth(folder: Path, error_rate: float) -> None:
     if not isinstance(error_rate, int | float) or not 0 <= error_rate <= 1:
         raise UserError(f'error_rate is {error_rate!r}: give a probability from 0 to 1.')
 
-# %% ../nbs/22_offline.ipynb #52ceeb49
 def describe_synth(folder: str | Path,  # a SynthPEDES folder, with synth.json and factors.jsonl
                    out: str | Path,     # the JSONL
                    *, error_rate: float = 0.05,  # probability that an attribute is wrong, each by itself

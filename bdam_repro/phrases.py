@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['Phrase', 'Item', 'CaptionItems', 'read_items']
 
-# %% ../nbs/21_phrases.ipynb #e4ab7f67
-from collections.abc import Sequence
+# %% ../nbs/21_phrases.ipynb #dad622e4
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .lexicon import (AMOUNTS, BEFORE_OTHERS, BE_VERBS, CARRIED, CARRY_VERBS, COMPANY,
                                 DETERMINERS, ELSEWHERE, GENDER_OF, HAIRED, HAIR_DONE, HAIR_ENDS, HAVE_VERBS,
-                                LOOSE_ENDS, LOOSE_WORDS, MATERIAL, NO_ENDS, OF_SCENE, OVER_WORDS,
-                                PART_NOUNS, PEOPLE_ONLY, POSTURE, SCENE_VERBS, TAIL_WORDS, TRAIT_WORDS,
-                                WEAR_VERBS, Word, adjectives_end, begins_phrase, colors_end, first_modifier,
-                                goes_on, is_color, noun_side, parsed_words, set_of, slot_of, stands_apart)
+                                LISTS, LOOSE_ENDS, LOOSE_WORDS, NO_ENDS, OF_SCENE, OVER_WORDS, PART_NOUNS,
+                                PEOPLE_ONLY, POSTURE, SCENE_VERBS, TAIL_WORDS, TRAIT_WORDS, WEAR_VERBS,
+                                Word, adjectives_end, begins_phrase, colors_end, ends_phrase,
+                                first_modifier, goes_on, is_color, noun_side, parsed_words, set_of, slot_of,
+                                stands_apart)
 
-# %% ../nbs/21_phrases.ipynb #84bbb326
+# %% ../nbs/21_phrases.ipynb #e18dd4cd
 class Phrase(NamedTuple):
     "A noun and the words before it."
     side: str     # 'person', 'garment', 'glasses', 'hair', 'build', 'skin', 'body', 'part' or 'other'
@@ -39,17 +39,7 @@ def _phrase_side(words: list[Word], start: int, head: int) -> str:
     side = noun_side(low)
     return 'part' if side == 'color' else side or 'other'
 
-def _ends_phrase(low: str, after: Sequence[Word] = ()) -> bool:
-    "Whether an adjective behind this noun begins another phrase."
-    if low == 'one-piece': return False
-    if len(after) > 1 and after[1].noun:              # "JEAN short pants", "PULLOVER long-sleeve top"
-        style = after[0].low.endswith(('-sleeve', '-sleeved', 'collared')) and low in ('pullover', 'polo')
-        if style or (low in MATERIAL and not is_color(after[0].low)): return False
-    side = noun_side(low)
-    parts = side == 'part' and low.endswith('s')
-    return low in GENDER_OF or side in ('garment', 'hair', 'glasses') or parts
-
-# %% ../nbs/21_phrases.ipynb #5a0a4404
+# %% ../nbs/21_phrases.ipynb #87082662
 def _end_of_phrase(words: list[Word], start: int) -> tuple[int, int]:
     "The index of the noun of the phrase that begins here (-1: none), and where the search ended."
     head, i = -1, start
@@ -59,12 +49,12 @@ def _end_of_phrase(words: list[Word], start: int) -> tuple[int, int]:
             if head >= 0 and stands_apart(words[head].low, word.low): break
             head = i
             after = words[i + 1:i + 3]
-            if after and after[0].adjective and not after[0].noun and _ends_phrase(word.low, after): break
+            if after and after[0].adjective and not after[0].noun and ends_phrase(word.low, after): break
         else:
             determiner = i > start and word.low in DETERMINERS
             if determiner and (head >= 0 or words[i - 1].low not in DETERMINERS | {'of'}): break
-            ends = head >= 0 and _ends_phrase(words[head].low, words[head + 1:head + 3])
-            more = i > head + 1 and is_color(words[i - 1].low) and goes_on(words, i)      # "a roomy white, short top"
+            ends = head >= 0 and ends_phrase(words[head].low, words[head + 1:head + 3])
+            more = i > head + 1 and is_color(words[i - 1].low) and goes_on(words, i)      # "silk white, short"
             if head >= 0 and (ends or not (word.modifier or more)): break
             if not word.modifier and not (i > start and goes_on(words, i)): break
         i += 1
@@ -156,7 +146,7 @@ def _after_be(r: CaptionItems, at: int) -> int:
     if r.low(at + 1) == 'to' and r.low(at + 2) == 'be': return at + 3
     return at + 2 if r.low(at + 1) in ('also', 'both', 'all') else at + 1
 
-# %% ../nbs/21_phrases.ipynb #a0cdb53b
+# %% ../nbs/21_phrases.ipynb #3510b5ca
 def _read_person(r: CaptionItems, phrase: Phrase) -> int:
     before = r.low(phrase.start - 1)
     owner = phrase.end < len(r.words) and r.words[phrase.end].tag == 'POS'
@@ -167,8 +157,9 @@ def _read_person(r: CaptionItems, phrase: Phrase) -> int:
         r.other, r.others_clause = phrase.end, False
         return phrase.end
     r.close()
-    genders = {GENDER_OF[w.low] for p in (*r.people, phrase) for w in r.words[p.start:p.end] if w.low in GENDER_OF}
-    if before in ('.', ';') and len(genders) > 1: return len(r.words)           # "… The girl wears …": not him
+    named = (word.low for p in (*r.people, phrase) for word in r.words[p.start:p.end])
+    genders = {GENDER_OF[low] for low in named if low in GENDER_OF}
+    if before in ('.', ';') and len(genders) > 1: return len(r.words)         # "The girl wears …": not him
     r.other, r.others_clause = -1, False
     following = {r.low(phrase.end + 1), r.low(phrase.end + 2)}
     r.unsure |= r.low(phrase.end) == 'or' and bool(following & GENDER_OF.keys())
@@ -194,7 +185,7 @@ def _read_trait(r: CaptionItems, phrase: Phrase) -> int:
         item.said, item.end, item.tail = (at, end), end, end
     return item.end
 
-# %% ../nbs/21_phrases.ipynb #55828502
+# %% ../nbs/21_phrases.ipynb #2a419a2b
 def _same_garment(r: CaptionItems, phrase: Phrase) -> Item | None:
     "The item that *the shirt* refers back to."
     bare = phrase.start == phrase.head and (
@@ -211,15 +202,15 @@ def _belongs_to_open(r: CaptionItems, phrase: Phrase) -> bool:
     gap = r.gap(phrase.start)
     if not r.open or r.open.side != 'garment' or not r.open.known: return False
     if not gap: return r.clause and noun_side(r.low(r.open.end - 1)) is None      # "that matches HER COAT"
-    heels = gap == ['with'] and r.low(phrase.head) in ('heel', 'heels')
     slot = slot_of(r.low(r.open.phrase.head))
-    if heels and slot == 'shoes': return True
+    if gap == ['with'] and r.low(phrase.head) in ('heel', 'heels') and slot == 'shoes': return True
     if gap == ['with'] and r.low(phrase.head) == 'bottom' and slot != 'upper': return True
     on = r.low(phrase.end) == 'on' and r.low(phrase.end + 1) != 'it'
     behind, it = r.low(phrase.end + on), r.low(phrase.end + 1) in ('it', 'top')
     beneath = behind in ('underneath', 'beneath') or (it and behind in ('under', 'over', 'on', 'beneath'))
     if gap in (['with'], [',', 'with']) and beneath: return True         # "with A HOODIE underneath"
-    if gap in (['with'], ['by']) and r.low(r.open.end - 1) in ('covered', 'layered', 'lined', 'trimmed'): return True
+    covered = r.low(r.open.end - 1) in ('covered', 'layered', 'lined', 'trimmed')
+    if covered and gap in (['with'], ['by']): return True
     if gap == ['or'] or (gap[-1] in OVER_WORDS | {'from'} and gap[0] not in _SEPARATORS): return True
     return r.clause and gap[-1] not in _SEPARATORS and gap[-1] != 'with'
 
@@ -237,7 +228,7 @@ def _not_worn(r: CaptionItems, phrase: Phrase) -> bool:
     label, one_of_two = r.low(phrase.end) == ':', lows & {'left', 'right'} and r.low(phrase.head)[-1] != 's'
     return bool(one_of_two or label or (r.verb == 'scene' and before in ELSEWHERE and not lows & _THEIRS))
 
-# %% ../nbs/21_phrases.ipynb #99f56754
+# %% ../nbs/21_phrases.ipynb #963e6dfc
 def _verb_for(r: CaptionItems, low: str, before: str) -> str:
     "What the caption says; else bags are carried, and the rest is worn."
     worn = slot_of(low) in ('upper', 'lower', 'whole', 'shoes', 'outfit')
@@ -257,6 +248,11 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
             return at
         an = r.low(at) in ('a', 'an')
         if an and is_color(r.low(adjectives_end(r.words, at + 1) - 1)): at += 1           # "… A dark green"
+        a_print = following and r.low(following.head) in ('print', 'pattern', 'design', 'plaid')
+        if a_print and r.low(at - an) in ('a', 'an') and not same:                         # "… a white PRINT"
+            item = r.begin('garment', 'wears', phrase)
+            item.tail, item.end = at - an, following.end
+            return item.end
         color = following and r.low(following.head) in ('color', 'colour')
         end = following.head if color else adjectives_end(r.words, at)
         if color: at += r.low(at) in DETERMINERS                              # "… an aqua blue color"
@@ -280,7 +276,7 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     if has: item.end = item.tail = phrase.end + 1        # "the shirt has stripes": *with stripes*
     return item.end
 
-# %% ../nbs/21_phrases.ipynb #8fac9c68
+# %% ../nbs/21_phrases.ipynb #86a4e911
 def _is_fragment(r: CaptionItems, phrase: Phrase) -> bool:
     "It begins a sentence without a verb, behind a garment."
     end = phrase.end
@@ -304,7 +300,7 @@ def _read_part(r: CaptionItems, phrase: Phrase) -> int:
         else: r.close()
     elif r.verb == 'wears' and not item and r.low(phrase.start - 1) in WEAR_VERBS:
         r.begin('garment', 'wears', phrase)                                     # "wears long sleeves"
-    elif _is_fragment(r, phrase):                                               # "A long dress; LONG SLEEVES;"
+    elif _is_fragment(r, phrase):                                              # "A long dress; SHORT SLEEVES"
         r.begin('garment', 'wears', phrase, of=r.items[-1]).tail = phrase.start
     elif not item or item.side != 'hair': r.close()
     return phrase.end
@@ -315,15 +311,16 @@ def _read_body(r: CaptionItems, phrase: Phrase) -> int:
         r.close()
         return phrase.end
     loose = TAIL_WORDS | POSTURE | _THEIRS | LOOSE_WORDS
-    beside = gap == {'and'} and noun_side(r.low(item.end - 1)) in ('body', 'part')     # "sleeves and chest"
+    more = r.low(phrase.end) in LISTS and noun_side(r.low(phrase.end + 2 - (r.low(phrase.end + 1) != 'and')))
+    listed = gap == {'and'} or (gap == {','} and more in ('body', 'part'))       # "on the neck, BACK and cuffs"
+    beside = listed and noun_side(r.low(item.end - 1)) in ('body', 'part')
     is_led = beside or (gap & TAIL_WORDS and gap <= loose and not (',' in gap and 'with' in gap))
     last = r.words[item.end - 1]
     if not gap: is_led = last.low in TAIL_WORDS or last.tag in ('VBG', 'VBN')
     low = r.low(phrase.head)
     is_part = item.side == 'garment' and (low in PART_NOUNS or low.endswith('neck'))   # "with a round neck"
-    with_body = 'with' in gap and not is_part
     hangs = bool(gap - {',', 'and'}) and _hangs_on_open(r, item.end)
-    if not with_body and (r.clause or is_led or hangs): item.end = phrase.end
+    if (is_part or 'with' not in gap) and (r.clause or is_led or hangs): item.end = phrase.end
     else: r.close()
     return phrase.end
 
@@ -334,12 +331,14 @@ def _read_other(r: CaptionItems, phrase: Phrase) -> int:
     if item and item.side == 'garment' and gap and not {',', 'and'} & set(gap):
         picture = gap == ['with'] and not lows & COMPANY
         held = _hangs_on_open(r, item.end) and _hangs_on_open(r, phrase.start - 1)
-        hangs = held and (gap[0] not in OF_SCENE or (gap == ['in'] and item.end > item.tail and r.low(phrase.start) not in DETERMINERS))
+        in_it = gap == ['in'] and item.end > item.tail and r.low(phrase.start) not in DETERMINERS
+        hangs = held and (gap[0] not in OF_SCENE or in_it)                # "a pattern IN BLOCK FORM"
         belongs = r.clause or gap[0] == 'of' or picture or hangs
     bare = r.low(phrase.start) not in DETERMINERS
-    if item and item.side == 'garment' and gap == ['and'] and bare and item.verb == 'wears' and item.end > item.tail:      # "dots AND LEAVES"
+    listed = item and item.side == 'garment' and item.verb == 'wears' and gap == ['and']
+    if listed and bare and item.end > item.tail:                                       # "dots AND LEAVES"
         belongs = r.words[phrase.head].head in range(item.tail, item.end) and not lows & COMPANY
-    belongs = belongs or bool(item and item.side == 'garment' and r.clause and not gap)    # "cut INCHES above"
+    if item and item.side == 'garment' and r.clause and not gap: belongs = True         # "cut INCHES above"
     if belongs:
         item.end = phrase.end
         return phrase.end
@@ -351,7 +350,7 @@ def _read_other(r: CaptionItems, phrase: Phrase) -> int:
 _READ = {'person': _read_person, 'garment': _read_garment, 'part': _read_part, 'body': _read_body,
          'other': _read_other} | dict.fromkeys(('hair', 'glasses', 'build', 'skin'), _read_trait)
 
-# %% ../nbs/21_phrases.ipynb #d808fb11
+# %% ../nbs/21_phrases.ipynb #c7c5e429
 _HANGING = set_of('hanging falling flowing reaching going coming')
 _REACHING = set_of('ending reaching falling stopping covering')
 
@@ -375,19 +374,19 @@ def _read_verb(r: CaptionItems, at: int) -> None:
         hair_falls = item.side == 'hair' and low in _HANGING and not gap
         belongs = low in HAIR_DONE if item.side == 'hair' else not gap or _hangs_on_open(r, at)
         done = word.tag in ('VBN', 'VBD') and belongs
-        ends = gap == [','] and low in _REACHING                                # "a coat, ENDING at the waist"
-        hangs = low not in SCENE_VERBS and (not gap or ends) and _hangs_on_open(r, at)
+        ends = gap == [','] and low in _REACHING                               # "a coat, ENDING at the waist"
+        hangs = low not in SCENE_VERBS and (not gap or ends) and (low in _REACHING or _hangs_on_open(r, at))
         strap = not gap and r.low(item.end - 1) in ('strap', 'straps', 'stripes')      # "CROSSING his back"
         doing = (word.tag == 'VBG' and hangs) or (strap and low.endswith('ing'))
         if goes_on or hair_falls or done or doing: item.end = at + 1
         else: r.close('scene')
 
-# %% ../nbs/21_phrases.ipynb #cd511d3d
+# %% ../nbs/21_phrases.ipynb #487d0814
 def _iscolors_end(r: CaptionItems, at: int) -> bool:
     "'stripes of white, GREEN and RED', 'a coat in RED', 'a dress that is long and RED'."
     item, gap = r.open, r.gap(at)
     if not item or item.side != 'garment' or at in r.phrases: return False
-    if r.clause and gap == ['and'] and r.words[at].adjective: return True
+    if r.clause and gap in ([], ['and']) and r.words[at].adjective: return True
     if not is_color(r.low(at)): return False
     follows_color = is_color(r.low(item.end - 1)) and set(gap) <= _SEPARATORS
     with_it = gap == ['with'] and r.low(at + 1) in TAIL_WORDS              # "with GOLD on the shoulders"

@@ -15,6 +15,7 @@ from mllm_server import description
 from bdam_repro.answers import (
     Description,
     NoAnswer,
+    Policy,
     Rejected,
     completion_of,
     error_words,
@@ -35,7 +36,6 @@ from bdam_repro.describers import (
 )
 from bdam_repro.generalize import generalize_with
 from bdam_repro.journal import Journal, JournalLine, read_journal
-from bdam_repro.lexicon import Policy
 from bdam_repro.mllm import History
 from bdam_repro.servers import (
     Answer,

@@ -28,12 +28,12 @@ import pytest
 from mllm_server import CONTENT, TRANSPORT, description
 from PIL import Image
 
+from bdam_repro.answers import Policy
 from bdam_repro.batchmode import describe_batch, describe_batch_async
 from bdam_repro.config import UserError
 from bdam_repro.describe import OnlineSettings, describe, describe_async, estimate_cost
 from bdam_repro.describers import DescribeParameters, describe_dataset
 from bdam_repro.journal import FIELDS, Journal, read_journal
-from bdam_repro.lexicon import Policy
 from bdam_repro.mllm import draw_style, image_url
 from bdam_repro.offline import describe_split
 from bdam_repro.servers import make_client
