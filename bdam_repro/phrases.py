@@ -39,7 +39,7 @@ def _phrase_side(words: list[Word], start: int, head: int) -> str:
     side = noun_side(low)
     return 'part' if side == 'color' else side or 'other'
 
-# %% ../nbs/21_phrases.ipynb #87082662
+# %% ../nbs/21_phrases.ipynb #22c95305
 def _end_of_phrase(words: list[Word], start: int) -> tuple[int, int]:
     "The index of the noun of the phrase that begins here (-1: none), and where the search ended."
     head, i = -1, start
@@ -54,7 +54,7 @@ def _end_of_phrase(words: list[Word], start: int) -> tuple[int, int]:
             determiner = i > start and word.low in DETERMINERS
             if determiner and (head >= 0 or words[i - 1].low not in DETERMINERS | {'of'}): break
             ends = head >= 0 and ends_phrase(words[head].low, words[head + 1:head + 3])
-            more = i > head + 1 and is_color(words[i - 1].low) and goes_on(words, i)      # "silk white, short"
+            more = i > head + 1 and is_color(words[i - 1].low) and goes_on(words, i)     # "silk white, short"
             if head >= 0 and (ends or not (word.modifier or more)): break
             if not word.modifier and not (i > start and goes_on(words, i)): break
         i += 1
@@ -276,7 +276,7 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     if has: item.end = item.tail = phrase.end + 1        # "the shirt has stripes": *with stripes*
     return item.end
 
-# %% ../nbs/21_phrases.ipynb #86a4e911
+# %% ../nbs/21_phrases.ipynb #aa0c4b6e
 def _is_fragment(r: CaptionItems, phrase: Phrase) -> bool:
     "It begins a sentence without a verb, behind a garment."
     end = phrase.end
@@ -312,14 +312,14 @@ def _read_body(r: CaptionItems, phrase: Phrase) -> int:
         return phrase.end
     loose = TAIL_WORDS | POSTURE | _THEIRS | LOOSE_WORDS
     more = r.low(phrase.end) in LISTS and noun_side(r.low(phrase.end + 2 - (r.low(phrase.end + 1) != 'and')))
-    listed = gap == {'and'} or (gap == {','} and more in ('body', 'part'))       # "on the neck, BACK and cuffs"
-    beside = listed and noun_side(r.low(item.end - 1)) in ('body', 'part')
+    listed = gap == {'and'} or (gap == {','} and more in ('body', 'part'))     # "on the neck, BACK and cuffs"
+    beside = listed and item.side == 'garment' and noun_side(r.low(item.end - 1)) in ('body', 'part')
     is_led = beside or (gap & TAIL_WORDS and gap <= loose and not (',' in gap and 'with' in gap))
     last = r.words[item.end - 1]
     if not gap: is_led = last.low in TAIL_WORDS or last.tag in ('VBG', 'VBN')
-    low = r.low(phrase.head)
-    is_part = item.side == 'garment' and (low in PART_NOUNS or low.endswith('neck'))   # "with a round neck"
-    hangs = bool(gap - {',', 'and'}) and _hangs_on_open(r, item.end)
+    is_part = item.side == 'garment' and ((low := r.low(phrase.head)) in PART_NOUNS or low.endswith('neck'))   # "with a round neck"
+    joined = 'and' in gap and not gap & TAIL_WORDS
+    hangs = bool(gap - {',', 'and'}) and not joined and _hangs_on_open(r, item.end)
     if (is_part or 'with' not in gap) and (r.clause or is_led or hangs): item.end = phrase.end
     else: r.close()
     return phrase.end
