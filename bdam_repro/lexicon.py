@@ -161,14 +161,14 @@ PART_NOUNS = set_of(
     ' stripe stripes striping strips swirls symbol tag tassel tassels text tint toe toes trim trimming'
     ' trimmings wheels word words writing yoke zip zipper zippers') | {'bottom', 'top'}
 
-# %% ../nbs/20_lexicon.ipynb #984db4a9
+# %% ../nbs/20_lexicon.ipynb #c32762e8
 _HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?|bangs|beard|m(?:o)?ustache'
                    r'|goatee|stubble|bob|(?:buzz|crew)-?cut|dreadlocks|afro|sideburns|mohawk|curls')
 _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sunglasses|cut-?offs'
                       r'|one-piece|sweats|camis?|bikini|swimsuit|leotard|sweatbands?|armbands?|watchband'
                       r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap|bonnet'
                       r'|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees|coveralls?'
-                      r'|scrubs|kilt|tux(?:edo)?|bolero|ka?ftan|bustier|jeggings|bermudas|brogues'
+                      r'|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas|brogues'
                       r'|espadrilles|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
     r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
@@ -222,7 +222,7 @@ LOOSE_ENDS = set_of(
     ' beneath')
 MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean')
 
-# %% ../nbs/20_lexicon.ipynb #81193263
+# %% ../nbs/20_lexicon.ipynb #955c74b5
 LISTS = (',', 'and', 'or')
 TAIL_WORDS = set_of(
     'on over around across at in with to down from above below up through along under underneath beneath'
@@ -234,7 +234,7 @@ COMPANY = set_of(
     'friend friends companion dog dogs group baby stroller cart child others car camera bicycle bike')
 PEOPLE_ONLY = set_of(
     'tall slim slender skinny young old elderly middle-aged stocky heavyset overweight petite chubby adult')
-LOOSE_WORDS = set_of('just right draped slung out worn held hanging and both ,')
+LOOSE_WORDS = set_of('just right draped slung out worn held hanging high low diagonally and both ,')
 OF_SCENE = set_of('at in while as along down through past near by toward towards beside behind')
 HAIR_ENDS = set_of('highlights streaks tips ends roots layers')
 HAIR_DONE = set_of(
@@ -242,7 +242,7 @@ HAIR_DONE = set_of(
     ' cropped tucked draped curled dyed colored left piled wrapped split set brushed drawn twisted')
 NO_ENDS = set_of('also on away forward together as well too not')
 
-# %% ../nbs/20_lexicon.ipynb #1f66bb46
+# %% ../nbs/20_lexicon.ipynb #d3b1e92d
 @dataclass(slots=True)
 class Word:
     "A word of a parsed caption."
@@ -255,7 +255,7 @@ class Word:
     adjective: bool = False
     modifier: bool = False     # may stand before a noun
 
-_STYLES = ('-sleeve', '-length', '-top', '-fitting', '-toe')      # "a LONG-SLEEVE shirt"
+_STYLES = ('-sleeve', '-length', '-top', '-fitting', '-toe', '-style')      # "a LONG-SLEEVE shirt"
 TRAIT_WORDS = AGE_WORDS | HEIGHT_WORDS | SHAPE_WORDS
 
 @functools.cache
@@ -294,7 +294,8 @@ def parsed_words(doc) -> list[Word]:
     words = [Word(t.text, t.lower_, t.tag_, t.head.i) for t in doc]
     for i, word in enumerate(words):
         following = words[i + 1:i + 3]
-        styled = len(following) == 2 and (is_color(following[1].low) or following[1].low.endswith(_STYLES))
+        styled = len(following) == 2 and (is_color(following[1].low) or following[1].low.endswith(_STYLES)
+                                          or following[1].tag == 'JJ')
         listed = styled and following[0].low in LISTS
         leads = following and word.low in ('running', 'walking') and noun_side(following[0].low) == 'garment'
         word.verb = not leads and _is_verb(word.low, word.tag)      # "RUNNING shoes"
@@ -338,7 +339,7 @@ def colors_end(words: list[Word], i: int) -> int:
     if ends: return last + 2
     return i + 1 if is_color(words[i].low) and words[i + 1].low == ',' else i
 
-# %% ../nbs/20_lexicon.ipynb #ff0db43a
+# %% ../nbs/20_lexicon.ipynb #97efd924
 _TOPS = set_of('shirt t-shirt sweater jacket coat blouse top')
 
 def stands_apart(first: str, second: str) -> bool:
@@ -363,7 +364,7 @@ def begins_phrase(words: list[Word], i: int) -> bool:
     word, after = words[i], words[i + 1] if i + 1 < len(words) else None
     is_open = i > 0 and words[i - 1].low in BE_VERBS and after and after.low == ','      # "that is open, …"
     if is_open or not (word.modifier or word.noun): return False
-    return not word.tag.startswith('RB') or bool(after and after.adjective)
+    return word.noun or not word.tag.startswith('RB') or bool(after and after.adjective)
 
 # %% ../nbs/20_lexicon.ipynb #c468cfd7
 def first_modifier(words: list[Word], start: int, head: int) -> int:

@@ -181,13 +181,12 @@ def _trait_words(r: CaptionItems, item: Item, whole: bool, ethnicity: bool) -> s
     if said == ['hair'] and len(tail) == 1: said.append('worn')          # "her hair up"
     return _joined(said + tail)
 
-# %% ../nbs/22_offline.ipynb #ecaa301f
+# %% ../nbs/22_offline.ipynb #b70b2173
 def _pure(item_words, r: CaptionItems, item: Item, other_side: str, *more) -> str:
     "The words of an item with its tail, else without, else ''."
-    for whole in (True, False):
-        words = item_words(r, item, whole, *more)
-        if words and not spoken_of(words, other_side): return words
-    return ''
+    whole, bare = item_words(r, item, True, *more), item_words(r, item, False, *more)
+    tries = (whole, bare, re.sub(r'\b(?:slender|skinny|tall|petite)\b,? ', '', bare))
+    return next((words for words in tries if words and not spoken_of(words, other_side)), '')
 
 class Garment(NamedTuple):
     verb: str       # 'wears', 'carries', …

@@ -146,7 +146,7 @@ def _after_be(r: CaptionItems, at: int) -> int:
     if r.low(at + 1) == 'to' and r.low(at + 2) == 'be': return at + 3
     return at + 2 if r.low(at + 1) in ('also', 'both', 'all') else at + 1
 
-# %% ../nbs/21_phrases.ipynb #3510b5ca
+# %% ../nbs/21_phrases.ipynb #10cc3dd9
 def _read_person(r: CaptionItems, phrase: Phrase) -> int:
     before = r.low(phrase.start - 1)
     owner = phrase.end < len(r.words) and r.words[phrase.end].tag == 'POS'
@@ -168,7 +168,9 @@ def _read_person(r: CaptionItems, phrase: Phrase) -> int:
 
 def _read_trait(r: CaptionItems, phrase: Phrase) -> int:
     "Hair, glasses, build, skin."
-    if 'no' in (w.low for w in r.words[phrase.start:phrase.head]): return phrase.end
+    lows = [w.low for w in r.words[phrase.start:phrase.head]]
+    if phrase.side == 'build' and any(noun_side(low) == 'body' for low in lows): return _read_part(r, phrase)
+    if 'no' in lows: return phrase.end
     if r.other >= 0 and r.low(phrase.start) not in _THEIRS: return phrase.end
     gap, before = r.gap(phrase.start), r.open.side if r.open else ''
     in_hair = before == phrase.side == 'hair' and gap and not {',', 'and'} & set(gap)    # "in a ponytail"
@@ -276,14 +278,7 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     if has: item.end = item.tail = phrase.end + 1        # "the shirt has stripes": *with stripes*
     return item.end
 
-# %% ../nbs/21_phrases.ipynb #aa0c4b6e
-def _is_fragment(r: CaptionItems, phrase: Phrase) -> bool:
-    "It begins a sentence without a verb, behind a garment."
-    end = phrase.end
-    while r.low(end) not in ('', '.', ';') and not r.words[end].verb: end += 1
-    begins = r.low(phrase.start - 1) in ('.', ';') and r.low(end) in ('', '.', ';')
-    return bool(begins and r.items and r.items[-1].side == 'garment' and r.items[-1].of is None)
-
+# %% ../nbs/21_phrases.ipynb #7b10af2b
 def _read_part(r: CaptionItems, phrase: Phrase) -> int:
     item, gap = r.open, r.gap(phrase.start)
     if gap == ['in'] and r.low(phrase.start) in ('color', 'colour'): return phrase.end      # "tan in color"
@@ -300,8 +295,6 @@ def _read_part(r: CaptionItems, phrase: Phrase) -> int:
         else: r.close()
     elif r.verb == 'wears' and not item and r.low(phrase.start - 1) in WEAR_VERBS:
         r.begin('garment', 'wears', phrase)                                     # "wears long sleeves"
-    elif _is_fragment(r, phrase):                                              # "A long dress; SHORT SLEEVES"
-        r.begin('garment', 'wears', phrase, of=r.items[-1]).tail = phrase.start
     elif not item or item.side != 'hair': r.close()
     return phrase.end
 
@@ -317,7 +310,8 @@ def _read_body(r: CaptionItems, phrase: Phrase) -> int:
     is_led = beside or (gap & TAIL_WORDS and gap <= loose and not (',' in gap and 'with' in gap))
     last = r.words[item.end - 1]
     if not gap: is_led = last.low in TAIL_WORDS or last.tag in ('VBG', 'VBN')
-    is_part = item.side == 'garment' and ((low := r.low(phrase.head)) in PART_NOUNS or low.endswith('neck'))   # "with a round neck"
+    low = r.low(phrase.head)
+    is_part = item.side == 'garment' and (low in PART_NOUNS or low.endswith('neck'))     # "a round neck"
     joined = 'and' in gap and not gap & TAIL_WORDS
     hangs = bool(gap - {',', 'and'}) and not joined and _hangs_on_open(r, item.end)
     if (is_part or 'with' not in gap) and (r.clause or is_led or hangs): item.end = phrase.end
@@ -350,7 +344,7 @@ def _read_other(r: CaptionItems, phrase: Phrase) -> int:
 _READ = {'person': _read_person, 'garment': _read_garment, 'part': _read_part, 'body': _read_body,
          'other': _read_other} | dict.fromkeys(('hair', 'glasses', 'build', 'skin'), _read_trait)
 
-# %% ../nbs/21_phrases.ipynb #c7c5e429
+# %% ../nbs/21_phrases.ipynb #5ceba3ab
 _HANGING = set_of('hanging falling flowing reaching going coming')
 _REACHING = set_of('ending reaching falling stopping covering')
 
@@ -369,19 +363,20 @@ def _read_verb(r: CaptionItems, at: int) -> None:
     elif goes_on and (low in HAVE_VERBS or low in BE_VERBS): item.end = at + 1
     elif low in HAVE_VERBS: r.close('has')
     elif low in BE_VERBS: r.close('')
-    elif not item: r.close('scene')
+    elif not item: r.close('not' if denied else 'scene')
     else:
         hair_falls = item.side == 'hair' and low in _HANGING and not gap
         belongs = low in HAIR_DONE if item.side == 'hair' else not gap or _hangs_on_open(r, at)
         done = word.tag in ('VBN', 'VBD') and belongs
         ends = gap == [','] and low in _REACHING                               # "a coat, ENDING at the waist"
         hangs = low not in SCENE_VERBS and (not gap or ends) and (low in _REACHING or _hangs_on_open(r, at))
-        strap = not gap and r.low(item.end - 1) in ('strap', 'straps', 'stripes')      # "CROSSING his back"
-        doing = (word.tag == 'VBG' and hangs) or (strap and low.endswith('ing'))
+        last = r.low(item.end - 1)
+        down = last in ('strap', 'straps', 'stripes') or (low == 'hanging' and CARRIED.fullmatch(last))
+        doing = (word.tag == 'VBG' and hangs) or (down and not gap and low.endswith('ing'))
         if goes_on or hair_falls or done or doing: item.end = at + 1
         else: r.close('scene')
 
-# %% ../nbs/21_phrases.ipynb #487d0814
+# %% ../nbs/21_phrases.ipynb #7e0cf5c8
 def _iscolors_end(r: CaptionItems, at: int) -> bool:
     "'stripes of white, GREEN and RED', 'a coat in RED', 'a dress that is long and RED'."
     item, gap = r.open, r.gap(at)
@@ -432,6 +427,7 @@ def _read_word(r: CaptionItems, at: int) -> None:
         said = word.tag.startswith(('JJ', 'RB')) and low not in NO_ENDS and _hangs_on_open(r, at)
         if not set(gap) & SCENE_VERBS and (said or low in LOOSE_ENDS): item.end = at + 1
 
+# %% ../nbs/21_phrases.ipynb #5a7d7984
 def read_items(words: list[Word]) -> CaptionItems:
     "All items of a caption, in its order."
     r, at = CaptionItems(words, _phrases(words), [], [], []), 0
