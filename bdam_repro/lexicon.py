@@ -161,13 +161,13 @@ PART_NOUNS = set_of(
     ' stripe stripes striping strips swirls symbol tag tassel tassels text tint toe toes trim trimming'
     ' trimmings wheels word words writing yoke zip zipper zippers') | {'bottom', 'top'}
 
-# %% ../nbs/20_lexicon.ipynb #c32762e8
+# %% ../nbs/20_lexicon.ipynb #2b102122
 _HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?|bangs|beard|m(?:o)?ustache'
                    r'|goatee|stubble|bob|(?:buzz|crew)-?cut|dreadlocks|afro|sideburns|mohawk|curls')
 _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sunglasses|cut-?offs'
                       r'|one-piece|sweats|camis?|bikini|swimsuit|leotard|sweatbands?|armbands?|watchband'
-                      r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap|bonnet'
-                      r'|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees|coveralls?'
+                      r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap'
+                      r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees|coveralls?'
                       r'|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas|brogues'
                       r'|espadrilles|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
@@ -222,7 +222,7 @@ LOOSE_ENDS = set_of(
     ' beneath')
 MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean')
 
-# %% ../nbs/20_lexicon.ipynb #955c74b5
+# %% ../nbs/20_lexicon.ipynb #642f51e0
 LISTS = (',', 'and', 'or')
 TAIL_WORDS = set_of(
     'on over around across at in with to down from above below up through along under underneath beneath'
@@ -242,7 +242,6 @@ HAIR_DONE = set_of(
     ' cropped tucked draped curled dyed colored left piled wrapped split set brushed drawn twisted')
 NO_ENDS = set_of('also on away forward together as well too not')
 
-# %% ../nbs/20_lexicon.ipynb #d3b1e92d
 @dataclass(slots=True)
 class Word:
     "A word of a parsed caption."
@@ -255,6 +254,7 @@ class Word:
     adjective: bool = False
     modifier: bool = False     # may stand before a noun
 
+# %% ../nbs/20_lexicon.ipynb #91a2a1a6
 _STYLES = ('-sleeve', '-length', '-top', '-fitting', '-toe', '-style')      # "a LONG-SLEEVE shirt"
 TRAIT_WORDS = AGE_WORDS | HEIGHT_WORDS | SHAPE_WORDS
 

@@ -278,7 +278,7 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     if has: item.end = item.tail = phrase.end + 1        # "the shirt has stripes": *with stripes*
     return item.end
 
-# %% ../nbs/21_phrases.ipynb #7b10af2b
+# %% ../nbs/21_phrases.ipynb #4b9e7a6c
 def _read_part(r: CaptionItems, phrase: Phrase) -> int:
     item, gap = r.open, r.gap(phrase.start)
     if gap == ['in'] and r.low(phrase.start) in ('color', 'colour'): return phrase.end      # "tan in color"
@@ -298,6 +298,7 @@ def _read_part(r: CaptionItems, phrase: Phrase) -> int:
     elif not item or item.side != 'hair': r.close()
     return phrase.end
 
+# %% ../nbs/21_phrases.ipynb #ca0f180a
 def _read_body(r: CaptionItems, phrase: Phrase) -> int:
     item, gap = r.open, set(r.gap(phrase.start))
     if not item or item.side not in ('garment', 'hair'):
