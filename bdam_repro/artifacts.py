@@ -77,7 +77,7 @@ def interval_of(diffs: pd.DataFrame,     # of `differences`
     if d.empty: return dict(diff=math.nan, lo=math.nan, hi=math.nan)
     return d.iloc[0][['diff', 'lo', 'hi']].to_dict()
 
-# %% ../nbs/70_artifacts.ipynb #c3c2d52f
+# %% ../nbs/70_artifacts.ipynb #a734fe8e
 def printed_rows(n: int) -> list[dict[str, Any]]:
     "Table 5's quoted rows. The other tables show the paper's numbers beside ours, so they have none."
     if n != 5: return []
@@ -91,9 +91,10 @@ def printed_rows(n: int) -> list[dict[str, Any]]:
 def style_rows(row: TableRow, styles: pd.DataFrame) -> list[dict[str, Any]]:
     "The clustering behind a row of Table 4: clusters, noise before reassigning it, agreement with the truth."
     method = 'dbscan' if row.variant == 'full' else row.variant.removeprefix('style_')
-    found = rows_where(styles, dataset=row.dataset, method=method)
+    of_all = rows_where(styles, dataset=row.dataset)
+    found = rows_where(of_all, method=method)
     common = row._asdict() | dict(score='styles', n=0, seeds='')
-    known = [m for m in SHOWN_OF_STYLES if m in ('k', 'noise', 'ari') or found[m].notna().any()]
+    known = [m for m in SHOWN_OF_STYLES if m in ('k', 'noise', 'ari') or of_all[m].notna().any()]
     values = {m: float(found.iloc[0][m]) if len(found) else math.nan for m in known}
     return [common | dict(metric=m, ours=value) for m, value in values.items()]
 
@@ -393,7 +394,7 @@ def describe_styles(config: Config,                          # of the dataset
     show_styles(found)
     return clustering_table(config.dataset, labels, known), ds.root
 
-# %% ../nbs/70_artifacts.ipynb #f2aab6fa
+# %% ../nbs/70_artifacts.ipynb #aafe8267
 def write_styles(table: pd.DataFrame,   # of `describe_styles`
                  folder: Path,          # the dataset's
                  runs: Path,            # of the dataset and preset
@@ -409,8 +410,8 @@ def write_styles(table: pd.DataFrame,   # of `describe_styles`
 def collect_styles(p: ArtifactParameters) -> pd.DataFrame:
     "The clusterings that `styles.ipynb` found for the dataset; no rows where it has not run."
     path = p.runs_path/p.config.dataset/p.config.preset/'styles.csv'
-    found = read_csv(path, STYLE_COLUMNS, later=ADDED_COLUMNS) if path.exists() else None
-    return pd.DataFrame(columns=STYLE_COLUMNS) if found is None else found
+    if path.exists(): return read_csv(path, STYLE_COLUMNS, later=ADDED_COLUMNS)
+    return pd.DataFrame(columns=STYLE_COLUMNS)
 
 # %% ../nbs/70_artifacts.ipynb #d1fe2617
 def collect(p: ArtifactParameters       # of the notebook

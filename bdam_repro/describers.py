@@ -140,7 +140,7 @@ def style_warning(method: str, labels: np.ndarray) -> str:   # empty: nothing to
             'will hardly differ; try -p styles 8, which divides the largest, or -p clip FOLDER and -p '
             'generalize_model NAME, the way of Sec. 3.3')
 
-# %% ../nbs/28_describers.ipynb #7bfa743e
+# %% ../nbs/28_describers.ipynb #51212162
 STYLE_COLUMNS = ['dataset', 'method', 'k', 'noise', 'silhouette', 'ari', 'nmi', 'largest', 'ari_dbscan']
 ADDED_COLUMNS = STYLE_COLUMNS[-2:]            # that an older `styles.csv` lacks
 SHOWN_OF_STYLES = ('k', 'noise', 'largest', 'ari', 'ari_dbscan')       # in Table 4
@@ -166,7 +166,8 @@ def few_styles(table: pd.DataFrame  # of `build_table`: method, variant, score, 
     t = table[(table['score'] == 'styles') & ~table['variant'].isin(['style_none', 'style_random'])]
     is_few = ((t['metric'] == 'k') & (t['ours'] <= 2)) | ((t['metric'] == 'largest') & (t['ours'] > .7))
     few = t[is_few]['method'].unique()
-    return [f'Two styles or fewer, or one with over 70 % of the captions: {"; ".join(few)}.'] if len(few) else []
+    words = 'Two styles or fewer, or one with over 70 % of the captions'
+    return [f'{words}: {"; ".join(few)}.'] if len(few) else []
 
 # %% ../nbs/28_describers.ipynb #d18e328c
 def divide_styles(points: np.ndarray,   # [N, d], of `embed_styles`
