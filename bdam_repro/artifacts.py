@@ -98,7 +98,7 @@ def style_rows(row: TableRow, styles: pd.DataFrame) -> list[dict[str, Any]]:
     values = {m: float(found.iloc[0][m]) if len(found) else math.nan for m in known}
     return [common | dict(metric=m, ours=value) for m, value in values.items()]
 
-# %% ../nbs/70_artifacts.ipynb #371405be
+# %% ../nbs/70_artifacts.ipynb #80f82f98
 def build_table(n: int,                                   # 1 to 5
                 runs: pd.DataFrame,                       # of `read_runs`, one preset
                 diffs: pd.DataFrame | None = None,        # of `differences`; None: no intervals
@@ -123,7 +123,6 @@ def build_table(n: int,                                   # 1 to 5
     check_differences(table, REFERENCE[n])
     return table, table_caption(n, table, runs, dataset)
 
-# %% ../nbs/70_artifacts.ipynb #a2f78fea
 def check_differences(table: pd.DataFrame, reference: str) -> None:
     "Every difference must be that of the means shown. Raises `UserError`."
     t = table[table['n'] > 0]
@@ -272,7 +271,7 @@ def quoted_block(table: pd.DataFrame) -> Block:
                     for m, rows in of_metric.items()]
     return Block('As printed', columns)
 
-# %% ../nbs/70_artifacts.ipynb #319f9ab5
+# %% ../nbs/70_artifacts.ipynb #f713b6d1
 def blocks(n: int, table: pd.DataFrame) -> list[Block]:
     "What is shown of a table: Table 5's quoted rows, the own scores, and `dual` where it differs."
     if n == 5: shown = [quoted_block(table), *place_blocks(table, 'own')]
@@ -295,8 +294,7 @@ def notes(table: pd.DataFrame) -> list[str]:
     missing = [name(r) for r in t.itertuples() if r.n == 0]
     fewer = [f'{name(r)}: {r.n} ({r.seeds})' for r in t.itertuples() if 0 < r.n < t['n'].max()]
     said = [f'–: no finished run yet: {"; ".join(missing)}'] if missing else []
-    said += few_styles(table)
-    return said + ([f'Fewer seeds than the other rows: {"; ".join(fewer)}.'] if fewer else [])
+    return said + few_styles(table) + ([f'Fewer seeds than the other rows: {"; ".join(fewer)}.'] if fewer else [])
 
 # %% ../nbs/70_artifacts.ipynb #6404d18e
 def markdown_block(block: Block) -> str:

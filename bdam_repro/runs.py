@@ -322,7 +322,7 @@ def resume(training: Training, progress: bool = True) -> None:
     if path.name != LAST: print(f'{LAST} is not whole: taking {path.name}')
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
 
-# %% ../nbs/53_runs.ipynb #01b5e538
+# %% ../nbs/53_runs.ipynb #3cda1b1f
 class StoppedBySignal(Exception):
     "A signal has asked the run to stop, and it is saved."
     def __init__(self, number: int): self.number = number
@@ -346,10 +346,9 @@ class EveryMinutes:
         self.seconds, self.clock, self.last = 60*minutes, clock, clock()
 
     def due(self) -> bool:
-        now = self.clock()
-        is_due = now - self.last >= self.seconds
-        if is_due: self.last = now
-        return is_due
+        if (now := self.clock()) - self.last < self.seconds: return False
+        self.last = now
+        return True
 
 def note_progress(training: Training, bar: tqdm, minutes: EveryMinutes) -> None:
     "A line within a long epoch, for a log file: the bar alone is one line that is written over."
@@ -360,10 +359,9 @@ def note_progress(training: Training, bar: tqdm, minutes: EveryMinutes) -> None:
 def all_epochs(training: Training, progress: bool) -> None:
     "Every epoch that is left. Raises `StoppedBySignal`, and `UserError` for a loss that is not finite."
     trainer, plan = training.trainer, SavePlan(training.c.save_minutes, training.c.save_steps)
-    epochs = math.ceil(trainer.steps/len(trainer.loader))
+    epochs, minutes = math.ceil(trainer.steps/len(trainer.loader)), EveryMinutes(5)
     training.log = RunLog(training.c.log, training.folder, training.c.variant, trainer.world)
     with stop_requests() as request, progress_bar(training, progress) as bar:
-        minutes = EveryMinutes(5)
         def after():
             note_progress(training, bar, minutes)
             after_step(training, plan, request)
