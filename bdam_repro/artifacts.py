@@ -271,7 +271,7 @@ def quoted_block(table: pd.DataFrame) -> Block:
                     for m, rows in of_metric.items()]
     return Block('As printed', columns)
 
-# %% ../nbs/70_artifacts.ipynb #f713b6d1
+# %% ../nbs/70_artifacts.ipynb #dd8cf3c9
 def blocks(n: int, table: pd.DataFrame) -> list[Block]:
     "What is shown of a table: Table 5's quoted rows, the own scores, and `dual` where it differs."
     if n == 5: shown = [quoted_block(table), *place_blocks(table, 'own')]
@@ -293,8 +293,8 @@ def notes(table: pd.DataFrame) -> list[str]:
         return f'{r.method} ({place_heading(r.dataset, r.tag)})' if several_places else r.method
     missing = [name(r) for r in t.itertuples() if r.n == 0]
     fewer = [f'{name(r)}: {r.n} ({r.seeds})' for r in t.itertuples() if 0 < r.n < t['n'].max()]
-    said = [f'–: no finished run yet: {"; ".join(missing)}'] if missing else []
-    return said + few_styles(table) + ([f'Fewer seeds than the other rows: {"; ".join(fewer)}.'] if fewer else [])
+    said = ([f'–: no finished run yet: {"; ".join(missing)}'] if missing else []) + few_styles(table)
+    return said + ([f'Fewer seeds than the other rows: {"; ".join(fewer)}.'] if fewer else [])
 
 # %% ../nbs/70_artifacts.ipynb #6404d18e
 def markdown_block(block: Block) -> str:
