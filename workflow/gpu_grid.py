@@ -17,7 +17,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from bdam_repro.archive import SMALL_FILES, WITH_FEATURES, query_results
+from bdam_repro.archive import SMALL_FILES, keeps_rankings, kept_features, query_results
 from bdam_repro.config import UserError, atomic_path, run_dir
 from bdam_repro.grid import audit_grid, grid, grid_by_worth
 from bdam_repro.many import left_to_do, read_run_list, run_line, train_many
@@ -42,8 +42,9 @@ class Packer:
 
     def content(self, folder: Path, c) -> dict[str, bytes]:
         small = {f.name: f.read_bytes() for name in SMALL_FILES if (f := folder/name).exists()}
-        features = () if c.tag or c.seed else WITH_FEATURES.get(c.variant, ())      # figures read seed 0
-        return small | {'features.safetensors': query_results(folder/'features.safetensors', features)}
+        run = c.variant, c.tag, c.seed
+        kept = query_results(folder/'features.safetensors', kept_features(*run), keeps_rankings(*run))
+        return small | {'features.safetensors': kept}
 
     def __call__(self) -> None:
         "Pack what is finished since the last call."
