@@ -6,20 +6,20 @@
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
            'show_epoch', 'time_left', 'epoch_scores', 'epoch_terms', 'epoch_line', 'code_version', 'device_name',
            'provenance', 'intervals', 'own_weights', 'save_features', 'finish_run', 'data_ok', 'run_metrics',
-           'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step', 'all_epochs', 'train',
-           'progress_bar', 'score_table', 'result_table', 'plot_history']
+           'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step', 'EveryMinutes',
+           'note_progress', 'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
 
-# %% ../nbs/53_runs.ipynb #1eb2a0ee
+# %% ../nbs/53_runs.ipynb #95b099ee
 import json
 import math
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
@@ -339,7 +339,7 @@ def resume(training: Training, progress: bool = True) -> None:
     if path.name != LAST: print(f'{LAST} is not whole: taking {path.name}')
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
 
-# %% ../nbs/53_runs.ipynb #3ba01cbd
+# %% ../nbs/53_runs.ipynb #3cda1b1f
 class StoppedBySignal(Exception):
     "A signal has asked the run to stop, and it is saved."
     def __init__(self, number: int): self.number = number
@@ -357,15 +357,34 @@ def after_step(training: Training, plan: SavePlan, request: StopRequest) -> None
         if trainer.world.is_main: save_checkpoint(training.folder/LAST, trainer, training.state)
     if number: raise StoppedBySignal(int(number))
 
+class EveryMinutes:
+    "True once in so many minutes."
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic):
+        self.seconds, self.clock, self.last = 60*minutes, clock, clock()
+
+    def due(self) -> bool:
+        if (now := self.clock()) - self.last < self.seconds: return False
+        self.last = now
+        return True
+
+def note_progress(training: Training, bar: tqdm, minutes: EveryMinutes) -> None:
+    "A line within a long epoch, for a log file: the bar alone is one line that is written over."
+    if bar.disable or sys.stderr.isatty() or not minutes.due(): return
+    trainer, seconds = training.trainer, training.state.seconds + training.trainer.log.seconds
+    bar.write(f'step {trainer.step} of {trainer.steps}, {time_left(seconds, trainer.step, trainer.steps)}')
+
 def all_epochs(training: Training, progress: bool) -> None:
     "Every epoch that is left. Raises `StoppedBySignal`, and `UserError` for a loss that is not finite."
     trainer, plan = training.trainer, SavePlan(training.c.save_minutes, training.c.save_steps)
-    epochs = math.ceil(trainer.steps/len(trainer.loader))
+    epochs, minutes = math.ceil(trainer.steps/len(trainer.loader)), EveryMinutes(5)
     training.log = RunLog(training.c.log, training.folder, training.c.variant, trainer.world)
     with stop_requests() as request, progress_bar(training, progress) as bar:
+        def after():
+            note_progress(training, bar, minutes)
+            after_step(training, plan, request)
         try:
             while training.state.epoch < epochs:
-                one_epoch(training, bar, partial(after_step, training, plan, request))
+                one_epoch(training, bar, after)
                 if request.number and training.state.epoch < epochs and trainer.world.size == 1:
                     raise StoppedBySignal(request.number)
         except LossError as e:
