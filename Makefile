@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EXACTLY = $(addprefix -c ,$(LOCK))
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help venv train fusion pretrain demo test soak docs lock lab readme safety clean
+.PHONY: help venv train fusion compute pretrain demo test soak docs lock lab readme safety clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,6 +55,9 @@ demo: $(STAMP)
 fusion: $(STAMP)
 	@mkdir -p runs
 	$(ONE_THREAD) $(BIN)/papermill nbs/fusion.ipynb runs/fusion.ipynb $(ARGS)
+
+compute: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -c 'from bdam_repro.compute import write_compute; write_compute()'
 
 test: $(STAMP)
 	$(BIN)/ruff check .

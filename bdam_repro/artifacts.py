@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'LABEL', 'cell', 'check_budget', 'shown_metrics', 'interval_of', 'printed_rows', 'style_rows', 'build_table',
-           'check_differences', 'to_know', 'table_caption', 'number', 'ours_cell', 'delta_cell', 'best', 'Column',
-           'Block', 'text_column', 'number_column', 'paper_cell', 'count_cell', 'share_cell', 'ablation_columns',
-           'place_heading', 'place_block', 'place_blocks', 'quoted_block', 'blocks', 'notes', 'markdown_block',
-           'table_markdown', 'tex', 'Span', 'group_spans', 'tex_tabular', 'tex_block', 'table_latex', 'describe_styles',
-           'write_styles', 'collect_styles', 'collect', 'write_table', 'demo_tables']
+           'check_differences', 'to_know', 'table_caption', 'ours_cell', 'delta_cell', 'paper_cell', 'count_cell',
+           'share_cell', 'ablation_columns', 'place_heading', 'place_block', 'place_blocks', 'quoted_block', 'blocks',
+           'notes', 'table_markdown', 'table_latex', 'describe_styles', 'write_styles', 'collect_styles', 'collect',
+           'write_table', 'demo_tables']
 
-# %% ../nbs/70_artifacts.ipynb #dd22530f
+# %% ../nbs/70_artifacts.ipynb #e0b679af
 import json
 import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,13 @@ from .describers import (ADDED_COLUMNS, SHOWN_OF_STYLES, STYLE_COLUMNS, clusteri
 from .run_data import load_data
 from .grid import AS_PRINTED, DATASET_NAMES, LAYOUT_TAGS, REFERENCE, TableRow, table_rows
 from .results import (DIFFERENCES, KEY, ArtifactParameters, collect_runs, differences, own_options,
-                                read_csv, read_runs, rows_where, run_folder, seed_values, write_csv)
+                                read_csv, read_fusions, read_runs, rows_where, run_folder, seed_values,
+                                write_csv)
 from .testing import demo_runs
 from .archive import keep_runs
+from .fusion_rows import FROZEN, about_frozen, frozen_values, fusion_row
+from .tabular import (Block, Column, markdown_block, number, number_column, tex, tex_block,
+                                text_column)
 
 # %% ../nbs/70_artifacts.ipynb #785f49f0
 def cell(t: pd.DataFrame, metric: str) -> dict[str, Any]:
@@ -98,12 +100,13 @@ def style_rows(row: TableRow, styles: pd.DataFrame) -> list[dict[str, Any]]:
     values = {m: float(found.iloc[0][m]) if len(found) else math.nan for m in known}
     return [common | dict(metric=m, ours=value) for m, value in values.items()]
 
-# %% ../nbs/70_artifacts.ipynb #80f82f98
+# %% ../nbs/70_artifacts.ipynb #2e9949ad
 def build_table(n: int,                                   # 1 to 5
                 runs: pd.DataFrame,                       # of `read_runs`, one preset
                 diffs: pd.DataFrame | None = None,        # of `differences`; None: no intervals
                 styles: pd.DataFrame | None = None,       # rows of `styles.csv`, for Table 4
-                dataset: str = 'synth'                    # whose runs stand beside the print
+                dataset: str = 'synth',                   # whose runs stand beside the print
+                fusions: pd.DataFrame | None = None       # of `read_fusions`, for Table 2
                ) -> tuple[pd.DataFrame, str]:             # columns `TABLE`, rows as printed; the caption
     "A table of the paper with ours beside it. Raises `UserError` where `diffs` is of other runs."
     diffs = pd.DataFrame(columns=DIFFERENCES) if diffs is None else diffs
@@ -111,23 +114,29 @@ def build_table(n: int,                                   # 1 to 5
     if len(presets := sorted(set(runs['preset']))) > 1:
         raise UserError(f'runs of several presets ({", ".join(presets)}) cannot share a table: choose one')
     paper, rows = printed_table(n), printed_rows(n)
+    frozen = frozen_values(fusions) if n == 2 and fusions is not None and len(fusions) else None
+    trained = set(runs['variant'][(runs['dataset'] == dataset) & (runs['tag'] == '')])
     for score in ('own', 'dual'):
         for row in table_rows(n, dataset):
             seeds = seed_values(runs, row, score)
             for m in shown_metrics(n):
                 printed = paper.loc[row.method, m] if n != 5 and row.method in paper.index else math.nan
                 numbers = cell(seeds, m) | interval_of(diffs, REFERENCE[n], row, score, m)
+                if frozen is not None:
+                    numbers |= fusion_row(frozen, row.variant, score, m, len(seeds) > 0,
+                                          REFERENCE[2] in trained)
                 rows.append(row._asdict() | dict(score=score, metric=m, paper=printed) | numbers)
     if n == 4: rows += [r for row in table_rows(4, dataset) for r in style_rows(row, styles)]
     table = pd.DataFrame(rows, columns=TABLE)
     check_differences(table, REFERENCE[n])
-    return table, table_caption(n, table, runs, dataset)
+    return table, table_caption(n, table, runs, dataset, fusions)
 
 def check_differences(table: pd.DataFrame, reference: str) -> None:
     "Every difference must be that of the means shown. Raises `UserError`."
     t = table[table['n'] > 0]
     place = ['dataset', 'tag', 'score', 'metric']
     of_reference = rows_where(t, variant=reference).set_index(place)
+    if FROZEN in of_reference.index.get_level_values('tag'): return       # differences are of fusion.csv
     for r in t[t['diff'].notna()].itertuples():
         here = r.dataset, r.tag if r.tag in LAYOUT_TAGS else '', r.score, r.metric
         if here in of_reference.index and of_reference['seeds'][here] != r.seeds: continue  # fewer are paired
@@ -136,7 +145,7 @@ def check_differences(table: pd.DataFrame, reference: str) -> None:
             wrong = f'differences.csv does not belong to runs.csv ({r.variant}, {r.metric})'
             raise UserError(f'{wrong}: make both with `papermill nbs/collect.ipynb`')
 
-# %% ../nbs/70_artifacts.ipynb #5413a7e5
+# %% ../nbs/70_artifacts.ipynb #d25b8932
 def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.csv` behind the table
     "What a reader of Tables 1 to 3 has to know before the numbers."
     last = ('The last row reads every open point as close to the print as can be run (preset '
@@ -152,7 +161,8 @@ def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.cs
             f'Table 5 has a baseline that has both. Shallow here: {shallow} of {whole} layers a branch. '
             + last)
 
-def table_caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str) -> str:
+def table_caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str,
+                  fusions: pd.DataFrame | None = None) -> str:
     "Dataset, preset, protocol, seeds, code version."
     shown = table[table['n'] > 0][['variant', 'dataset', 'tag']].drop_duplicates()
     used = runs.merge(shown, on=['variant', 'dataset', 'tag'])
@@ -162,21 +172,19 @@ def table_caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str)
         real = "no reproduction of the paper's numbers, which are of real photographs"
         where += f' (a rendered dataset: {real})'
     reference = next(row.method for row in table_rows(n, dataset) if row.variant == REFERENCE[n])
+    of_frozen = about_frozen(table, fusions) if n == 2 and fusions is not None else ''
+    how = "within a seed, for other seeds and other people (mixed model, Student's t). "
+    if FROZEN in set(rows_where(table, variant=REFERENCE[n])['tag']):
+        how = "within a model, for other towers and the same people (Student's t over runs of the towers). "
     return (f'Table {n}. {TITLES[n]}: as printed, and ours on {where}. '
             'Protocol: a caption alone asks, images alone answer, '
             'the checkpoint is chosen on validation identities; '
             'score: dual, and fused for the rows that have a fusion. '
             f'Ours: mean ± sd in percent over seeds {named("seed")}. '
             f'Δ: difference to the row “{reference}” with its 95 % interval, '
-            'within a seed, for other seeds and other people (mixed model, Student\'s t). '
-            f'{to_know(n, used)}Code {named("code_version")}.')
+            f'{how}{of_frozen}{to_know(n, used)}Code {named("code_version")}.')
 
-# %% ../nbs/70_artifacts.ipynb #3966f9cf
-def number(x: float, digits: int = 2) -> str:
-    "A number of fixed digits, without a minus before zero; a dash for none."
-    if math.isnan(x): return '–'
-    return f'{round(x, digits) + 0.:.{digits}f}'.replace('-', '−')
-
+# %% ../nbs/70_artifacts.ipynb #f4a5535d
 def ours_cell(r) -> str:     # `r`: a row of a table
     "`mean ± sd`."
     return number(r.ours) if math.isnan(r.sd) else f'{number(r.ours)} ± {number(r.sd)}'
@@ -187,39 +195,6 @@ def delta_cell(r) -> str:
     plus = '+' if round(r.diff, 2) > 0 else ''
     interval = '' if math.isnan(r.lo) else f' [{number(r.lo)}, {number(r.hi)}]'       # one seed: none
     return f'{plus}{number(r.diff)}{interval}'
-
-def best(values: Iterable[float]) -> list[bool]:
-    "Which are the largest as printed."
-    shown = [-math.inf if math.isnan(v) else round(v, 2) for v in values]
-    return [v == max(shown) and v > -math.inf for v in shown]
-
-# %% ../nbs/70_artifacts.ipynb #fa55c2ab
-@dataclass(frozen=True)
-class Column:
-    "A column as it is printed."
-    group: str          # the heading that it shares with its neighbors; empty: none
-    heading: str
-    cells: list[str]
-    bold: list[bool]    # per cell
-
-@dataclass(frozen=True)
-class Block:
-    "A part of a table with one header."
-    heading: str        # above it; empty: none
-    columns: list[Column]
-
-def text_column(heading: str, cells: list[str]) -> Column:
-    "A column without a group, in plain type."
-    return Column('', heading, cells, [False]*len(cells))
-
-def number_column(group: str, heading: str,
-                  rows: pd.DataFrame,                 # of a table
-                  text: Callable,                     # a row of `rows` -> its cell
-                  value: str | None = None            # whose best is bold; None: nothing is
-                 ) -> Column:
-    "A column of numbers."
-    bold = best(rows[value]) if value else [False]*len(rows)
-    return Column(group, heading, [text(r) for r in rows.itertuples()], bold)
 
 # %% ../nbs/70_artifacts.ipynb #b18c527a
 LABEL = dict(R1='R-1', R5='R-5', R10='R-10', mAP='mAP', mINP='mINP', k='k', noise='noise', ari='ARI',
@@ -296,64 +271,10 @@ def notes(table: pd.DataFrame) -> list[str]:
     said = ([f'–: no finished run yet: {"; ".join(missing)}'] if missing else []) + few_styles(table)
     return said + ([f'Fewer seeds than the other rows: {"; ".join(fewer)}.'] if fewer else [])
 
-# %% ../nbs/70_artifacts.ipynb #6404d18e
-def markdown_block(block: Block) -> str:
-    "The lines of a block."
-    heads = [f'{c.group} {c.heading}'.strip() for c in block.columns]
-    marked = [[f'**{x}**' if b else x for x, b in zip(c.cells, c.bold)] for c in block.columns]
-    rows = [heads, ['---'] + ['---:']*(len(heads) - 1), *zip(*marked)]
-    lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
-    title = [f'**{block.heading}**', ''] if block.heading else []
-    return '\n'.join(title + lines)
-
+# %% ../nbs/70_artifacts.ipynb #3b688644
 def table_markdown(n: int, table: pd.DataFrame, words: str) -> str:
     "A table to read; `words` is its caption."
     return '\n\n'.join([words, *(markdown_block(b) for b in blocks(n, table)), *notes(table)]) + '\n'
-
-# %% ../nbs/70_artifacts.ipynb #086af061
-_TEX = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#', '_': r'\_',
-        '{': r'\{', '}': r'\}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '±': r'$\pm$',
-        '−': '$-$', '–': '--', 'Δ': r'$\Delta$', '“': '``', '”': "''"}
-
-def tex(text: str) -> str:
-    "Text as LaTeX takes it."
-    return ''.join(_TEX.get(c, c) for c in text)
-
-@dataclass
-class Span:
-    "Neighboring columns of one group."
-    group: str
-    first: int    # column, from 1
-    last: int
-
-def group_spans(columns: list[Column]) -> list[Span]:
-    "The groups from left to right; a column without a group is a span of its own."
-    spans: list[Span] = []
-    for i, c in enumerate(columns, 1):
-        if spans and c.group and spans[-1].group == c.group: spans[-1].last = i
-        else: spans.append(Span(c.group, i, i))
-    return spans
-
-# %% ../nbs/70_artifacts.ipynb #34e4b5bd
-def tex_tabular(columns: list[Column]) -> str:
-    "The lines of one `tabular`."
-    cells = pd.DataFrame({i: c.cells for i, c in enumerate(columns)})
-    bold = np.array([c.bold for c in columns]).T
-    styler = cells.style.hide(axis='index').format(tex)
-    styler = styler.relabel_index([tex(c.heading) for c in columns], axis='columns')
-    styler = styler.apply(lambda _: np.where(bold, 'textbf:--rwrap', ''), axis=None)
-    tabular = styler.to_latex(hrules=True, column_format='l' + 'r'*(len(columns) - 1)).rstrip()
-    groups, rules = [], []
-    for s in group_spans(columns):
-        groups.append(rf'\multicolumn{{{s.last - s.first + 1}}}{{c}}{{{tex(s.group)}}}' if s.group else '')
-        if s.group: rules.append(rf'\cmidrule(lr){{{s.first}-{s.last}}}')
-    header = ' & '.join(groups) + ' \\\\\n' + ''.join(rules)
-    return tabular.replace('\\toprule', f'\\toprule\n{header}', 1)
-
-def tex_block(block: Block) -> str:
-    "A block, as wide as the page."
-    title = rf'\textit{{{tex(block.heading)}}}\\[2pt]' + '\n' if block.heading else ''
-    return f'{title}\\resizebox{{\\linewidth}}{{!}}{{%\n{tex_tabular(block.columns)}\n}}'
 
 # %% ../nbs/70_artifacts.ipynb #911e4fed
 def table_latex(n: int, table: pd.DataFrame, words: str) -> str:
@@ -425,16 +346,16 @@ def collect(p: ArtifactParameters       # of the notebook
     files = [write_csv(table, p.tables_path/f'{name}.csv') for name, table in tables.items()]
     return files + keep_runs(p.runs_path, runs, p.tables_path)
 
-# %% ../nbs/70_artifacts.ipynb #16fdd933
+# %% ../nbs/70_artifacts.ipynb #a0ab0bf9
 def write_table(n: int,                  # 1 to 5
                 p: ArtifactParameters
                ) -> list[Path]:          # .csv, .md, .tex
-    "Build a table from the three files, and write it three times. Raises `UserError`."
+    "Build a table from its files, and write it three times. Raises `UserError`."
     folder = p.tables_path
     runs = read_runs(folder/'runs.csv')
     diffs = read_csv(folder/'differences.csv', DIFFERENCES)
     styles = read_csv(folder/'styles.csv', STYLE_COLUMNS, later=ADDED_COLUMNS)
-    table, words = build_table(n, runs, diffs, styles, p.dataset)
+    table, words = build_table(n, runs, diffs, styles, p.dataset, read_fusions(p))
     texts = dict(md=table_markdown(n, table, words), tex=table_latex(n, table, words))
     files = [write_csv(table, folder/f'table{n}.csv')]
     for ending, text in texts.items():

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OWN_CLAIMS', 'ALL_CLAIMS', 'METRIC_NAMES', 'PAIRS_BESIDE', 'GAIN_METRICS', 'SLACK', 'RIVAL_LAYERS', 'NEAR',
-           'LEAST_SPREAD', 'GATE_METRIC', 'GATE', 'claim_finding', 'compare_sides', 'noise_side', 'accuracy_claims',
-           'factorial_claims', 'fusion_gains', 'fusion_finding', 'fusion_claims', 'style_claims', 'style_agreement',
-           'sota_claim', 'cost_lengths', 'costs', 'number_finding', 'linear_claim', 'tradeoff_claim',
-           'efficiency_claims', 'gallery_people', 'gate_means', 'gate_claims', 'balance_claim', 'branch_silhouettes',
-           'region_claim']
+           'LEAST_SPREAD', 'GATE_METRIC', 'GATE', 'GATE_WORTH', 'claim_finding', 'compare_sides', 'noise_side',
+           'accuracy_claims', 'factorial_claims', 'fusion_gains', 'fusion_finding', 'fusion_claims', 'style_claims',
+           'style_agreement', 'sota_claim', 'cost_lengths', 'costs', 'number_finding', 'linear_claim', 'tradeoff_claim',
+           'efficiency_claims', 'gallery_people', 'gate_means', 'gate_gains', 'gate_claims', 'balance_claim',
+           'branch_silhouettes', 'region_claim']
 
-# %% ../nbs/82_claims.ipynb #72f85dcf
+# %% ../nbs/82_claims.ipynb #8b4f8e1c
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from .inference import DifferenceEstimate, estimate
 from .factorial import effect_estimates, loss_runs
 from .grid import LONGER, NOISE
 from .results import FUSION_TOWERS, load_features, read_fusions, write_csv
+from .gates import WORTH, gate_worth
 from .features import unit_rows, untrained
 from .efficiency import fusion_configs, fusion_flops, growth, layer_costs, one_core, sizes
 from .findings import (FULL, NOT_RUN, Evidence, Finding, ModelQuestion, compare_runs,
@@ -255,7 +256,7 @@ def efficiency_claims(e: Evidence) -> list[Finding]:
     "The claims `linear` and `tradeoff`."
     return linear_claim(e) + tradeoff_claim(e)
 
-# %% ../nbs/82_claims.ipynb #4738985b
+# %% ../nbs/82_claims.ipynb #4e9d720a
 NEAR, LEAST_SPREAD = 10., 1.      # percent
 GATE_METRIC = f'mean of g − {50 + NEAR:g} %'
 
@@ -269,6 +270,12 @@ def gate_means(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
     return dict(mean=e.tensors(folder)['g'].mean(1))
 
 GATE = ModelQuestion('gate', 'g', gate_means, sides=(FULL, ('no_gate_reg', '')))
+
+def gate_gains(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
+    "What [Figure 3](fig3.ipynb) says of a run's gate: R-1 with it, with its mean, without."
+    return {k: np.array([v]) for k, v in gate_worth(load_features(folder), e.pids).items()}
+
+GATE_WORTH = ModelQuestion(WORTH, 't', gate_gains, sides=(FULL,))
 
 def gate_claims(e: Evidence) -> list[Finding]:
     "The claims `gate_mean` and `balance`."
@@ -287,8 +294,9 @@ def gate_claims(e: Evidence) -> list[Finding]:
 
 def balance_claim(e: Evidence) -> list[Finding]:
     "The weight of the image in the fusion of matching pairs: is its mean near one half, does it vary?"
-    runs, source = [e.tensors(f) for f in e.folders(FULL)], run_source(e, FULL)
-    if 'w' not in runs[0]: return [claim_finding('balance', 'image weight', 'mean', {})]
+    folders = e.feature_folders(FULL, 'w')
+    if not folders: return [claim_finding('balance', 'image weight', 'mean', {})]
+    runs, source = [e.tensors(f) for f in folders], folder_source(e, folders)
     w = 100*np.stack([t['w'][:, 0] for t in runs])                                    # [seeds, Q]
     found = estimate(w, runs[0]['q_pids'])
     lo, hi = found.interval()                          # NaN with one seed: not near
@@ -300,7 +308,7 @@ def balance_claim(e: Evidence) -> list[Finding]:
             Finding('b', 'balance', 'image weight over right pairs', 'sd, %', value=spread,
                     **judged(spread > LEAST_SPREAD, f'for where it is above {LEAST_SPREAD:g}, else against'))]
 
-# %% ../nbs/82_claims.ipynb #0dae579b
+# %% ../nbs/82_claims.ipynb #4c19fed2
 def branch_silhouettes(f_id: np.ndarray, f_clo: np.ndarray) -> np.ndarray:   # [N], of −100 to 100
     "How far a picture's two features lie in the regions of their branches, mean of both."
     x, branch = np.concatenate([f_id, f_clo]), np.repeat([0, 1], len(f_id))
@@ -309,9 +317,9 @@ def branch_silhouettes(f_id: np.ndarray, f_clo: np.ndarray) -> np.ndarray:   # [
 
 def region_claim(e: Evidence) -> list[Finding]:
     "The claim `tsne`: trained against untrained."
-    name, metric, source = 'full − untrained', 'silhouette, %', run_source(e, FULL)
-    if not e.folders(FULL): return [claim_finding('tsne', name, metric, source)]
-    runs = [e.tensors(f) for f in e.folders(FULL)]
+    name, metric, folders = 'full − untrained', 'silhouette, %', e.feature_folders(FULL, 'f_clo')
+    if not folders: return [claim_finding('tsne', name, metric, run_source(e, FULL))]
+    runs, source = [e.tensors(f) for f in folders], folder_source(e, folders)
     trained = np.stack([branch_silhouettes(t['f_id'], t['f_clo']) for t in runs])     # [seeds, G]
     before = untrained(load_features(e.folders(FULL)[0]), e.dataset)
     bare = branch_silhouettes(**before)[None]                                         # [1, G]

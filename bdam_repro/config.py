@@ -68,7 +68,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, strict=True, validate_default=True,
                               allow_inf_nan=False, protected_namespaces=())
 
-# %% ../nbs/00_config.ipynb #bd72ad55
+# %% ../nbs/00_config.ipynb #c947f00b
 class RunOptions(Options):
     dataset: Literal['cuhk', 'icfg', 'rstp', 'synth'] = opt(
         'synth', 'which dataset', 'CUHK-PEDES, ICFG-PEDES, RSTPReid (4.1)')
@@ -80,8 +80,8 @@ class RunOptions(Options):
     data_root: str = opt('data', 'folder of the datasets, relative to the repository')
     folder: str = opt('', "the dataset's folder in `data_root`; empty: its official name")
     device: str = opt('auto', "'auto', 'cpu', 'cuda'")
-    graph: Literal['auto', 'on', 'off'] = opt(
-        'auto', "a training step as one CUDA graph; auto: on a GPU, for up to 20 million parameters")
+    graph: Literal['auto', 'on', 'off'] = opt('auto', 'a step as CUDA graphs; auto: where the model is small')
+    compiled: bool = opt(False, 'encoders and BDAM through torch.compile: a minute, then quicker on a GPU')
     workers: int = opt(4, 'processes that decode images, where these do not fit in memory', ge=0)
     cache_gb: float = opt(1.0, 'decoded images are kept in memory up to this size', ge=0)
     processes: int = opt(1, 'processes that share each batch: one per GPU', ge=1)
@@ -407,9 +407,9 @@ def check_config(config: Config) -> Config:  # the same one
     need(not c.clothes_change or c.dataset == 'synth', 'clothes_change exists for dataset synth only')
     return config
 
-# %% ../nbs/00_config.ipynb #5d05dbf6
-_NO_EFFECT = {'data_root', 'device', 'graph', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag',
-              'processes', 'save_minutes', 'save_steps', 'log', 'accumulate'}
+# %% ../nbs/00_config.ipynb #d21a9ea3
+_NO_EFFECT = {'data_root', 'device', 'graph', 'compiled', 'workers', 'cache_gb', 'grad_checkpoint',
+              'log_test', 'tag', 'processes', 'save_minutes', 'save_steps', 'log', 'accumulate'}
 
 # options that are younger than kept runs, and what these had
 _LATER = {'start': 'pretrained', 'synth_outfits': 1, 'equal_texts': 'negatives', 'nothing_said': 'caption'}

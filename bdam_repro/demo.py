@@ -167,7 +167,7 @@ def make_page(page: SearchPage, title: str = 'People by description'):   # gradi
         files.change(bring, [files, token], [brought, token, where], api_name=False, **two)
     return blocks.queue(max_size=500)
 
-# %% ../nbs/62_demo.ipynb #7846ef9e
+# %% ../nbs/62_demo.ipynb #2afdb2dc
 CSS = '''footer {display: none !important} #results figure {vertical-align: top}
 #results img {max-width: 45vw}
 .gradio-container {max-width: 1100px !important; margin: auto}'''
@@ -223,6 +223,7 @@ def serve(page: SearchPage, port: int) -> None:
     try: listening.bind(('127.0.0.1', port))
     except OSError as e:
         raise UserError(f'port {port} cannot be used ({e.strerror}): choose another with --port') from None
+    listening.listen(100)                                  # who comes before the page is ready waits for it
     server = uvicorn.Server(uvicorn.Config(make_app(page), log_level='warning'))
     print(f'http://127.0.0.1:{listening.getsockname()[1]}  (Ctrl-C ends it)', flush=True)
     server.run(sockets=[listening])

@@ -55,7 +55,7 @@ def sample_sheet(table: pd.DataFrame,     # of `read_journal`
     good = table[table['status'] == 'ok']
     rows = good.sample(min(n, len(good)), random_state=seed)
     height = max(len(rows), 1)
-    fig, axes = plt.subplots(height, 2, figsize=(7, 1.5*height), dpi=70, width_ratios=(1, 5), squeeze=False)
+    fig, axes = plt.subplots(height, 2, figsize=(7, 1.5*height), dpi=100, width_ratios=(1, 5), squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for (left, right), row in zip(axes, rows.itertuples()): _show_row(left, right, row, Path(images_dir))
     fig.tight_layout()

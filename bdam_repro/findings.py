@@ -10,7 +10,7 @@ __all__ = ['NOT_RUN', 'NOT_HERE', 'NO_OPTION', 'NEGLIGIBLE', 'TOO_NOISY', 'ONE_S
            'seed_query_values', 'query_people', 'interval_columns', 'folder_source', 'run_source', 'compare_runs',
            'paired_interval', 'ModelQuestion', 'runs_with_findings', 'model_findings']
 
-# %% ../nbs/80_findings.ipynb #73765a8b
+# %% ../nbs/80_findings.ipynb #4aacff55
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -32,9 +32,9 @@ from .deciding import SMALLEST_EFFECT, Side, printed_difference
 from .inference import DifferenceEstimate, Spread, declared_level, estimate
 from .runs import train
 from .grid import layout_options
-from .results import (KEPT_FEATURES, METRICS, ArtifactParameters, collect_runs, data_of,
-                                dual_results, half, own_options, read_json, run_folder, run_spread,
-                                share_towers)
+from .results import (FEATURE_SEEDS, KEPT_FEATURES, METRICS, ArtifactParameters, collect_runs,
+                                data_of, dual_results, half, own_options, read_json, run_folder,
+                                run_spread, share_towers)
 
 # %% ../nbs/80_findings.ipynb #da3c1034
 NOT_RUN, NOT_HERE, NO_OPTION = 'not run', 'not testable here', 'not an option'
@@ -185,7 +185,7 @@ def side_name(side: Side) -> str:
     "The name of the runs' folder."
     return '-'.join(filter(None, side))
 
-# %% ../nbs/80_findings.ipynb #e2babf26
+# %% ../nbs/80_findings.ipynb #b4ca76d4
 @dataclass
 class Evidence:
     "What the audit knows: runs, and what was read of their features."
@@ -212,6 +212,10 @@ class Evidence:
         return [run_folder(self.p.runs_path, r) for r in rows.itertuples()]
 
     def seeds(self, side: Side) -> list[int]: return sorted(set(self.rows(side)['seed']))
+
+    def feature_folders(self, side: Side, feature: str) -> list[Path]:
+        "The runs that kept a feature, of the first `FEATURE_SEEDS` seeds: archives keep no others."
+        return [f for f in self.folders(side)[:FEATURE_SEEDS] if feature in self.tensors(f)]
 
     def spread(self, metric: str, score: str, data: str) -> Spread | None:
         "How much variants vary from seed to seed, see `run_spread`."

@@ -339,7 +339,7 @@ def weights_digest(run: Run) -> str:   # 8 hexadecimal digits
     "Which towers these are."
     return hashlib.sha256((run.folder/'best.safetensors').read_bytes()).hexdigest()[:8]
 
-# %% ../nbs/56_frozen.ipynb #5ab7921a
+# %% ../nbs/56_frozen.ipynb #27862913
 def busy_seconds(device: torch.device) -> float:
     "Of this process on a CPU, where others may run beside it; of the wall on a GPU."
     if device.type != 'cuda': return time.process_time()
@@ -357,9 +357,10 @@ def measure_entry(frozen: FrozenRun, entry: Entry, seed: int, budget: Budget) ->
     dual = test.dual.summary()
     best, plain = test.rescored(m, c, weight).summary(), test.rescored(m, c, 1.).summary()
     row = dict(towers=frozen.towers, run=frozen.name, **entry_name(entry), seed=seed, steps=budget.steps)
-    gains = {f'gain_{metric}': best[metric] - dual[metric] for metric in ('R1', 'mAP')}
-    return row | gains | dict(
-        dual_R1=dual['R1'], dual_mAP=dual['mAP'], weight=weight, gain_R1_at_1=plain['R1'] - dual['R1'],
+    shown = 'R1', 'R5', 'R10', 'mAP'
+    row |= {f'gain_{k}': best[k] - dual[k] for k in shown} | {f'dual_{k}': dual[k] for k in shown}
+    return row | dict(
+        weight=weight, gain_R1_at_1=plain['R1'] - dual['R1'],
         loss=float(np.mean(losses[-50:])), seconds=seconds,
         parameters=sum(p.numel() for p in fusion.parameters()), queries=len(test.split),
         device=frozen.device, code=code_version())

@@ -7,7 +7,7 @@ __all__ = ['PICTURES', 'TABLE_SCHEMA', 'CHUNK', 'BATCH', 'LONG_PART', 'list_pict
            'filter_sql', 'plain_value', 'file_stamp', 'GalleryEncoder', 'GalleryWriter', 'GalleryKeeper', 'open_keeper',
            'check_model']
 
-# %% ../nbs/59_gallery.ipynb #5a17efbe
+# %% ../nbs/59_gallery.ipynb #9fab6a21
 import fcntl
 import json
 import math
@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from .config import UserError
+from .screen import text_bar
 from .files import write_tensors
 from .pedes import ImageError, PedesDataset
 from .images import decode_image
@@ -215,7 +215,7 @@ class GalleryEncoder(GalleryFiles):
         f_id = torch.cat(features)
         return good, bad, F.normalize(f_id, dim=-1), f_id.norm(dim=-1)
 
-# %% ../nbs/59_gallery.ipynb #c5cba7e4
+# %% ../nbs/59_gallery.ipynb #e790e80b
 class GalleryWriter(GalleryEncoder):
     "A gallery that grows."
     def take(self, root: Path | None, table: pd.DataFrame,   # of `list_pictures`
@@ -228,7 +228,7 @@ class GalleryWriter(GalleryEncoder):
             self.sweep()
             stamps = [file_stamp(self.path(f)) for f in table['file']]
             todo = [i for i, f in enumerate(table['file']) if stamps[i] is None or known.get(f) != stamps[i]]
-            bar = tqdm(total=len(todo), desc='encoding pictures', disable=not progress, leave=False)
+            bar = text_bar(total=len(todo), desc='encoding pictures', disable=not progress, leave=False)
             with bar:
                 for start in range(0, len(todo), CHUNK):
                     rows = todo[start:start + CHUNK]

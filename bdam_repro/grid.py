@@ -237,13 +237,15 @@ def factorial_grid(dataset: str = 'synth',
     return [make_config(dataset, preset, v, seed=seed, tag=tag, **(options | layout_options(preset, tag)))
             for seed in seeds for v, tag in sides if tag]
 
-# %% ../nbs/65_grid.ipynb #9c144030
-DECIDING: tuple[tuple[str, str], ...] = (              # variant and tag; what most differences need
-    ('full', ''), ('baseline', ''), ('baseline_described', ''), ('full', 'clothing=both'), ('no_triplet', ''),
-    ('no_decoupling', ''), ('no_gate_reg', ''))
+# %% ../nbs/65_grid.ipynb #8c817840
+DECIDING: tuple[tuple[str, str], ...] = (              # variant and tag; what the differences of a claim need
+    ('full', ''), ('baseline', ''), ('baseline_described', ''), ('bdam', ''), ('bdam_no_cross', ''),
+    ('bdam_no_gate', ''), ('bdam_shallow', ''), ('full', 'balance=fixed'),
+    ('full', 'id_text=caption-c_clothing=0.0'), ('full', 'clothing=both'), ('no_triplet', ''),
+    ('no_decoupling', ''), ('no_gate_reg', ''), ('style_none', ''), ('style_random', ''),
+    ('full', 'synth_error=0.0'), ('full', 'synth_error=0.5'))
 NEXT: tuple[tuple[str, str], ...] = (                  # five seeds decide these, or have to
-    ('bdam_no_cross', ''), ('bdam_no_gate', ''), ('bdam_shallow', ''), ('full', 'balance=fixed'),
-    ('full', 'id_text=caption-c_clothing=0.0'), ('sdm', ''), ('tal', ''), ('no_infonce', ''), ('bdam', ''))
+    ('no_infonce', ''), ('sdm', ''), ('tal', ''))
 SEEDS = dict(deciding=10, tables=5, readings=3)        # tier -> seeds
 
 def tier_of(c: Config) -> str:

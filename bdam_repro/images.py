@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from .config import UserError, atomic_path
 from .pedes import PedesDataset
 from .picture_files import load_image
+from .screen import text_bar
 
 # %% ../nbs/16_images.ipynb #a02b3a79
 def decode_image(path: str | Path,  # an image file
@@ -118,7 +118,7 @@ class ImageStore:
         out = torch.empty(len(paths), 3, *self.size, dtype=torch.uint8)
         decode = lambda path: decode_image(path, self.size, self.folder, self.columns)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            images = tqdm(pool.map(decode, paths), 'decoding', len(paths), disable=not show, leave=False)
+            images = text_bar(pool.map(decode, paths), 'decoding', len(paths), disable=not show, leave=False)
             for i, image in enumerate(images): out[i] = image
         return out
 

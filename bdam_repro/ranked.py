@@ -153,7 +153,7 @@ def plot_ranked(run: Run,
     tall = min(2, run.config.image_height/run.config.image_width)
     row_height, title_height = .8*tall, .45                                # in inches
     size = .75*k + .6, len(examples)*(scores*row_height + title_height)
-    fig = plt.figure(figsize=size, dpi=70, layout='constrained')
+    fig = plt.figure(figsize=size, dpi=100, layout='constrained')
     parts = np.atleast_1d(fig.subfigures(len(examples), 1))
     for part, pair in zip(parts, examples):
         part.suptitle(shorten(pair[0].text, 26*k), fontsize=7, x=.01, ha='left')

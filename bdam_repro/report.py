@@ -9,7 +9,7 @@ __all__ = ['NEEDS_FACTORS', 'EPOCH_NOTE', 'VERDICTS', 'NULL_RUNS', 'CEILING', 'M
            'pairs_table', 'findings_table', 'claim_tables', 'plan_table', 'audit_markdown', 'write_audit',
            'find_in_models']
 
-# %% ../nbs/86_report.ipynb #d0fbcdf1
+# %% ../nbs/86_report.ipynb #03aef295
 import math
 import re
 from collections.abc import Iterable
@@ -23,15 +23,16 @@ from .deciding import SMALLEST_EFFECT
 from .paper import OPEN_POINTS
 from .grid import DATASET_NAMES
 from .results import ArtifactParameters, write_csv
-from .artifacts import number
+from .tabular import number
 from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_RUN, NO_OPTION, ONE_SEED,
                                  Evidence, Finding, ModelQuestion, claim_verdict, findings_frame, gather,
                                  model_findings, read_audit, runs_with_findings, settle)
-from .readings import HEAD, READING_RULE, part_a
-from .claims import (ALL_CLAIMS, GATE, accuracy_claims, efficiency_claims, factorial_claims,
-                               fusion_claims, gate_claims, region_claim, sota_claim, style_claims)
-from .probes import (CLOTHES_CHANGED, CLOTHES_KEPT, DEPENDENCE, exchange_claims, feature_claims,
-                               independence_claim, robust_claim)
+from .readings import HEAD, READING_RULE, TIES, part_a
+from .claims import (ALL_CLAIMS, GATE, GATE_WORTH, accuracy_claims, efficiency_claims,
+                               factorial_claims, fusion_claims, gate_claims, region_claim, sota_claim,
+                               style_claims)
+from .probes import (CLOTHES_CHANGED, CLOTHES_KEPT, DEPENDENCE, FIGURE_BRANCHES, exchange_claims,
+                               feature_claims, independence_claim, robust_claim)
 from .protocol import NOISE_RULE, PROTOCOL_RULE, RERANK, part_c, part_d, part_f, seed_plan
 from .ceiling import part_e
 
@@ -261,8 +262,9 @@ def write_audit(p: ArtifactParameters
     with atomic_path(files[1]) as temporary: temporary.write_text(text, encoding='utf-8')
     return t, files
 
-# %% ../nbs/86_report.ipynb #4b0b6aa5
-MODEL_QUESTIONS = (RERANK, DEPENDENCE, CLOTHES_CHANGED, CLOTHES_KEPT, GATE)
+# %% ../nbs/86_report.ipynb #398df457
+MODEL_QUESTIONS = (RERANK, DEPENDENCE, CLOTHES_CHANGED, CLOTHES_KEPT, GATE, GATE_WORTH, TIES,
+                   FIGURE_BRANCHES)
 
 def find_in_models(p: ArtifactParameters, questions: Iterable[ModelQuestion] = MODEL_QUESTIONS
                   ) -> int:                       # answers

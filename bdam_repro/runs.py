@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
-           'time_left', 'epoch_line', 'code_version', 'device_name', 'provenance', 'intervals', 'own_weights',
-           'save_features', 'finish_run', 'data_ok', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume',
-           'StoppedBySignal', 'after_step', 'EveryMinutes', 'note_progress', 'all_epochs', 'train', 'progress_bar',
-           'score_table', 'result_table', 'plot_history']
+           'code_version', 'device_name', 'provenance', 'intervals', 'own_weights', 'save_features', 'finish_run',
+           'data_ok', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step',
+           'note_progress', 'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
 
-# %% ../nbs/53_runs.ipynb #bf64e28a
+# %% ../nbs/53_runs.ipynb #11798395
 import json
 import math
 import platform
@@ -33,6 +32,7 @@ from tqdm import tqdm
 import bdam_repro
 from . import __version__
 from .config import Config, UserError, atomic_path, config_hash, run_dir
+from .screen import EveryMinutes, NotebookBar, epoch_line, run_bar, show_epoch, time_left
 from .parameters import changed_modules, code_fingerprint, joined_modules, run_modules
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
@@ -140,8 +140,8 @@ def validate(training: Training) -> dict[str, float]:
     if c.log_test: row |= named_scores('test', scores_of('test'))          # recorded only; selects nothing
     return row
 
-# %% ../nbs/53_runs.ipynb #7488d9d0
-def one_epoch(training: Training, bar: tqdm,
+# %% ../nbs/53_runs.ipynb #16e76ab8
+def one_epoch(training: Training, bar: tqdm | NotebookBar,
               after_step: Callable[[], None] | None = None   # called after each training step
              ) -> None:
     "Train, validate, keep the best, write history and checkpoint."
@@ -158,23 +158,7 @@ def one_epoch(training: Training, bar: tqdm,
     history = pd.DataFrame(state.history)
     with atomic_path(training.folder/'history.csv') as tmp: history.to_csv(tmp, index=False)
     save_checkpoint(training.folder/LAST, trainer, state)
-    if not bar.disable:
-        times = time_left(state.seconds, trainer.step, trainer.steps)
-        bar.write(f'{epoch_line(row, c.epochs)}, {times}')
-
-def time_left(seconds: float, step: int, steps: int) -> str:   # after `step` of `steps`
-    "How long it has trained, and how long it still will."
-    def clock(x): return f'{int(x)//3600}:{int(x)//60%60:02}:{int(x)%60:02}'
-    return f'{clock(seconds)} done, {clock(seconds/max(step, 1)*(steps - step))} left'
-
-def epoch_line(row: dict, epochs: int) -> str:
-    "One line per epoch: validation, losses with their weights, speed."
-    scores = [score for score in ('dual', 'fused') if f'val_{score}_R1' in row]
-    val = ', '.join(f'{score} R-1 {row[f"val_{score}_R1"]:.1f}' for score in scores)
-    names = [column.removeprefix('loss_') for column in row if column.startswith('loss_')]
-    terms = '  '.join(f'{name} {row[f"loss_{name}"]:.2f}·{row[f"w_{name}"]:.2f}' for name in names)
-    speed = f'{row["images_per_s"]:.0f} images/s, waited {row["wait_share"]:.1%}'
-    return f'epoch {row["epoch"]:>3}/{epochs}  {val:<32}  {terms}  {speed}'
+    if not bar.disable: show_epoch(bar, row, c.epochs, time_left(state.seconds, trainer.step, trainer.steps))
 
 # %% ../nbs/53_runs.ipynb #24e482d2
 def code_version() -> str:
@@ -322,7 +306,7 @@ def resume(training: Training, progress: bool = True) -> None:
     if path.name != LAST: print(f'{LAST} is not whole: taking {path.name}')
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
 
-# %% ../nbs/53_runs.ipynb #3cda1b1f
+# %% ../nbs/53_runs.ipynb #b972fd43
 class StoppedBySignal(Exception):
     "A signal has asked the run to stop, and it is saved."
     def __init__(self, number: int): self.number = number
@@ -340,21 +324,13 @@ def after_step(training: Training, plan: SavePlan, request: StopRequest) -> None
         if trainer.world.is_main: save_checkpoint(training.folder/LAST, trainer, training.state)
     if number: raise StoppedBySignal(int(number))
 
-class EveryMinutes:
-    "True once in so many minutes."
-    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic):
-        self.seconds, self.clock, self.last = 60*minutes, clock, clock()
-
-    def due(self) -> bool:
-        if (now := self.clock()) - self.last < self.seconds: return False
-        self.last = now
-        return True
-
 def note_progress(training: Training, bar: tqdm, minutes: EveryMinutes) -> None:
     "A line within a long epoch, for a log file: the bar alone is one line that is written over."
-    if bar.disable or sys.stderr.isatty() or not minutes.due(): return
+    alive = isinstance(bar, NotebookBar) or sys.stderr.isatty()
+    if bar.disable or alive or not minutes.due(): return
     trainer, seconds = training.trainer, training.state.seconds + training.trainer.log.seconds
-    bar.write(f'step {trainer.step} of {trainer.steps}, {time_left(seconds, trainer.step, trainer.steps)}')
+    done, left = time_left(seconds, trainer.step, trainer.steps)
+    bar.write(f'step {trainer.step} of {trainer.steps}, {done} done, {left} left')
 
 def all_epochs(training: Training, progress: bool) -> None:
     "Every epoch that is left. Raises `StoppedBySignal`, and `UserError` for a loss that is not finite."
@@ -376,7 +352,7 @@ def all_epochs(training: Training, progress: bool) -> None:
             raise UserError(f'{e}; {where} names all pictures of the batch') from None
         finally: training.log.close()
 
-# %% ../nbs/53_runs.ipynb #ca641c76
+# %% ../nbs/53_runs.ipynb #85a4db54
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete
@@ -409,11 +385,11 @@ def train(c: Config,                        # from `make_config`
     finish_run(training)
     return folder
 
-def progress_bar(training: Training, progress: bool) -> tqdm:
-    "A bar over the steps of the run."
+def progress_bar(training: Training, progress: bool) -> tqdm | NotebookBar:
+    "What is seen of the steps of the run."
     c, trainer = training.c, training.trainer
     done, name = training.state.epoch*len(trainer.loader) + training.done, f'{c.variant} seed {c.seed}'
-    return tqdm(total=trainer.steps, initial=done, desc=name, disable=not progress, mininterval=1)
+    return run_bar(trainer.steps, done, name) if progress else tqdm(disable=True)
 
 # %% ../nbs/53_runs.ipynb #e9d0cee3
 def score_table(scores: dict, ci: dict, chance: dict) -> pd.DataFrame:   # of `summary`, `intervals`, `chance`
@@ -434,17 +410,19 @@ def result_table(folder: Path) -> pd.DataFrame:
 def plot_history(folder: Path):   # -> a matplotlib figure
     "Losses, task weights and validation R-1 over the epochs of a run."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
     h = pd.read_csv(folder/'history.csv').set_index('epoch')
-    r1 = h[[column for column in h if column.startswith('val_') and column.endswith('_R1')]]
-    losses, weights = h.filter(regex='^loss_'), h.filter(regex='^w_')
-    relative = losses/losses.iloc[0]
-    panels = {'loss, relative to epoch 1': relative, 'task weight': weights, 'validation R-1 (%)': r1}
-    fig, axes = plt.subplots(1, 3, figsize=(9, 2.2), dpi=75, layout='constrained')
+    r1 = h[[column for column in h if column.startswith('val_') and column.endswith('_R1')]].dropna()
+    losses = h.filter(regex='^loss_')
+    panels = {'loss, relative to epoch 1': losses/losses.iloc[0], 'task weight': h.filter(regex='^w_'),
+              'validation R-1 (%)': r1}
+    fig, axes = plt.subplots(1, 3, figsize=(9, 2.5), dpi=100, layout='constrained')
     for ax, (title, columns) in zip(axes, panels.items()):
-        for style, name in zip(('-', '--', ':', '-.', (0, (5, 1)), (0, (1, 3))), columns):
-            label = name.split('_', 1)[1].removesuffix('_R1')
-            ax.plot(columns[name], linestyle=style, label=label)
+        for style, name in zip(('-', '--', ':', '-.', (0, (5, 1)), (0, (1, 3))), sorted(columns)):
+            ax.plot(columns[name], '.', ls=style, label=name.split('_', 1)[1].removesuffix('_R1'))
         ax.set(title=title, xlabel='epoch')
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[['top', 'right']].set_visible(False)
-        ax.legend(fontsize=6, frameon=False)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=6, frameon=False)
+    axes[2].legend(frameon=False)
     return fig

@@ -7,7 +7,7 @@ __all__ = ['LAYOUT_FILES', 'CAPTIONS', 'BLOCK', 'SPEC_LIMITS', 'file_name', 'ann
            'Spec', 'check_spec', 'picture_rows', 'description_row', 'draw_share', 'start_worker', 'draw_all',
            'take_parts', 'write_tables', 'existing_synth', 'make_synth', 'rewrite_descriptions']
 
-# %% ../nbs/15_synth.ipynb #3ad91dfd
+# %% ../nbs/15_synth.ipynb #30fcc34a
 import json
 import os
 import re
@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from .config import UserError, atomic_path
+from .screen import text_bar
 from .people import CAMERAS, CAPTION, DESCRIPTION, STYLE, VERSION, image_factors, stream
 from .drawing import SIZE
 from .rendering import render
@@ -153,14 +153,14 @@ def description_row(image: str, factors: dict,
     source = dict(model='synth', prompt_hash=f'synth-{VERSION}-{error_rate}', seed=seed)
     return text | known | source | dict(tries=1, tokens=0, cost=0., latency=0., status='ok', reason=None)
 
-# %% ../nbs/15_synth.ipynb #6ec2941d
+# %% ../nbs/15_synth.ipynb #3f3efd52
 def draw_share(folder: Path, s: Spec,
                worker: int, workers: int,  # this one, and how many there are
                caller: int | None = None,  # stop when this parent process is gone; None: never
                progress: bool = False):
     "Draw the persons `worker`, `worker + workers`, … and write their rows to a part file."
     mine = range(worker, s.n_ids, workers)
-    bar = tqdm(mine, desc='drawing people', unit_scale=workers, disable=not progress)
+    bar = text_bar(mine, desc='drawing people', unit_scale=workers, disable=not progress)
     with open(folder/f'part{worker}.jsonl', 'w') as out:
         for i in bar:
             if caller and os.getppid() != caller: return                 # the caller is gone

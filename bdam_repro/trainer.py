@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEXT_FIELDS', 'READ_EVERY', 'STATIC_READ_EVERY', 'run_batches', 'pick_device', 'pick_dtype', 'run_autocast',
-           'attention_kernel', 'two_cores', 'single_threaded', 'shuffled', 'options_at', 'LossError', 'LossLog',
-           'memory_advice', 'TrainerBase', 'Trainer', 'train_epoch', 'plain_steps', 'history_row', 'progress_text',
-           'steps_of', 'static_steps']
+           'attention_kernel', 'two_cores', 'single_threaded', 'compile_parts', 'shuffled', 'options_at', 'LossError',
+           'LossLog', 'memory_advice', 'TrainerBase', 'Trainer', 'train_epoch', 'plain_steps', 'history_row',
+           'progress_text', 'steps_of', 'static_steps']
 
 # %% ../nbs/52_trainer.ipynb #68052d6c
 import math
@@ -91,6 +91,11 @@ def single_threaded(on: bool) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(n)
 
+# %% ../nbs/52_trainer.ipynb #a3b3368d
+def compile_parts(model: Model, **how) -> None:      # `how`: arguments of `torch.compile`
+    "Have `torch.compile` compile the encoders and the BDAM, when they are first called."
+    for part in (model.vision.net, model.text.net, model.bdam): part.compile(**how)
+
 # %% ../nbs/52_trainer.ipynb #756dec60
 TEXT_FIELDS = [f'{text}_{kind}' for text in ('caption', 'other', 'id', 'clo') for kind in ('ids', 'mask')]
 TEXT_FIELDS += [f'{text}_number' for text in NUMBERED]
@@ -173,7 +178,7 @@ def memory_advice(c: Config, share: int) -> Iterator[None]:   # `share`: images 
         raise UserError(f'out of memory with {share//c.accumulate} images at a time: try '
                         f'{", ".join(helps)}; 45_accumulate has what each saves') from e
 
-# %% ../nbs/52_trainer.ipynb #c5b87748
+# %% ../nbs/52_trainer.ipynb #33fa62c1
 READ_EVERY, STATIC_READ_EVERY = 20, 200   # steps between two readings of the losses on a GPU
 
 class TrainerBase:
@@ -181,6 +186,7 @@ class TrainerBase:
     def __init__(self, c: Config, model: Model, loader: Loader, device: torch.device, world: World = ALONE):
         self.c, self.model, self.loader, self.device = c, model.to(device).train(), loader, device
         self.world, self.step = world, 0
+        if c.compiled: compile_parts(self.model)
         self.steps = min(c.max_steps or math.inf, c.epochs*len(loader))
         self.dtype = pick_dtype(c, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)

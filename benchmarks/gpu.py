@@ -35,7 +35,8 @@ from bdam_repro.fusion import mixer_layers
 from bdam_repro.mamba import mamba_ssm_kernels
 from bdam_repro.model import build_model
 from bdam_repro.run_data import load_data, run_tokenizer
-from bdam_repro.trainer import Trainer, run_batches, train_epoch
+from bdam_repro.runs import finished, train
+from bdam_repro.trainer import Trainer, compile_parts, run_batches, train_epoch
 
 COLUMNS = ('section', 'what', 'value', 'unit', 'batch', 'precision', 'device', 'torch', 'detail')
 
@@ -99,13 +100,27 @@ def tests(bench: Bench) -> None:
     names = [line for line in listed.stdout.splitlines() if '.py::' in line]
     print(*names, sep='\n')
     bench.row('tests marked cuda: listed', len(names), 'tests')
-    done = subprocess.run([*command, '-rA'], capture_output=True, text=True, cwd=ROOT,
-                          timeout=max(30, bench.left()))
-    for word in ('PASSED', 'FAILED', 'ERROR', 'SKIPPED'):
-        lines = [line for line in done.stdout.splitlines() if line.startswith(f'{word} ')]
-        print(*lines, sep='\n')
-        bench.row(f'tests marked cuda: {word.lower()}', len(lines), 'lines' if word == 'SKIPPED' else 'tests')
-    if done.returncode: raise RuntimeError(done.stdout[-2000:] + done.stderr[-1000:])
+    counts = dict.fromkeys(('PASSED', 'FAILED', 'ERROR', 'SKIPPED'), 0)
+    said = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen([*command, '-vv', '--durations=0'], cwd=ROOT, **said) as run:
+        stop = threading.Timer(max(30, bench.left()), run.kill)
+        stop.start()
+        for line in run.stdout:                       # as they come: what is cut off has shown some
+            print(line, end='', flush=True)
+            for word in counts: counts[word] += f' {word} ' in line
+        stop.cancel()
+    for word, n in counts.items(): bench.row(f'tests marked cuda: {word.lower()}', n, 'tests')
+    if run.returncode: raise RuntimeError(f'pytest ended with {run.returncode}')
+
+
+def whole(bench: Bench) -> None:
+    "Small runs from their data to their test, as the grid trains them: what fails late fails here."
+    for variant in ('full', 'baseline'):
+        c = make_config('synth', 'smoke', variant, data_root=str(bench.folder/'data'))
+        start = time.perf_counter()
+        folder = train(c, bench.folder/'runs', progress=False)
+        assert finished(folder), folder
+        bench.row(f'a run from start to test, {variant}', time.perf_counter() - start, 's', detail=c.preset)
 
 
 # ---- runs of `tiny`
@@ -195,20 +210,20 @@ def at_once(trainers: list[Trainer], epochs: int) -> float:
     return images/(time.perf_counter() - start)
 
 
-def top_kernels(trainer: Trainer, bench: Bench) -> None:
-    "Kernels of an epoch of replays: how many a step, their time, the longest."
+def top_kernels(run, steps: int, bench: Bench, batch: int | str = '', precision: str = 'float32') -> None:
+    "Kernels of the steps that `run` takes: how many a step, their time, the longest."
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as p:
-        trainer.static.run(1)
+        run()
         torch.cuda.synchronize()
-    steps, times = len(trainer.loader), {}
+    times = {}
     for event in p.events():
         if 'Mem' in event.name[:4]: continue
         count, total = times.get(event.name, (0, 0.))
         times[event.name] = count + 1, total + event.device_time
     count, total = sum(n for n, _ in times.values()), sum(t for _, t in times.values())
-    bench.row('kernels per step', count/steps, 'kernels')
-    bench.row('time in kernels per step', total/steps/1000, 'ms')
+    bench.row('kernels per step', count/steps, 'kernels', batch, precision)
+    bench.row('time in kernels per step', total/steps/1000, 'ms', batch, precision)
     for name, (n, t) in sorted(times.items(), key=lambda x: -x[1][1])[:30]:
         print(f'    {n/steps:7.1f} a step {t/steps:8.1f} us a step {t/n:6.1f} us each  {name[:110]}')
 
@@ -226,7 +241,7 @@ def tiny(bench: Bench) -> None:
     bench.row('to build and record a run', time.perf_counter() - start, 's', n)
     runs[0].static.run(0)
     bench.row('recorded', at_once(runs, 1 if bench.smoke else 4), 'images/s', n)
-    if bench.cuda: top_kernels(runs[0], bench)
+    if bench.cuda: top_kernels(partial(runs[0].static.run, 1), len(runs[0].loader), bench)
     start = time.perf_counter()
     evaluate(runs[0].model, setup[1], setup[2], 'val', runs[0].amp())
     bench.row('evaluate', time.perf_counter() - start, 's', detail=f'{c.synth_val_ids} people')
@@ -435,6 +450,34 @@ def compiled(bench: Bench) -> None:
     bench.row('full, encoders compiled', n/t, 'images/s', n, 'bfloat16', detail)
 
 
+def levers(bench: Bench) -> None:
+    "What a step of `paper` spends its time on, and what makes it faster."
+    rate, precision = ceiling(bench), 'bfloat16'
+    n, most = (8, 8) if bench.smoke else (128, 256)
+    trainer, batch = paper_trainer(bench, n, amp='bf16')
+    step = partial(trainer.train_step, batch)
+    flops = step_flops(trainer, batch)/n
+
+    def row(what, images, t):
+        share = f'{100*flops*images/t/rate:.1f} % of the matrix product'
+        bench.row(what, images/t, 'images/s', images, precision, share)
+    row('full', n, bench.seconds(step, 3, 1))
+    if bench.cuda: top_kernels(step, 1, bench, n, precision)
+    torch.use_deterministic_algorithms(False)
+    row('full, algorithms that are not deterministic', n, bench.seconds(step, 3, 1))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    del trainer, step
+    if bench.cuda: torch.cuda.empty_cache()
+    trainer, _ = paper_trainer(bench, most, amp='bf16')
+    model, backend = trainer.model, 'eager' if bench.smoke else 'inductor'
+    compile_parts(model, dynamic=False, backend=backend)
+    start = time.perf_counter()
+    call = recorded(trainer, bench)
+    bench.row('to compile and record', time.perf_counter() - start, 's', most, precision)
+    row('full, encoders and BDAM compiled, recorded', most, bench.seconds(call, 4, 1))
+    if bench.cuda: top_kernels(call, 1, bench, most, precision)
+
+
 # ---- Mamba
 
 def mamba(bench: Bench) -> None:
@@ -469,8 +512,8 @@ def mamba(bench: Bench) -> None:
         bench.row(f'{name}: exponent of time in length', float(slope), '', 8, 'bfloat16', detail)
 
 
-SECTIONS = dict(correct=correct, tests=tests, shares=shares, processes=processes, compiled=compiled,
-                mamba=mamba, tiny=tiny, paper=paper)
+SECTIONS = dict(whole=whole, correct=correct, tests=tests, shares=shares, processes=processes,
+                compiled=compiled, mamba=mamba, levers=levers, tiny=tiny, paper=paper)
 
 
 def order_of_worth(out: Path) -> list[str]:

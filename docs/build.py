@@ -90,7 +90,7 @@ def site_cell(cell: dict) -> dict | None:
     hidden = 'remove_cell' in tags or re.search(r'(?m)^#\|\s*(hide|default_exp)\b', source)
     if cell['cell_type'] != 'code' or hidden: return None
     if 'remove_input' in tags: tags.add('remove-input')
-    if cell['metadata'].get('jupyter', {}).get('source_hidden'): tags.add('hide-input')
+    elif cell['metadata'].get('jupyter', {}).get('source_hidden'): tags.add('hide-input')
     outputs = [o for o in map(site_output, cell['outputs']) if o]
     source = re.sub(r'(?m)^#\|.*\n?', '', source)
     if not source.strip(): return None

@@ -24,7 +24,7 @@ from bdam_repro.parameters import from_globals
 
 INF, NAN = float('inf'), float('nan')
 CANNOT_CHANGE_A_RESULT = {'data_root', 'device', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test', 'tag',
-                          'graph', 'processes', 'accumulate', 'save_minutes', 'save_steps', 'log'}
+                          'graph', 'compiled', 'processes', 'accumulate', 'save_minutes', 'save_steps', 'log'}
 
 
 def refused(**kw) -> str:

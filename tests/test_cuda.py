@@ -6,8 +6,10 @@ from tqdm import tqdm
 
 from bdam_repro.config import make_config
 from bdam_repro.mamba import selective_scan, selective_scan_ref
+from bdam_repro.many import train_many
 from bdam_repro.model import build_model
 from bdam_repro.run_data import load_data, run_tokenizer
+from bdam_repro.runs import finished, train
 from bdam_repro.trainer import Trainer, run_batches, train_epoch
 
 cuda = pytest.mark.cuda
@@ -80,3 +82,18 @@ def test_the_scan_in_chunks_is_the_loop(L):
         y = scan(*own)
         found.append([y, *torch.autograd.grad(y, own, dy.to(y))])
     for a, b in zip(*found, strict=True): assert (a.cpu() - b).norm() <= 1e-5*b.norm()
+
+
+@pytest.mark.parametrize('variant', ['full', 'baseline', 'sdm'])
+@pytest.mark.parametrize('graph', ['on', 'off'])
+def test_a_run_from_start_to_test(data, tmp_path, variant, graph):
+    "Validation, checkpoints, the test, every file: what fails at the end of a run fails here."
+    c = make_config(preset='smoke', variant=variant, data_root=data[0].data_root, graph=graph, epochs=2)
+    folder = train(c, tmp_path/'runs', progress=False)
+    assert finished(folder)['epoch'] in (1, 2) and (folder/'features.safetensors').exists()
+
+
+def test_several_runs_in_workers(data, tmp_path):
+    "As `workflow/gpu_grid.py` trains them."
+    runs = [make_config(preset='smoke', variant=v, data_root=data[0].data_root) for v in ('full', 'baseline')]
+    assert train_many(runs, tmp_path/'runs', processes=2) == []

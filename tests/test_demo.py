@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,17 @@ def tab(browser, url):
     assert outside == []
     assert errors == []
     context.close()
+
+
+def test_the_address_that_is_printed_answers_at_once(home):
+    "Who opens it in that moment waits for the page, and is not refused."
+    p = start(home, '--model', home/'model.safetensors', '--data-root', home/'data', '--people', 6)
+    try:
+        with urllib.request.urlopen(p.stdout.readline().split()[0], timeout=WAIT/1000) as answer:
+            assert answer.status == 200 and b'<html' in answer.read()
+    finally:
+        p.send_signal(signal.SIGINT)
+        p.communicate(timeout=60)
 
 
 def field(tab): return tab.locator('#text textarea, #text input').first
@@ -191,6 +204,7 @@ def test_many_visitors_at_once(home):
     sys.path.insert(0, str(REPO/'benchmarks'))
     from bench_demo import measure
     arguments = ['--model', str(home/'model.safetensors'), '--data-root', str(home/'data'), '--people', '6']
-    found = measure(arguments, users=20, seconds=5)
+    with ThreadPoolExecutor(1) as thread:                # playwright has an event loop in this one
+        found = thread.submit(measure, arguments, users=20, seconds=5).result()
     assert found['errors'] == 0, found
     assert found['searches'] >= 20, found

@@ -100,8 +100,10 @@ def test_the_workflow_builds_and_publishes_the_site():
 
 ALONE = '''
 import json
+import pydoc
 
 import torch
+from bdam_repro import BDAM, Gallery
 from bdam_repro.config import make_config
 from bdam_repro.hub import shipped_folder
 from bdam_repro.losses import hsic, info_nce
@@ -109,6 +111,7 @@ from bdam_repro.mamba import Mamba
 from bdam_repro.metrics import retrieval_metrics
 from bdam_repro.model import build_model
 from bdam_repro.pedes import load_pedes
+from bdam_repro.release import released_model
 from bdam_repro.synth import make_synth
 
 x = torch.randn(2, 5, 16)
@@ -120,11 +123,14 @@ print(len(load_pedes('synth', 'data').records))
 words = json.loads((shipped_folder('weights/bert-tiny')/'config.json').read_text())['vocab_size']
 model = build_model(make_config('synth', preset='tiny'), words)         # its towers are in the wheel
 print(sum(p.numel() for p in model.parameters()) > 10**6)
+assert 'depth: self-attention layers per branch' in pydoc.render_doc(BDAM, renderer=pydoc.plaintext)
+gallery = Gallery.build(released_model(), load_pedes('synth', 'data'), 'gallery', progress=False)
+print(len(gallery.search('a tall woman in a red coat', k=3)))
 '''
 
 
 def test_the_wheel_works_without_the_repository(tmp_path):
-    "Modules, losses, metrics, drawing, and the pretrained towers of `tiny`, from an empty folder."
+    "Modules, losses, metrics, drawing, the towers of `tiny`, help and a search, from an empty folder."
     source, site = tmp_path/'source', tmp_path/'site'
     listed = subprocess.run(['git', 'ls-files', '-z'], cwd=REPO, capture_output=True, text=True, check=True)
     needed = 'bdam_repro/', 'weights/', 'pyproject.toml', 'README.md', 'LICENSE'
@@ -144,4 +150,4 @@ def test_the_wheel_works_without_the_repository(tmp_path):
     alone = [sys.executable, '-P', '-c', ALONE]
     done = subprocess.run(alone, cwd=empty, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ['100.0', '16', 'True']
+    assert done.stdout.split() == ['100.0', '16', 'True', '3']

@@ -75,7 +75,9 @@ def test_terminal_without_output_path(root, trained):
     assert f'executed notebook: {executed}' in sent.replace('\r\n', '\n')
     cells = json.loads(executed.read_text())['cells']
     outputs = [o for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
-    assert any('chance' in ''.join(o.get('text', '')) for o in outputs)
+    assert any('chance' in ''.join(o.get('data', {}).get('text/html', '')) for o in outputs)
+    assert all('\r' not in ''.join(o.get('text', '')) for o in outputs), 'states of a bar'
+    assert [o for o in outputs if o.get('name') == 'stderr'] == [], 'red in JupyterLab'
     assert any('image/png' in o.get('data', {}) for o in outputs)
     assert (root/'runs/synth/smoke/full/seed0/metrics.json').is_file()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load
 
-from bdam_repro.archive import read_kept
+from bdam_repro.archive import read_kept, run_files
 from bdam_repro.config import config_hash, make_config
 from bdam_repro.evaluate import evaluate
 from bdam_repro.features import unit_rows
@@ -29,7 +29,7 @@ TOLERANCE = .1          # percentage points: what storing 16 bits per number may
 @pytest.fixture(scope='module')
 def of_run():
     "What the repository keeps of the run."
-    return read_kept(REPO/'tables'/'kept-seed0-full.zip')[RUN]
+    return run_files(read_kept(REPO/'tables'/'kept-seed0-full.zip')[RUN])
 
 
 def drawn_picture(row, folder):

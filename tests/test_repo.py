@@ -122,7 +122,7 @@ def test_each_module_behind_a_run_decides_it_or_does_not():
                 left.append(n.module)
     draws = {'people', 'drawing', 'rendering', 'captions', 'synth'}         # a dataset that is drawn once
     handles = {'config', 'parameters', 'files', 'hub', 'compiled', 'launch', 'pretrained',
-               'threads', 'checkpoints', 'answers'}                 # options, files, processes
+               'threads', 'checkpoints', 'answers', 'screen'}       # options, files, processes
     assert behind == {*DECIDING_MODULES} | draws | handles
     assert not {*DECIDING_MODULES} & (draws | handles)
 
@@ -217,6 +217,18 @@ def test_notebook_reads_well(notebook):
         assert len(''.join(c['source']).splitlines()) <= 60, f'split this cell: {"".join(c["source"])[:80]!r}'
         for o in c['outputs']: assert o['output_type'] != 'error', o.get('evalue')
     assert cells(notebook, 'markdown')[0]['source'][0].startswith('# ')
+
+
+def test_only_hidden_cells_are_collapsed():
+    "In JupyterLab a reader sees each line that the site shows, and no plumbing."
+    collapsed, tags = 0, {'remove_input', 'remove_cell'}
+    for notebook in NOTEBOOKS:
+        for c in cells(notebook, 'code'):
+            if not c['metadata'].get('jupyter', {}).get('source_hidden'): continue
+            hidden = ''.join(c['source']).startswith('#| hide') or tags & {*c['metadata'].get('tags', [])}
+            assert hidden, f'{notebook.name}: {"".join(c["source"])[:80]!r} is collapsed'
+            collapsed += 1
+    assert collapsed > len(NOTEBOOKS)
 
 
 @pytest.mark.parametrize('notebook', NAMED, ids=lambda p: p.stem)

@@ -2,6 +2,7 @@
 
     python workflow/gpu_grid.py --seeds 0,1,2 --processes 8         # what `make paper` trains, in its order
     python workflow/gpu_grid.py --variants full,baseline --seeds 0-9 --minutes 15
+    python workflow/gpu_grid.py --worth --plan runs.jsonl           # what is missing, most telling first
     python workflow/gpu_grid.py --list runs.jsonl --pack out/       # one run per line, as JSON
 
 Complete runs are passed over, so the same command goes on after a break. `--minutes` begins no run that would
@@ -10,18 +11,16 @@ at most 15 MiB, every 20 seconds; unzip them in the folder of the runs. If a CUD
 processes share the card through it.
 """
 import argparse
-import multiprocessing
 import os
 import sys
 import time
 import zipfile
 from pathlib import Path
 
-from bdam_repro.archive import SMALL_FILES, WITH_FEATURES, query_results
-from bdam_repro.config import UserError, atomic_path, make_config, run_dir
-from bdam_repro.grid import audit_grid, grid
-from bdam_repro.many import read_run_list, train_many
-from bdam_repro.run_data import load_data
+from bdam_repro.archive import SMALL_FILES, keeps_rankings, kept_features, query_results
+from bdam_repro.config import UserError, atomic_path, run_dir
+from bdam_repro.grid import audit_grid, grid, grid_by_worth
+from bdam_repro.many import left_to_do, read_run_list, run_line, train_many
 from bdam_repro.runs import finished
 
 PART = 15*2**20      # bytes of a zip file
@@ -43,8 +42,9 @@ class Packer:
 
     def content(self, folder: Path, c) -> dict[str, bytes]:
         small = {f.name: f.read_bytes() for name in SMALL_FILES if (f := folder/name).exists()}
-        features = () if c.tag or c.seed else WITH_FEATURES.get(c.variant, ())      # figures read seed 0
-        return small | {'features.safetensors': query_results(folder/'features.safetensors', features)}
+        run = c.variant, c.tag, c.seed
+        kept = query_results(folder/'features.safetensors', kept_features(*run), keeps_rankings(*run))
+        return small | {'features.safetensors': kept}
 
     def __call__(self) -> None:
         "Pack what is finished since the last call."
@@ -63,12 +63,6 @@ class Packer:
             self.part += full
 
 
-def write_descriptions(config, methods) -> None:
-    "The descriptions of other clusterings, for Table 4."
-    from bdam_repro.artifacts import describe_styles
-    describe_styles(config, methods)
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--list', type=Path, help='a file with one run per line; empty: the grid of the tables')
@@ -77,6 +71,9 @@ def main():
     p.add_argument('--variants', default='', help='only these, separated by commas')
     p.add_argument('--seeds', type=numbers, default=[0, 1, 2], help="such as 0-9 or 0,2,4")
     p.add_argument('--audit', action='store_true', help='the runs of other readings too')
+    p.add_argument('--worth', action='store_true',
+                   help='all runs of tables and audit, the most telling first: ten, five and three seeds')
+    p.add_argument('--plan', type=Path, help='write what is missing into this file as a list, and end')
     p.add_argument('--layouts', action='store_true', help='the other two layouts of SynthPEDES too')
     p.add_argument('--runs', type=Path, default=Path('runs'))
     p.add_argument('--processes', type=int, default=max(1, (os.cpu_count() or 2) - 2))
@@ -88,28 +85,19 @@ def main():
     options = dict(pair.split('=', 1) for pair in a.options.split(',') if pair)
     start = time.perf_counter()
     if a.list: configs = read_run_list(a.list, **options)
+    elif a.worth: configs = grid_by_worth(a.dataset, a.preset, layouts=a.layouts, **options)
     else:
         given = dict(dataset=a.dataset, preset=a.preset, seeds=a.seeds, **options)
         configs = grid(layouts=a.layouts, variants=[v for v in a.variants.split(',') if v], **given)
         if a.audit: configs += audit_grid(**given)
+    if a.plan:
+        missing = left_to_do(configs, a.runs)
+        with atomic_path(a.plan) as tmp: tmp.write_text(''.join(f'{run_line(c)}\n' for c in missing))
+        return print(f'{len(missing)} of {len(configs)} runs are missing: see {a.plan}')
     pack = Packer(a.pack, a.runs, configs) if a.pack else lambda: None
-    own = [c for c in configs if c.descriptions not in ('auto', 'none')]      # texts of other clusterings
-    rest, errors = [c for c in configs if c not in own], []
-    context = multiprocessing.get_context('spawn')
-    made = {c.descriptions.removeprefix('descriptions_').removesuffix('.jsonl') for c in own}
-    usual = make_config(a.dataset, a.preset, **options)
-    writer = context.Process(target=write_descriptions, args=(usual, sorted(made)))
-    if own:
-        load_data(usual, progress=False)                # drawn before the writer starts, which would draw too
-        writer.start()
-    for part in (rest, own):
-        left = 60*a.minutes - (time.perf_counter() - start)
-        if part is own and own: writer.join(timeout=max(0., min(left, 1e6)))
-        if not part or left <= 0: continue
-        errors += train_many(part, a.runs, a.processes, a.threads, left, pack,
-                             every=20.,
-                             say=lambda line: print(line, flush=True))
-    for error in errors: print(error, file=sys.stderr)
+    left = 60*a.minutes - (time.perf_counter() - start)
+    errors = train_many(configs, a.runs, a.processes, a.threads, left, pack, every=20.,
+                        say=lambda line: print(line, flush=True))
     if errors: sys.exit(f'{len(errors)} runs failed')
 
 
