@@ -129,6 +129,23 @@ def test_keeping_what_came_back_changes_nothing(kept):
     assert {f.name: f.read_bytes() for f in (kept/'tables').iterdir()} == before
 
 
+def test_features_are_kept_of_the_first_seeds_alone():
+    assert archive.kept_features('full', '', 0) == results.KEPT_FEATURES
+    assert archive.kept_features('full', '', results.FEATURE_SEEDS - 1) == ('f_id', 'f_clo', 'g', 'w')
+    assert archive.kept_features('full', '', results.FEATURE_SEEDS) == ()
+    assert archive.kept_features('full', 'margin=0.5', 0) == archive.kept_features('sdm', '', 0) == ()
+
+
+def test_the_kept_runs_of_the_repository_leave_room():
+    "15 MiB for 250 runs: what a run without features takes is known from those that are kept."
+    def size(file): return sum(part.stat().st_size for part in archive.archive_parts(file))
+    files = sorted((REPO/'tables').glob('kept-seed*.zip'))
+    runs = {file: len(archive.read_kept(file)) for file in files}
+    plain = [file for file in files if not any(file.stem.endswith(f'-{v}') for v in archive.RANKED)]
+    each = sum(map(size, plain))/sum(runs[file] for file in plain)
+    assert sum(map(size, files)) + max(0, 250 - sum(runs.values()))*each < 15*2**20
+
+
 def test_runs_of_other_machines_stay_in_the_archive(kept):
     other = make_config('synth', 'smoke', 'full', tag='margin=0.7', margin=.7)
     testing.demo_run(run_dir(other, kept/'more'), other)

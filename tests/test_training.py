@@ -171,6 +171,21 @@ def test_data_at_hand_is_not_read_again(home, whole, tmp_path, monkeypatch):
     assert bits(train(cfg(home), tmp_path, progress=False, dataset=ds)) == bits(whole)
 
 
+@pytest.mark.parametrize('dataset', ['cuhk', 'icfg', 'rstp'])
+def test_an_epoch_of_real_data_deals_all_pairs(dataset):
+    c = make_config(dataset)
+    assert (c.preset, c.epoch_of, c.epochs) == ('paper', 'pairs', 60)
+
+
+def test_steps_and_samples_are_printed_at_the_start(home, tmp_path, capsys):
+    "16 people with 4 images of 2 captions: 128 pairs, in batches of 8 people with 2 each."
+    c = cfg(home, epoch_of='pairs', ids_per_batch=8, images_per_id=2, epochs=3)
+    trainer = prepare(c, tmp_path/'run').trainer
+    assert trainer.steps == 3*128//16
+    line = '3 epochs of 8 steps of 16: 24 steps, 384 samples; 64 images with 128 captions of 16 people'
+    assert line in capsys.readouterr().out
+
+
 def test_training_needs_no_client_of_an_mllm():
     "Nor the clusterings: they take seconds to import."
     code = 'import sys, bdam_repro.runs; print({"openai", "aiohttp", "sklearn.cluster"} & set(sys.modules))'
