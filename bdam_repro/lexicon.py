@@ -161,15 +161,15 @@ PART_NOUNS = set_of(
     ' stripe stripes striping strips swirls symbol tag tassel tassels text tint toe toes trim trimming'
     ' trimmings wheels word words writing yoke zip zipper zippers') | {'bottom', 'top'}
 
-# %% ../nbs/20_lexicon.ipynb #168e300c
+# %% ../nbs/20_lexicon.ipynb #18557b7f
 _HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?|bangs|beard|m(?:o)?ustache'
                    r'|goatee|stubble|bob|(?:buzz|crew)-?cut|dreadlocks|afro|sideburns|mohawk|curls')
 _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sunglasses|cut-?offs'
                       r'|one-piece|sweats|camis?|bikini|swimsuit|leotard|sweatbands?|armbands?|watchband'
                       r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap'
                       r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees'
-                      r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas|brogues'
-                      r'|espadrilles|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
+                      r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas'
+                      r'|brogues|espadrilles|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
     r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
     r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
