@@ -164,7 +164,7 @@ def fusion_claims(e: Evidence) -> list[Finding]:
     gains = fusion_gains(e)
     return [fusion_finding(c, gains[c.metric]) for c in FUSION_CONTRASTS]
 
-# %% ../nbs/82_claims.ipynb #676a90b6
+# %% ../nbs/82_claims.ipynb #b1341e6a
 SLACK = 5.0          # points of ARI
 
 def style_claims(e: Evidence) -> list[Finding]:
@@ -184,9 +184,14 @@ def style_agreement(e: Evidence) -> list[Finding]:
     if not path.exists():
         return [Finding('b', 'styles', name, 'ARI', verdict=NOT_RUN, evidence='no styles.csv', decides=False)]
     known = pd.read_csv(path).dropna(subset='ari')
-    common = dict(evidence='styles.csv', decides=False)
-    return [Finding('b', 'styles', f'{name}: {r.method}', 'ARI', value=100*r.ari, **common)
-            for r in known.itertuples()]
+    common, out = dict(evidence='styles.csv', decides=False), []
+    named = dict(ari=(name, 'ARI'), largest=('the largest style', '% of captions'),
+                 ari_dbscan=('agreement with DBSCAN', 'ARI'))
+    for column, (reading, metric) in named.items():
+        values = known.set_index('method')[column].dropna() if column in known else {}
+        for method, value in values.items():
+            out.append(Finding('b', 'styles', f'{reading}: {method}', metric, value=100*value, **common))
+    return out
 
 # %% ../nbs/82_claims.ipynb #cc322cd8
 def sota_claim(e: Evidence) -> list[Finding]:

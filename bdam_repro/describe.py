@@ -31,7 +31,7 @@ from .config import UserError
 from .picture_files import ImageError
 from .servers import (Answer, Hopeless, Refused, Server, Transient, ask_server, guess_tokens,
                                 is_about_pictures, keep_client, most_prompt_tokens, run_sync)
-from .lexicon import Description
+from .answers import Description
 from .journal import Journal, JournalLine, Report, read_journal
 from .offline import rows_to_describe
 from .mllm import DescribeSettings, History, first_messages, image_url, whole_number

@@ -176,7 +176,7 @@ def draw_worth(ax, runs: list[Features], pids: np.ndarray) -> None:
     mid, half = worth.to_numpy().mean(), max(3, .75*np.ptp(worth.to_numpy()))
     ax.set_xlim(mid - half, mid + half); ax.grid(axis='x', color='0.9', linewidth=.5); ax.set_axisbelow(True)
 
-# %% ../nbs/73_gates.ipynb #98816bf8
+# %% ../nbs/73_gates.ipynb #df22cd08
 FIGURE3 = ('Figure 3. Gate weights, mean ± sd: filled markers ours, open ones as printed for CUHK-PEDES. '
            '(c, d) g as means over the images, and over the dimensions. '
            '(e) How much of the variance of all g is that of (c), of (d), and of neither alone. (f) The '
@@ -185,7 +185,7 @@ FIGURE3 = ('Figure 3. Gate weights, mean ± sd: filled markers ours, open ones a
 def without_regularization(p: ArtifactParameters) -> Features | None:   # None: no such run kept its gate
     "A run without the gate's regularization that kept its gate, the one of the first name."
     folder = run_dir(make_config(p.dataset, p.preset, 'no_gate_reg'), p.runs_path).parent
-    for file in sorted(folder.glob('seed*/features.safetensors')):
+    for file in sorted(folder.parent.glob(f'{folder.name}*/seed*/features.safetensors')):
         run = load_features(file.parent)
         if 'g' in run.tensors: return run
     return None

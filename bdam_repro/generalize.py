@@ -27,12 +27,12 @@ from sklearn.preprocessing import normalize
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
 
-from .answers import Reply
+from .answers import Reply, is_refusal
 from .config import UserError
 from .synth import Spec, picture_rows
 from .servers import (Hopeless, Refused, RequestForm, Server, Transient, ask_server, keep_client,
                                 run_sync)
-from .lexicon import LEXICON, is_refusal
+from .lexicon import LEXICON
 from .describe import SlidingWindow
 
 # %% ../nbs/26_generalize.ipynb #1412bb0b

@@ -21,11 +21,11 @@ from PIL import Image
 from pydantic import (BaseModel, BeforeValidator, ConfigDict, SkipValidation, ValidationError,
                       field_validator, model_serializer, model_validator)
 
-from .answers import Reply, redact
+from .answers import (SCHEMA, Description, Policy, Rejected, Reply, is_refusal, parse_answer,
+                                redact)
 from .config import UserError
 from .picture_files import to_rgb
-from .lexicon import (SCHEMA, Description, Policy, Rejected, check_description, is_refusal,
-                                parse_answer)
+from .lexicon import check_description
 from .servers import Answer, RequestForm
 
 # %% ../nbs/23_mllm.ipynb #939e74ac

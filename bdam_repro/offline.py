@@ -6,7 +6,7 @@
 __all__ = ['SPLIT_VERSION', 'SPLIT_POLICY', 'mend_spelling', 'with_article', 'Garment', 'Said', 'read_caption', 'TwoTexts',
            'split_captions', 'split_caption', 'rows_to_describe', 'describe_split', 'describe_synth']
 
-# %% ../nbs/22_offline.ipynb #61e7ef26
+# %% ../nbs/22_offline.ipynb #ef4e9dc9
 import hashlib
 import json
 import re
@@ -17,73 +17,90 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from .answers import Policy
 from .config import UserError
 from .people import VERSION
 from .synth import description_row
 from .hub import MODEL_SHA256, load_parser
 from .lexicon import (AGE_WORDS, AMOUNTS, CARRIED, DETERMINERS, GENDER_OF, HAIRED, HEIGHT_WORDS,
-                                LEXICON, TRAIT_WORDS, Policy, Word, check_text, is_color, noun_side, set_of,
-                                slot_of, spoken_of, parsed_words)
-from .phrases import PEOPLE_ONLY, Item, CaptionItems, read_items
+                                LEXICON, PEOPLE_ONLY, TRAIT_WORDS, Word, check_text, is_color, noun_side,
+                                set_of, slot_of, spoken_of, parsed_words)
+from .phrases import Item, CaptionItems, read_items
 from .journal import Journal, JournalLine, Report, Stamp
 
-# %% ../nbs/22_offline.ipynb #583caa31
+# %% ../nbs/22_offline.ipynb #0bf23d41
+_WRITTEN = (     # "_" for a blank
+    'apair=a_pair waring=wearing caring=carrying whit=white stripped=striped shit=shirt shire=shirt'
+    ' pans=pants hoes=shoes genes=jeans scandals=sandals crocks=crocs collard=collared col_er=collar'
+    ' cent_er=center out_fit=outfit ear_buds=earbuds re_dish=reddish ca_mi=cami teen_aged=teenaged'
+    ' shoe_son=shoes_on tennis_shows=tennis_shoes back_back=backpack eyeglass_frames=eyeglasses'
+    ' specs=glasses broad_shouldered=broad-shouldered cow_boy=cowboy base_ball=baseball'
+    ' sleeve_shift=sleeve_shirt middle_aged=middle-aged see_through=see-through see_thru=see-through'
+    ' pair_or=pair_of pair_off=pair_of shirtsleeve=short-sleeve anticked= unknown=')
+_TYPOS = dict(pair.replace('_', ' ').split('=') for pair in _WRITTEN.split())
 _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
+    (rf'\b(?:{"|".join(_TYPOS)})\b', lambda found: _TYPOS[found[0].lower()]),
     (r"\b(he|she|it) ?(?:[' ]s)\b(?= \w+(?:ing|ed)\b| not| a\b| in\b)", r'\1 is'),
-    (r'\b(he|she)s (?=\w+ing\b)', r'\1 is '), (r"\b(\w+) s (?=\w+ing\b)", r'\1 is '),
+    (r"\b(that|who|which)[' ]s\b", r'\1 is'), (r"(?<!\w)'|'(?!\w)", ' '),
+    (r'\b(he|she)s (?=\w+ing\b|all\b|dressed\b)', r'\1 is '), (r"\b(\w+) s (?=\w+ing\b)", r'\1 is '),
+    (r'\bwhat (?:look|appear|seem)s? (?:like|to be) ', ''), (r'\bsome (?:sort|type|kind|form) of ', 'some '),
     (r'\b(man|woman|men|women|girl|boy|lady|person|jacket|shirt) s (?=[a-z])', r"\1's "),
     (r'(?<=[a-z]{2})\.(?=[a-z]{2})', '. '), (r',(?=[a-z])', ', '), (r'(?<=[a-z])=(?=[a-z])', '-'),
-    (r'&', ' and '),
-    (r'(?<=[a-z]) ?/ ?(?=[a-z])', ' and '),
-    (r'\b(?:back|knap) ?pack(s?)\b', r'backpack\1'), (r'\bback back\b', 'backpack'),
-    (r'\bhand bag', 'handbag'),
-    (r'\bcheck(?:er)? ?ed\b', 'checkered'), (r'\bcol or( ed)?\b', 'color'),
-    (r'\b(?:t|tee)[ -]?sh[io]rt(s?)\b', r't-shirt\1'),
-    (r'\bpolo short\b(?! sl)', 'polo shirt'), (r'\b(pony|pig)[ -]tail', r'\1tail'),
-    (r'\bhair[ -](style|cut)\b', r'hair\1'),
-    (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper|style))', 'flip-flop'),
+    (r'&', ' and '), (r'(?<=[a-z]) ?/ ?(?=[a-z])', ' and '), (r'\b(man|mane|woman) ea ring\b', r'\1 wearing'),
+    (r'\b(?:back|knap)[ -]?pack(s?)\b', r'backpack\1'), (r'\bhand bag', 'handbag'),
+    (r'\b(?:duffle ?|muffle |duffer )bag', 'duffel bag'), (r'\bcheck(?:er)? ?ed\b', 'checkered'),
+    (r'\bone[ -]piece\b', 'one-piece'), (r'\b(low|high|hi)[ -](tops?)\b', r'\1-\2'),
+    (r'\bover[ -]sized?\b', 'oversized'), (r'\b(wrist|sweat|arm|head|watch) band(s?)\b', r'\1band\2'),
+    (r'\b(an?|open|long|short|white|black|gr[ae]y|blue|red|brown|tan|green|pink) over (coat|shirt)\b',
+     r'\1 over\2'), (r'\b(blue|black|gr[ae]y|denim) (?:years|beans)\b', r'\1 jeans'),
+    (r'\bcol or( ed)?\b', 'color'), (r'\b(?:t|tee)[ -]*sh[io]rt(s?)\b', r't-shirt\1'),
+    (r'\bpolo short\b(?! sl)', 'polo shirt'), (r'\b(pony|pig)[ -](?:tail|tale)', r'\1tail'),
+    (r'\bhair[ -](style|cut)\b', r'hair\1'), (r'\b(buzz|crew) cut\b', r'\1-cut'),
+    (r'\bcap[ -]sleeve', 'cap-sleeve'), (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper|style))', 'flip-flop'),
     (r'\bflip[ -]?flop(?:s|ped)?\b(?! (?:sandal|shoe|slip|style))', 'flip-flops'),
-    (r"\bcapri(?:'?s| s)?\b(?! (?:pants|length|jeans|leggings|type|style))", 'capris'),
-    (r'\b(eye|sun) glasses\b', r'\1glasses'),
-    (r'\bapair\b', 'a pair'), (r'\bwaring\b', 'wearing'), (r'\bcaring\b', 'carrying'), (r'\bwhit\b', 'white'),
-    (r'\bstripped\b', 'striped'), (r'\bshit\b', 'shirt'), (r'\bsleeve shift\b', 'sleeve shirt'),
-    (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink) short'
+    (r"\bcapri(?:'?s| s)?\b(?! (?:pants|shorts|length|jeans|leggings|type|style))", 'capris'),
+    (r'\b(eye|sun) glasses\b', r'\1glasses'), (r'\bpanty? hose\b', 'pantyhose'),
+    (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink|jean) short'
      r'(?= (?:and|with)\b(?![\w ]{0,20}hair)|[.,](?! ?[\w ]{0,20}hair))', r'\1 shorts'),
-    (r'\bpans\b', 'pants'), (r'\bhoes\b', 'shoes'),
-    (r'\bgenes\b', 'jeans'), (r'\bscandals\b', 'sandals'), (r'\bcrocks\b', 'crocs'),
-    (r'\bcollard\b', 'collared'),
-    (r'\b(?:muffle|duffer) bag', 'duffel bag'), (r'\bteen aged\b', 'teenaged'), (r'\banticked\b ?', ''),
-    (r'\bmilt[ -]', 'multi-'), (r'\bshirtsleeve\b', 'short-sleeve')]]
+    (r'\bmilt[ -]', 'multi-')]]
 
-# %% ../nbs/22_offline.ipynb #91f1800e
+# %% ../nbs/22_offline.ipynb #a9c747f3
 _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
-    (r'\b(button|zip|lace)(?:ed)?[ -](down|up)\b(?= \w)', r'\1-\2'),
-    (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'),
-    (r'\bthree quarters?\b', 'three-quarter'),
+    (r'\b(button|zip|lace)[ -](down|up)\b(?=,? \w)', r'\1-\2'),
+    (r'\b(button|zip)p?ed[ -](down|up)\b(?= (?:\w+ )?(?:shirt|jacket|top|blouse|sweater))', r'\1-\2'),
+    (r'\bpull (?=sweatshirt|sweater|shirt|top)', 'pullover '),
+    (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'), (r'\bthree quarters?\b', 'three-quarter'),
     (r'\b(short|long|half|mid|three-quarter)[ -](sleeved?|length)\b', r'\1-\2'),
-    (r'\bcut ?off\b(?= \w)', 'cut-off'),
+    (r'\bcut ?off\b(?= (?:jeans?|shorts|pants|shirt|top|sleeves?|denim))', 'cut-off'),
     (r'\b(knee|shoulder|ankle|elbow|waist|calf|thigh|chin|floor|medium)[ -](length|high)\b', r'\1-\2'),
-    (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme)[ -](colou?red|white)\b',
-     r'\1-\2'),
+    (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme|khaki|olive|mustard|salmon'
+     r'|gr[ae]y)[ -](colou?red|white)\b', r'\1-\2'),
     (r'\b(long|short)[ -](black|dark|brown|blonde?|gr[ae]y)[ -]haired\b', r'\1-\2-haired'),
     (r'\b(black|dark|brown|blonde?|long|short|gr[ae]y|light|red|white|fair|curly) haired\b', r'\1-haired'),
-    (r'\bmiddle aged\b', 'middle-aged'), (r'\bsee through\b', 'see-through'),
-    (r'\b(open|peep|closed) (toed?)\b', r'\1-\2'),
-    (r'\bcross[ -]body\b', 'crossbody'), (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
-    (r'\btucked in\b(?! (?:a|the|his|her|to))', 'tucked'),
-    (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag)', r'\1-looking '),
-    (r'(?<=\ban )above[ -]the[ -]knee\b', 'above-the-knee'),
-    (r'\b(above|below|past|over)[ -]the[ -]knees?(?= (?:dress|skirt|shorts|pants|boots|socks|jean|length))',
-     r'\1-the-knee')]]
+    (r'\b(form|tight|loose|close) (fitting|fitted)\b', r'\1-\2'), (r'\bmid (calf|thigh)\b', r'mid-\1'),
+    (r'\b(washed|worn) out\b(?= \w+)', r'\1-out'),
+    (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers|sleeves))', r'\1-up'),
+    (r'\bover[ -](?:the[ -])?(shoulder|chest|body)(?= (?:\w+ )?(?:(?:hand)?bag|purse|tote|strap|backpack))',
+     r'over-the-\1'), (r'\b(open|peep|closed) (toed?)\b', r'\1-\2'), (r'\bcross[ -]body\b', 'crossbody'),
+    (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
+    (r'\btucked in\b(?= *(?:[.,;]|and\b|with\b|$))', 'tucked'),
+    (r'\btucked in (?=shirt|top|blouse)', 'tucked-in '),
+    (r'\bstrap on\b(?= (?:\w+ )?(?:sandals|shoes|heels))', 'strap-on'),
+    (r'\b(?:just )?(above|below) (knee-length)\b', r'\1-\2'),
+    (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag|jeans|shorts|dress|top|skirt|coat|boots)',
+     r'\1-looking '), (r'(?<=\ban )above[ -]the[ -]knee\b', 'above-the-knee'),
+    (r'\b(above|below|past|over)[ -]the[ -]knees?'
+     r'(?= (?:\w+ )?(?:dress|skirt|shorts|pants|boots|socks|jean|length))', r'\1-the-knee')]]
 
 def mend_spelling(caption: str) -> str:
     "The caption in one line, without markup, its frequent misspellings mended and compounds joined."
     text = re.sub(r'[*#`<>{}|\[\]\\_~\s"“”()]+', ' ', caption).replace('’', "'").strip()
+    text = re.sub(r' +(?=[.,;])', '', text)
     if text.isupper() and len(text) > 9: text = text.capitalize()
     for pattern, right in _SPELLING + _COMPOUNDS: text = pattern.sub(right, text)
-    return re.sub(r'\bGr([ae])y\b', r'gr\1y', text)
+    return ' '.join(re.sub(r'\bGr([ae])y\b', r'gr\1y', text).split())
 
-# %% ../nbs/22_offline.ipynb #9d461771
+# %% ../nbs/22_offline.ipynb #c12ff916
 _NEUTRAL = {'his': 'their', 'her': 'their', 'hers': 'theirs', 'him': 'them', 'himself': 'themselves',
             'herself': 'themselves'}
 _WHOSE = set_of("men men's mens man's women women's womens woman's ladies lady lady's girls girl's boys boy's"
@@ -92,11 +109,12 @@ _FULL_NOUN = {'jean': 'jeans', 'pant': 'pants', 'short': 'shorts', 'trouser': 't
               'legging': 'leggings', 'eyeglass': 'eyeglasses'}
 _LEADING = set_of('a an the his her their its this that these those some just also then')
 _MANY = set_of('one two three several another both all each no many pairs multiple')
-_NO_ARTICLE = set_of('clothing attire luggage footwear apparel hose jewelry jewellery pantyhose hair')
+_NO_ARTICLE = set_of('clothing attire luggage footwear sportswear swimwear underwear apparel hose jewelry'
+                     ' jewellery pantyhose hair')
 _LOOSE = re.compile(
     r"(?:[\s,]+(?:and|who|is|are|was|with|has|have|in|on|to reveal|to show|that|which|also|while|a|an"
     r"|the|of|to|at|from|or|as|well|by|for|over|their|his|her|'s|its|both|into|around|some|very|what|be"
-    r"|appears|looks|then|through"
+    r"|appears|looks|then|through|paired|along|draped|pulled"
     r"|like|worn|combined|together|\w{4,}ing(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)"
     r"(?<!piping)(?<!stitching)(?<!edging)(?<!trimming)))+$|[\s,]+(?:that|which) [\w-]+$", re.I)
 
@@ -114,12 +132,13 @@ def _plain_words(words: list[Word]) -> list[str]:
 
 def _joined(words: list[str]) -> str:
     text = re.sub(r"\s+([,.]|'s\b|n't\b)", r'\1', ' '.join(words))
-    text = re.sub(r'\bon (?=under|over)|\band (?=(?:tied|pulled|cuffed|rolled|tucked)\b)', '', text)
+    text = re.sub(r'\bon (?=under|over|with\b)|(?<! up )\band (?=(?:tied|pulled|cuffed|rolled|tucked)\b)', '',
+                  text)
     before = None
     while before != text: before, text = text, _LOOSE.sub('', text).strip(' ,-')
     return text
 
-# %% ../nbs/22_offline.ipynb #70d3b470
+# %% ../nbs/22_offline.ipynb #0b335d2f
 def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     "`whole`: with all that is said of it; else the bare phrase."
     words, phrase = r.words, item.phrase
@@ -130,17 +149,17 @@ def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     noun = _FULL_NOUN.get(low, low)
     said = _plain_words(words[slice(*item.said)]) + [w for w in said if w not in _WHOSE] + [noun]
     has_amount = 'of' in said and bool(AMOUNTS & set(said))
-    many = said[0] in _MANY or noun in _NO_ARTICLE
+    many = said[0] in _MANY or (noun in _NO_ARTICLE and not has_amount)
     plural = noun.endswith('s') and not noun.endswith(('dress', 'ss'))
     singular = has_amount or not (many or plural or is_color(noun))
-    if many: singular = False
+    if many: singular = said[0] == 'all' and is_color(said[1]) and not (plural or noun in _NO_ARTICLE)
     if singular and (article or has_amount or item.known): said = with_article(' '.join(said)).split(' ')
     tail = words[item.tail:item.end] if whole else []
     if item.tail > phrase.end and not item.said[1]: said.append('with')         # "has stripes"
     return _joined([_NEUTRAL.get(w, w) for w in said + _plain_words(tail)])
 
-_COUNTED = re.compile(r'ponytail|bun|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle|hairdo|braid'
-                      r'|mohawk|afro')
+_COUNTED = re.compile(r'ponytail|bun|(?:buzz|crew)-cut|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle'
+                      r'|hairdo|braid|mohawk|afro')
 
 def _trait_words(r: CaptionItems, item: Item, whole: bool, ethnicity: bool) -> str:
     words, phrase = r.words, item.phrase
@@ -162,13 +181,12 @@ def _trait_words(r: CaptionItems, item: Item, whole: bool, ethnicity: bool) -> s
     if said == ['hair'] and len(tail) == 1: said.append('worn')          # "her hair up"
     return _joined(said + tail)
 
-# %% ../nbs/22_offline.ipynb #44c8c469
+# %% ../nbs/22_offline.ipynb #b70b2173
 def _pure(item_words, r: CaptionItems, item: Item, other_side: str, *more) -> str:
     "The words of an item with its tail, else without, else ''."
-    for whole in (True, False):
-        words = item_words(r, item, whole, *more)
-        if words and not spoken_of(words, other_side): return words
-    return ''
+    whole, bare = item_words(r, item, True, *more), item_words(r, item, False, *more)
+    tries = (whole, bare, re.sub(r'\b(?:slender|skinny|tall|petite)\b,? ', '', bare))
+    return next((words for words in tries if words and not spoken_of(words, other_side)), '')
 
 class Garment(NamedTuple):
     verb: str       # 'wears', 'carries', …
@@ -188,10 +206,11 @@ _PRONOUNS = {'he': 'man', 'his': 'man', 'him': 'man', 'himself': 'man',
 _AGED = re.compile(r"\bin (?:his|her|their) (?:early |mid |late |mid-)?(?:to late |to mid )?"
                    r"(?:\w+ties|\d0'?s|teens)"
                    r'|\b(?:about |around )?\d+ years old\b', re.I)
-_ALL_IN = re.compile(r'\b(?:wear\w*|dressed|clad)(?: up)?(?: in)?(?: all)?(?: in)? ([\w-]+(?: and [\w-]+)?)'
-                     r'(?= *(?:[.,;]|and\b|$))', re.I)
+_ALL_IN = re.compile(r'\b(?:wear\w*|dressed|clad|in(?= all))(?: up)?(?: in)?(?: all)?(?: in)?'
+                     r' ([\w-]+(?: and [\w-]+)?)'
+                     r'(?= *(?:colou?rs?)? *(?:[.,;]|and\b|with\b|is\b|$))', re.I)
 
-# %% ../nbs/22_offline.ipynb #c1d1c1e4
+# %% ../nbs/22_offline.ipynb #9abd7529
 def _gender_and_noun(r: CaptionItems) -> tuple[str, str]:
     "By the nouns, else by the pronouns. *He or she* says nothing."
     gender = noun = ''
@@ -200,10 +219,13 @@ def _gender_and_noun(r: CaptionItems) -> tuple[str, str]:
         if gendered and not gender: gender, noun = GENDER_OF[gendered[-1]], gendered[-1]
         head = r.low(phrase.head)
         if head in ('child', 'kid', 'toddler', 'teenager', 'teen') and not noun: noun = head
-    if noun and 'gender' not in spoken_of(noun, 'identity') and noun in GENDER_OF: noun = gender
     lows = [word.low for word in r.words]
+    after_be = {low for at, low in enumerate(lows) if 'be' in lows[max(at - 2, 0):at]}
+    said = next((low for low in ('male', 'female') if low in after_be and not r.unsure), '')
+    if said and not gender: gender, noun = GENDER_OF[said], noun or said        # "appears to be MALE"
+    if noun and 'gender' not in spoken_of(noun, 'identity') and noun in GENDER_OF: noun = gender
     triples = {' '.join(lows[i:i + 3]) for i in range(len(lows))}
-    both = triples & {'he or she', 'she or he', 'his or her', 'her or his'}
+    both = triples & {'he or she', 'she or he', 'his or her', 'her or his', 'he and she'}
     if not gender and not both: gender = next((_PRONOUNS[low] for low in lows if low in _PRONOUNS), '')
     return gender, noun
 
@@ -230,7 +252,7 @@ def read_caption(parsed,                  # a caption that the parser has read
     gender, noun = _gender_and_noun(r)
     return Said(gender, noun, _traits_of(r, ethnicity), features, _garments_of(r, parsed.text))
 
-# %% ../nbs/22_offline.ipynb #f2444bd8
+# %% ../nbs/22_offline.ipynb #509edf5d
 def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
     found, by_item = [], {}
     any_known = any(item.known for item in r.items if item.side == 'garment')
@@ -247,14 +269,19 @@ def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
             continue
         by_item[id(item)] = len(found)
         found.append(Garment(item.verb, words, r.low(item.phrase.head)))
-    if not any(garment.verb == 'wears' for garment in found):
-        colors = _ALL_IN.search(text)                               # "dressed all in black"
-        named = colors[1].lower().split(' and ') if colors else []
-        if named and all(map(is_color, named)):
-            found.insert(0, Garment('wears', f'all {colors[1].lower()}', 'all'))
+    described = {g.noun for g in found if len(g.words.split()) > 2}        # "her blouse … a white blouse"
+    found = [g for g in found if g.noun not in described or len(g.words.split()) > 2 or g.words.endswith('s')]
+    worn = [garment for garment in found if garment.verb == 'wears']
+    main = [garment.words for garment in worn if slot_of(garment.noun) in ('upper', 'lower', 'whole')]
+    colors = _ALL_IN.search(text)                                   # "dressed all in black"
+    named = colors[1].lower().split(' and ') if colors else []
+    said_already = any(' all ' in f' {g.words}' for g in found) or set(named) & set(' '.join(main).split())
+    says_all = not worn or (colors and ' all' in colors[0].lower())
+    if named and all(map(is_color, named)) and says_all and not said_already:
+        found.insert(0, Garment('wears', f'all {colors[1].lower()}', 'all'))
     return found
 
-# %% ../nbs/22_offline.ipynb #d453cca5
+# %% ../nbs/22_offline.ipynb #89badbab
 class TwoTexts(NamedTuple):
     "The two texts of Sec. 3.3, '' where nothing is said."
     identity: str = ''
@@ -266,7 +293,8 @@ _ONE_OF = {'men': 'man', 'women': 'woman', 'ladies': 'lady', 'males': 'male', 'f
 def _listed(parts: Sequence[str]) -> str:
     "'a hat, a coat and two shoes'; with a comma before *and* where the last part has an *and* of its own."
     if len(parts) < 2: return ''.join(parts)
-    inner = ' and ' in parts[-1] or ',' in parts[-1] or re.search(r' (?:with|that|over) .* and ', parts[-2])
+    colors = ' and ' in parts[-2] and is_color(parts[-2].split(' ')[-1])         # "in blue and green"
+    inner = colors or re.search(' and |,', parts[-1]) or re.search(r' (?:with|that|over) .* and ', parts[-2])
     return f"{', '.join(parts[:-1])}{', and ' if inner else ' and '}{parts[-1]}"
 
 def _merged_traits(said: Sequence[Said], noun: str) -> list[str]:
@@ -281,9 +309,15 @@ def _merged_traits(said: Sequence[Said], noun: str) -> list[str]:
             found.setdefault((kind, trait), number)
     return [trait for _, trait in found]
 
-# %% ../nbs/22_offline.ipynb #5f83cfa8
+# %% ../nbs/22_offline.ipynb #f3e9420c
 def _without_repeats(phrases: Sequence[str]) -> list[str]:
     "*short hair* is left out beside *short black hair*."
+    phrases = list(phrases)
+    tail = next((phrase for phrase in phrases if phrase.startswith('hair ')), '')
+    bare = next((phrase for phrase in phrases if phrase.endswith(' hair')), '')
+    if tail and bare:                                       # "dark hair", "hair in a bun"
+        phrases.remove(tail)
+        phrases[phrases.index(bare)] = bare + tail.removeprefix('hair')
     sets = [set(re.findall(r'\w+', phrase)) for phrase in phrases]
     return [phrase for i, phrase in enumerate(phrases)
             if not any(sets[i] < other or (sets[i] == other and j < i) for j, other in enumerate(sets))]
@@ -347,8 +381,8 @@ def rows_to_describe(records: pd.DataFrame,           # the table of a dataset
         raise UserError(f'limit is {limit!r}: give the number of images, at least 1, or None.')
     return records.drop_duplicates('file').head(limit)
 
-# %% ../nbs/22_offline.ipynb #ac6fb023
-SPLIT_VERSION = 2      # of the rules: raised with every change that gives other texts
+# %% ../nbs/22_offline.ipynb #af26485b
+SPLIT_VERSION = 3      # of the rules: raised with every change that gives other texts
 SPLIT_POLICY = Policy(min_words=2, max_words=200, min_identity=0, min_clothing=0)
 
 def _why_not(texts: TwoTexts, policy: Policy) -> str | None:
@@ -359,14 +393,12 @@ def _why_not(texts: TwoTexts, policy: Policy) -> str | None:
         if reason: return reason
     return None
 
-# %% ../nbs/22_offline.ipynb #d084daf4
 def _split_line(image: str, texts: TwoTexts, policy: Policy, stamp: Stamp) -> JournalLine:
     free = dict(tries=1, tokens={'prompt': 0, 'completion': 0}, cost=0.0, latency=0.0)
     reason = _why_not(texts, policy)
     if reason: return JournalLine(image, **stamp._asdict(), **free, status='failed', reason=reason)
     return JournalLine(image, **texts._asdict(), **stamp._asdict(), **free, status='ok')
 
-# %% ../nbs/22_offline.ipynb #05984807
 def describe_split(records: pd.DataFrame,  # a dataset's table with `file` and `captions`
                    out: str | Path,        # the JSONL
                    *, limit: int | None = None,  # only the first so many images
@@ -387,7 +419,7 @@ def describe_split(records: pd.DataFrame,  # a dataset's table with `file` and `
             report.count(line.reason)
     return report
 
-# %% ../nbs/22_offline.ipynb #edcac19e
+# %% ../nbs/22_offline.ipynb #368d3dd7
 def _check_synth(folder: Path, error_rate: float) -> None:
     "Raises `UserError`."
     if not (folder/'factors.jsonl').is_file() or not (folder/'synth.json').is_file():
@@ -395,7 +427,6 @@ def _check_synth(folder: Path, error_rate: float) -> None:
     if not isinstance(error_rate, int | float) or not 0 <= error_rate <= 1:
         raise UserError(f'error_rate is {error_rate!r}: give a probability from 0 to 1.')
 
-# %% ../nbs/22_offline.ipynb #52ceeb49
 def describe_synth(folder: str | Path,  # a SynthPEDES folder, with synth.json and factors.jsonl
                    out: str | Path,     # the JSONL
                    *, error_rate: float = 0.05,  # probability that an attribute is wrong, each by itself

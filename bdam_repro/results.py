@@ -12,7 +12,7 @@ __all__ = ['METRICS', 'RUN_COLUMNS', 'KEY', 'DIFFERENCES', 'TEXT', 'FUSION_TOWER
 
 # %% ../nbs/66_results.ipynb #72d30da5
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -293,7 +293,9 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
 # %% ../nbs/66_results.ipynb #238e364a
 _MAKE_AGAIN = 'with `papermill nbs/collect.ipynb`'
 
-def read_csv(path: str | Path, columns: list[str]) -> pd.DataFrame:
+def read_csv(path: str | Path, columns: list[str],
+             later: Sequence[str] = ()          # columns that a file of before may lack; then empty
+            ) -> pd.DataFrame:
     "The inverse of `write_csv`. Raises `UserError`, also where the columns are others."
     empty = {c: [''] for c in columns if c not in TEXT}
     exact = dict(dtype=TEXT, keep_default_na=False, na_values=empty, float_precision='round_trip')
@@ -303,6 +305,7 @@ def read_csv(path: str | Path, columns: list[str]) -> pd.DataFrame:
     except (ValueError, UnicodeError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f'{path} is no table of ours ({reason}); make it again {_MAKE_AGAIN}') from None
+    if list(t.columns) == [c for c in columns if c not in later]: t = t.reindex(columns=columns)
     if list(t.columns) != columns:
         raise UserError(f'{path} must have the columns {", ".join(columns)}; make it again {_MAKE_AGAIN}')
     return t

@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
-           'show_epoch', 'time_left', 'epoch_scores', 'epoch_terms', 'epoch_line', 'code_version', 'device_name',
-           'provenance', 'intervals', 'own_weights', 'save_features', 'finish_run', 'data_ok', 'run_metrics',
-           'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step', 'all_epochs', 'train',
-           'progress_bar', 'score_table', 'result_table', 'plot_history']
+           'code_version', 'device_name', 'provenance', 'intervals', 'own_weights', 'save_features', 'finish_run',
+           'data_ok', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step',
+           'note_progress', 'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
 
-# %% ../nbs/53_runs.ipynb #1eb2a0ee
+# %% ../nbs/53_runs.ipynb #11798395
 import json
 import math
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
@@ -33,7 +32,7 @@ from tqdm import tqdm
 import bdam_repro
 from . import __version__
 from .config import Config, UserError, atomic_path, config_hash, run_dir
-from .screen import NotebookBar, run_bar
+from .screen import EveryMinutes, NotebookBar, epoch_line, run_bar, show_epoch, time_left
 from .parameters import changed_modules, code_fingerprint, joined_modules, run_modules
 from .files import read_tensors, write_json, write_tensors
 from .pedes import PedesDataset
@@ -141,7 +140,7 @@ def validate(training: Training) -> dict[str, float]:
     if c.log_test: row |= named_scores('test', scores_of('test'))          # recorded only; selects nothing
     return row
 
-# %% ../nbs/53_runs.ipynb #ab6cc86f
+# %% ../nbs/53_runs.ipynb #16e76ab8
 def one_epoch(training: Training, bar: tqdm | NotebookBar,
               after_step: Callable[[], None] | None = None   # called after each training step
              ) -> None:
@@ -160,38 +159,6 @@ def one_epoch(training: Training, bar: tqdm | NotebookBar,
     with atomic_path(training.folder/'history.csv') as tmp: history.to_csv(tmp, index=False)
     save_checkpoint(training.folder/LAST, trainer, state)
     if not bar.disable: show_epoch(bar, row, c.epochs, time_left(state.seconds, trainer.step, trainer.steps))
-
-def show_epoch(bar: tqdm | NotebookBar, row: dict, epochs: int, times: tuple[str, str]) -> None:
-    "A row of the table in a notebook; a line elsewhere."
-    line = f'{epoch_line(row, epochs)}, {times[0]} done, {times[1]} left'
-    if not isinstance(bar, NotebookBar): return bar.write(line)
-    scores, terms = epoch_scores(row), epoch_terms(row)
-    cells = {'epoch': f'{row["epoch"]} of {epochs}'}
-    for name in ('dual', 'fused'): cells[f'{name} R-1'] = scores.get(name, '')
-    cells |= terms | {'images/s': f'{row["images_per_s"]:.0f}', 'done': times[0], 'left': times[1]}
-    bar.row(cells, line)
-
-def time_left(seconds: float, step: int, steps: int) -> tuple[str, str]:   # after `step` of `steps`
-    "How long it has trained, and how long it still will."
-    def clock(x): return f'{int(x)//3600}:{int(x)//60%60:02}:{int(x)%60:02}'
-    return clock(seconds), clock(seconds/max(step, 1)*(steps - step))
-
-def epoch_scores(row: dict) -> dict[str, str]:
-    "R-1 on validation by score, where the epoch was validated."
-    scores = [score for score in ('dual', 'fused') if f'val_{score}_R1' in row]
-    return {score: f'{row[f"val_{score}_R1"]:.1f}' for score in scores}
-
-def epoch_terms(row: dict) -> dict[str, str]:
-    "Each loss with its task weight."
-    names = [column.removeprefix('loss_') for column in row if column.startswith('loss_')]
-    return {name: f'{row[f"loss_{name}"]:.2f}·{row[f"w_{name}"]:.2f}' for name in names}
-
-def epoch_line(row: dict, epochs: int) -> str:
-    "One line per epoch: validation, losses with their weights, speed."
-    val = ', '.join(f'{score} R-1 {r1}' for score, r1 in epoch_scores(row).items())
-    terms = '  '.join(f'{name} {term}' for name, term in epoch_terms(row).items())
-    speed = f'{row["images_per_s"]:.0f} images/s, waited {row["wait_share"]:.1%}'
-    return f'epoch {row["epoch"]:>3}/{epochs}  {val:<32}  {terms}  {speed}'
 
 # %% ../nbs/53_runs.ipynb #24e482d2
 def code_version() -> str:
@@ -339,7 +306,7 @@ def resume(training: Training, progress: bool = True) -> None:
     if path.name != LAST: print(f'{LAST} is not whole: taking {path.name}')
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
 
-# %% ../nbs/53_runs.ipynb #3ba01cbd
+# %% ../nbs/53_runs.ipynb #b972fd43
 class StoppedBySignal(Exception):
     "A signal has asked the run to stop, and it is saved."
     def __init__(self, number: int): self.number = number
@@ -357,15 +324,26 @@ def after_step(training: Training, plan: SavePlan, request: StopRequest) -> None
         if trainer.world.is_main: save_checkpoint(training.folder/LAST, trainer, training.state)
     if number: raise StoppedBySignal(int(number))
 
+def note_progress(training: Training, bar: tqdm, minutes: EveryMinutes) -> None:
+    "A line within a long epoch, for a log file: the bar alone is one line that is written over."
+    alive = isinstance(bar, NotebookBar) or sys.stderr.isatty()
+    if bar.disable or alive or not minutes.due(): return
+    trainer, seconds = training.trainer, training.state.seconds + training.trainer.log.seconds
+    done, left = time_left(seconds, trainer.step, trainer.steps)
+    bar.write(f'step {trainer.step} of {trainer.steps}, {done} done, {left} left')
+
 def all_epochs(training: Training, progress: bool) -> None:
     "Every epoch that is left. Raises `StoppedBySignal`, and `UserError` for a loss that is not finite."
     trainer, plan = training.trainer, SavePlan(training.c.save_minutes, training.c.save_steps)
-    epochs = math.ceil(trainer.steps/len(trainer.loader))
+    epochs, minutes = math.ceil(trainer.steps/len(trainer.loader)), EveryMinutes(5)
     training.log = RunLog(training.c.log, training.folder, training.c.variant, trainer.world)
     with stop_requests() as request, progress_bar(training, progress) as bar:
+        def after():
+            note_progress(training, bar, minutes)
+            after_step(training, plan, request)
         try:
             while training.state.epoch < epochs:
-                one_epoch(training, bar, partial(after_step, training, plan, request))
+                one_epoch(training, bar, after)
                 if request.number and training.state.epoch < epochs and trainer.world.size == 1:
                     raise StoppedBySignal(request.number)
         except LossError as e:

@@ -294,7 +294,7 @@ def describing(way: str, pictures: int, latency: float = .1) -> Callable:
     from PIL import Image
 
     from bdam_repro.describe import describe
-    from bdam_repro.lexicon import Policy
+    from bdam_repro.answers import Policy
     from bdam_repro.answers import read_reply
     from bdam_repro.mllm import first_messages, image_url, judge_answer
     from bdam_repro.servers import make_client

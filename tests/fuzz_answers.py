@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from mllm_server import description
 
 from bdam_repro.answers import (
+    Description,
     NoAnswer,
+    Policy,
+    Rejected,
     completion_of,
     error_words,
+    parse_answer,
     read_reply,
     whole_objects,
     without_reasoning,
@@ -32,7 +36,6 @@ from bdam_repro.describers import (
 )
 from bdam_repro.generalize import generalize_with
 from bdam_repro.journal import Journal, JournalLine, read_journal
-from bdam_repro.lexicon import Description, Policy, Rejected, parse_answer
 from bdam_repro.mllm import History
 from bdam_repro.servers import (
     Answer,

@@ -16,6 +16,7 @@ from sklearn.datasets import make_blobs, make_moons
 from sklearn.metrics import adjusted_rand_score
 
 from bdam_repro import generalize as G
+from bdam_repro.answers import Policy
 from bdam_repro.config import VARIANTS, UserError
 from bdam_repro.describe import SlidingWindow
 from bdam_repro.generalize import (
@@ -27,7 +28,6 @@ from bdam_repro.generalize import (
     synth_captions,
 )
 from bdam_repro.journal import read_journal
-from bdam_repro.lexicon import Policy
 from bdam_repro.mllm import prompt_texts
 from bdam_repro.pedes import load_pedes
 from bdam_repro.style import (

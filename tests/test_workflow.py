@@ -110,7 +110,10 @@ def killed(root):
     while not list(root.glob('runs/**/*.done')) or not list(root.glob('runs/**/seed*/*.done')):
         assert p.poll() is None and time.monotonic() < deadline, (root/'said').read_text()
         time.sleep(.1)
-    time.sleep(1)                                             # into the next job
+    def under_way():                                          # a job has begun that has not finished
+        said = (root/'said').read_text()
+        return len(re.findall(r'^(?:local)?rule ', said, re.M)) > len(re.findall('^Finished job', said, re.M))
+    while not under_way() and p.poll() is None: time.sleep(.05)
     os.killpg(p.pid, signal.SIGKILL)
     p.wait()
     return {f: f.stat() for f in root.glob('runs/**/metrics.json')}
