@@ -425,7 +425,7 @@ def run_dir(config: Config,                  # the run's options
            ) -> Path:                        # runs/<dataset>/<preset>/<variant>[-<tag>]/seed<k>
     "The folder of a run."
     name = config.variant + (f'-{config.tag}' if config.tag else '')
-    return Path(runs or ROOT/'runs')/config.dataset/config.preset/name/f'seed{config.seed}'
+    return Path(runs or ROOT/'runs').expanduser()/config.dataset/config.preset/name/f'seed{config.seed}'
 
 # %% ../nbs/00_config.ipynb #111dcab9
 _PLAIN = (str, int, float, list, tuple, dict, type(None))       # what papermill can pass

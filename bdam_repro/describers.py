@@ -280,7 +280,7 @@ def check_parameters(names: Mapping[str, object]  # the notebook's `globals()`
 def _read_styles(path: str | None) -> list[list[str]] | None:
     "The example captions of each style in a JSON file: a list of lists, or a mapping. Raises `UserError`."
     if path is None: return None
-    try: styles = json.loads((ROOT/path).read_text(encoding='utf-8-sig'))
+    try: styles = json.loads((ROOT/Path(path).expanduser()).read_text(encoding='utf-8-sig'))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path}: no JSON list of lists of captions ({type(e).__name__});'
                         ' write one with the style notebook.') from None
@@ -299,7 +299,7 @@ def mllm_options(p: DescribeParameters, images_dir: Path, kind: type[DescribeSet
 # %% ../nbs/28_describers.ipynb #e7f1b85a
 def _out_path(ds: PedesDataset, p: DescribeParameters, describer: str) -> Path:
     "Where the descriptions go. SynthPEDES comes with descriptions, so others of it get a name of their own."
-    if p.out: return ROOT/p.out
+    if p.out: return ROOT/Path(p.out).expanduser()
     if ds.name != 'synth': return ds.root/'descriptions.jsonl'
     rate = f'-{p.error_rate:g}' if describer == 'synth' else ''
     return ds.root/f'descriptions-{describer}{rate}.jsonl'

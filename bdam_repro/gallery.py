@@ -331,7 +331,7 @@ class GalleryKeeper(GalleryWriter):
 # %% ../nbs/59_gallery.ipynb #77d62d30
 def open_keeper(folder: Path, model: TrainedModel, root: Path | None = None) -> GalleryKeeper:
     "The gallery of a folder, made where there is none. Raises `UserError` for one of another model."
-    keeper = GalleryKeeper(Path(folder), model)
+    keeper = GalleryKeeper(Path(folder).expanduser(), model)
     with keeper.locked(), keeper.db(write=True) as db:
         db.executescript(TABLE_SCHEMA)
         if not db.execute('select count(*) from info').fetchone()[0]:

@@ -45,7 +45,8 @@ def load_run(folder: str | Path,           # a run folder; relative to here or t
              progress: bool = True         # a bar where SynthPEDES must be drawn first
             ) -> Run:
     "The run of a folder. Raises `UserError` where it is not finished, or its data is not here."
-    folder = next((path for path in (Path(folder), ROOT/folder) if path.is_dir()), Path(folder))
+    folder = Path(folder).expanduser()
+    folder = next((path for path in (folder, ROOT/folder) if path.is_dir()), folder)
     if not (folder/'metrics.json').is_file():
         raise UserError(f'no finished run at {folder}: train it first, see train.ipynb')
     try: metrics, options = (json.loads((folder/f'{n}.json').read_text()) for n in ('metrics', 'config'))

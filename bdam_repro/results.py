@@ -332,17 +332,17 @@ class ArtifactParameters(Options):
     def config(self) -> Config: return make_config(self.dataset, self.preset, data_root=self.data_root)
 
     @property
-    def runs_path(self) -> Path: return ROOT/self.runs
+    def runs_path(self) -> Path: return ROOT/Path(self.runs).expanduser()
 
     @property
     def tables_path(self) -> Path:
         "`tables/` for the dataset and preset that every clone can run; others have a folder in it."
-        return ROOT/(self.tables or f'tables{self._own}')
+        return ROOT/Path(self.tables or f'tables{self._own}').expanduser()
 
     @property
     def figures_path(self) -> Path:
         "`figures/`, likewise."
-        return ROOT/(self.figures or f'figures{self._own}')
+        return ROOT/Path(self.figures or f'figures{self._own}').expanduser()
 
     @property
     def _own(self) -> str:

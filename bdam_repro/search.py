@@ -133,7 +133,7 @@ class Gallery(IndexedGallery):
     def __init__(self, model: TrainedModel | str | Path,   # the model that made it, or its place
                  folder: str | Path):
         model = model if isinstance(model, TrainedModel) else TrainedModel.from_pretrained(model)
-        super().__init__(Path(folder), model)
+        super().__init__(Path(folder).expanduser(), model)
         check_model(self, model)
         self.refresh()
 

@@ -172,7 +172,8 @@ _NO_MODEL = re.compile(r'\bmodels?\b.{0,80}(?:not exist|not found|not loaded|unk
 _KEY = re.compile(r'api.?key|unauthori[sz]ed|authenticat', re.I)
 _MONEY = re.compile(r'insufficient.?(?:quota|balance|credit|fund)|billing_hard_limit', re.I)
 _REFUSES = re.compile(r"not.{0,12}support|unsupport|cannot|can't|invalid|unknown|unrecogni[sz]ed|unexpected"
-                      r"|not (?:permitted|allowed|enabled)|forbidden|must |only |fail(?:ed|ure)|error", re.I)
+                      r"|not (?:permitted|allowed|enabled)|may not be|type is unavailable|forbidden"
+                      r"|must |only |fail(?:ed|ure)|error", re.I)
 
 def named_options(said: str) -> list[str]:
     "The options that a refusal speaks of."

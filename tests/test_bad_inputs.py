@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bdam_repro.config import Options, UserError, make_config
+from bdam_repro.config import Options, UserError, make_config, run_dir
 from bdam_repro.describers import DescribeParameters, check_parameters, describe_dataset
 from bdam_repro.encoders import checkpoint_config, load_encoder
 from bdam_repro.files import read_tensors, write_tensors
@@ -235,3 +235,25 @@ def test_a_program_ends_with_an_error(tmp_path, name):
 def test_every_options_class_refuses_what_it_does_not_know():
     for kind in [Options, *Options.__subclasses__()]:
         with pytest.raises(ValueError): kind(no_such_option=1)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(world, tmp_path, monkeypatch):
+    "Written into a cell or a file, no shell replaces it: no folder may be called `~`."
+    home, away = tmp_path/'home', tmp_path/'away'
+    shutil.copytree(world, home)
+    away.mkdir()
+    one_photo(home)
+    (home/'styles.json').write_text('[["A man in red."]]')
+    monkeypatch.setenv('HOME', str(home))
+    monkeypatch.chdir(away)
+    c = make_config(preset='smoke')
+    assert run_dir(c, '~/runs') == run_dir(c, home/'runs')
+    settings = artifact_parameters(dict(runs='~/runs', tables='~/t', figures='~/f'))
+    found = settings.runs_path, settings.tables_path, settings.figures_path
+    assert found == (home/'runs', home/'t', home/'f')
+    p = DescribeParameters(model='m', styles_file='~/styles.json', out='~/out.jsonl', dry_run=True)
+    assert describe_dataset(load_pedes('cuhk', '~/data'), p)[1] == home/'out.jsonl'
+    assert load_run('~/run').config.preset == 'smoke'
+    assert len(Gallery.build('~/run', '~/photos', '~/gallery', progress=False).search('a man', k=1)) == 1
+    assert len(Gallery('~/run', '~/gallery').search('a man', k=1)) == 1
+    assert (home/'gallery').is_dir() and not list(away.iterdir())

@@ -15,6 +15,7 @@ from bdam_repro.config import UserError
 from bdam_repro.describe import describe, describe_async
 from bdam_repro.generalize import generalize_with
 from bdam_repro.journal import read_journal
+from bdam_repro.servers import RequestForm, Server, Transient, sort_problem
 
 N = 12
 IMPOSSIBLE = {  # the one line where no picture can be described
@@ -207,3 +208,19 @@ def test_generalizing_at_every_server(tmp_path):
             cache = tmp_path / f'{profile}.jsonl'
             texts = generalize_with(server.client(), captions, model='m', cache=cache, progress=False)
         assert texts == ['PERSON, ITEM.'] * 2 and cache.read_text().count('\n') == 2
+
+
+@pytest.mark.parametrize(
+    'said, left_out',
+    [
+        ('`temperature` may not be set', {'temperature': None}),
+        ('This response_format type is unavailable now', {'mode': 'json_object'}),
+        ('the seed server is away', {}),  # an outage: asked again in the same way
+        ('JSON service unavailable', {}),
+    ],
+)
+def test_a_refusal_that_is_called_an_error_of_the_server(said, left_out):
+    server = Server(None, RequestForm('m', seed=1, temperature=0, schema={'type': 'object'}))
+    sent = server.manner
+    assert isinstance(sort_problem(server, sent, 500, said), Transient)
+    assert server.manner == sent._replace(**left_out)
