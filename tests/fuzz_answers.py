@@ -1,8 +1,11 @@
-"""Whatever a server sends and whatever stands in a JSONL: a result, or one of our own errors. Nothing else.
+"""Whatever a server sends, and whatever stands in a JSONL or an annotation file: a result, or one of our own
+errors. Nothing else.
 
 `test_fuzz.py` runs each check a few hundred times, `soak/test_soak_answers.py` for minutes (`make soak`).
 """
 
+import contextlib
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -37,6 +40,7 @@ from bdam_repro.describers import (
 from bdam_repro.generalize import generalize_with
 from bdam_repro.journal import Journal, JournalLine, read_journal
 from bdam_repro.mllm import History
+from bdam_repro.pedes import DATASETS, load_pedes
 from bdam_repro.servers import (
     Answer,
     Hopeless,
@@ -330,7 +334,49 @@ def check_kept(raw):
         assert path.read_bytes().startswith(raw)
 
 
+SPLITS = 'train', 'train', 'train', 'val', 'test'
+FILES = [f'a/{n}.jpg' for n in range(len(SPLITS))]
+ROWS = [
+    {'id': n, 'split': split, 'file_path': file, 'img_path': file, 'captions': ['A man.', f'Bag {n}.']}
+    for n, (split, file) in enumerate(zip(SPLITS, FILES, strict=True))
+]
+NOTED = {'image': 'a/1.jpg', 'identity': 'A man.', 'clothing': 'A coat.'}
+
+
+def as_files(original):
+    "A JSON file damaged in its values or in its bytes."
+    text = json.dumps(original).encode()
+    return st.just(text) | damaged(original).map(lambda v: json.dumps(v).encode()) | damaged_bytes(text)
+
+
+def is_read(name, raw, noted):
+    "Whether an annotation file, and descriptions beside it, make a dataset with its report; else one line."
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / DATASETS[name]['title']
+        (base / 'imgs').mkdir(parents=True)
+        (base / DATASETS[name]['files'][0]).write_bytes(raw)
+        if noted is not None:
+            (base / 'descriptions.jsonl').write_bytes(noted)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                load_pedes(name, folder).check(images=False)
+        except UserError as e:
+            assert '\n' not in str(e) and len(str(e)) > 20
+            return False
+    return True
+
+
+def check_annotations(name, raw, noted):
+    "Any annotation file."
+    is_read(name, raw, noted)
+
+
+
 CHECKS = {
+    'annotations': (
+        check_annotations,
+        (st.sampled_from(sorted(DATASETS)), as_files(ROWS), st.none() | as_files(NOTED)),
+    ),
     'answer': (check_answer, (answers,)),
     'text': (check_text, (texts,)),
     'refusal': (check_refusal, (st.integers(100, 599), texts)),

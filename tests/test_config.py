@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bdam_repro.config import (
     PRESETS,
@@ -189,6 +191,29 @@ def test_the_hash_survives_a_file_and_spelled_out_defaults(preset):
         assert config_hash(make_config(**c.model_dump())) == config_hash(c)
     assert config_hash(make_config('cuhk', preset, warmup=0)) == config_hash(make_config(
         'cuhk', preset, warmup=0.))
+
+
+def any_value(annotation):
+    "A strategy for an option of this type; None for one that is drawn in no simple way."
+    if get_args(annotation) and isinstance(get_args(annotation)[0], str):
+        return st.sampled_from(get_args(annotation))
+    simple = {bool: st.booleans(), int: st.integers(1, 64), float: st.floats(0, 1), str: st.text(max_size=8)}
+    return simple.get(annotation)
+
+
+ANY = {name: any_value(field.annotation) for name, field in Config.model_fields.items()}
+ANY = {name: values for name, values in ANY.items() if values is not None}
+
+
+@given(st.sets(st.sampled_from(sorted(ANY)), max_size=4).flatmap(
+    lambda names: st.fixed_dictionaries({name: ANY[name] for name in names})))
+def test_any_config_is_the_same_after_a_file(kw):
+    try: c = make_config(**kw)
+    except UserError as e:
+        assert '\n' not in str(e)          # a combination that makes no sense
+        return
+    again = Config(**json.loads(json.dumps(c.model_dump())))
+    assert again == c and config_hash(again) == config_hash(c)
 
 
 def test_the_hash_is_the_same_in_another_process_and_blind_to_the_order_of_keys():

@@ -1,5 +1,5 @@
-"""Ten minutes of damaged answers, JSONL files, batches and refusals: `make soak`, or `SOAK_SECONDS=30
-make soak`."""
+"""Ten minutes of damaged annotation files, answers, JSONL files, batches and refusals: `make soak`, or
+`SOAK_SECONDS=30 make soak`."""
 
 import os
 import sys
