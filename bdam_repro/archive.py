@@ -161,7 +161,7 @@ def restore_runs(root: Path,                   # folder of the runs
             back.append(folder)
     return back
 
-# %% ../nbs/68_archive.ipynb #6587e268
+# %% ../nbs/68_archive.ipynb #24b8cd04
 def kept_config(content: dict[str, bytes]) -> Config | None:
     "The configuration of a kept run; None where the present code would not make the same run of it."
     options = json.loads(content['config.json'])
@@ -179,7 +179,7 @@ def restore_kept(p: ArtifactParameters,
         for content in read_kept(file).values():
             c = kept_config(content)
             if c is None or (c.dataset, c.preset) != (p.config.dataset, p.config.preset): continue
-            if variants and (c.variant not in variants or c.tag): continue
+            if variants and (c.variant not in variants or c.tag not in ('', ON_CPU)): continue
             folder = run_dir(c, p.runs_path)
             if folder.exists(): continue
             put_back(folder, content)

@@ -290,15 +290,17 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
     with atomic_path(path) as tmp: table.to_csv(tmp, index=False, lineterminator='\n')
     return Path(path)
 
-# %% ../nbs/66_results.ipynb #238e364a
+# %% ../nbs/66_results.ipynb #5045d447
 _MAKE_AGAIN = 'with `papermill nbs/collect.ipynb`'
+_ROUNDS = tuple(map(int, pd.__version__.split('.')[:2])) < (3, 1)         # later ones read every digit anyway
+_EXACT = {'float_precision': 'round_trip'} if _ROUNDS else {}
 
 def read_csv(path: str | Path, columns: list[str],
              later: Sequence[str] = ()          # columns that a file of before may lack; then empty
             ) -> pd.DataFrame:
     "The inverse of `write_csv`. Raises `UserError`, also where the columns are others."
     empty = {c: [''] for c in columns if c not in TEXT}
-    exact = dict(dtype=TEXT, keep_default_na=False, na_values=empty, float_precision='round_trip')
+    exact = dict(dtype=TEXT, keep_default_na=False, na_values=empty, **_EXACT)
     try: t = pd.read_csv(path, **exact)
     except FileNotFoundError:
         raise UserError(f'no file {path}: make it from finished runs {_MAKE_AGAIN}') from None
