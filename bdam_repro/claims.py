@@ -10,7 +10,7 @@ __all__ = ['OWN_CLAIMS', 'ALL_CLAIMS', 'METRIC_NAMES', 'PAIRS_BESIDE', 'GAIN_MET
            'efficiency_claims', 'gallery_people', 'gate_means', 'gate_gains', 'gate_claims', 'balance_claim',
            'branch_silhouettes', 'region_claim']
 
-# %% ../nbs/82_claims.ipynb #8b4f8e1c
+# %% ../nbs/82_claims.ipynb #a5eb63e5
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from .inference import DifferenceEstimate, estimate
 from .factorial import effect_estimates, loss_runs
 from .grid import LONGER, NOISE
 from .results import FUSION_TOWERS, load_features, read_fusions, write_csv
+from .archive import ON_CPU
 from .gates import WORTH, gate_worth
 from .features import unit_rows, untrained
 from .efficiency import fusion_configs, fusion_flops, growth, layer_costs, one_core, sizes
@@ -256,7 +257,7 @@ def efficiency_claims(e: Evidence) -> list[Finding]:
     "The claims `linear` and `tradeoff`."
     return linear_claim(e) + tradeoff_claim(e)
 
-# %% ../nbs/82_claims.ipynb #4e9d720a
+# %% ../nbs/82_claims.ipynb #cf3f1fd8
 NEAR, LEAST_SPREAD = 10., 1.      # percent
 GATE_METRIC = f'mean of g − {50 + NEAR:g} %'
 
@@ -269,7 +270,7 @@ def gate_means(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
     "The mean of each picture's gate."
     return dict(mean=e.tensors(folder)['g'].mean(1))
 
-GATE = ModelQuestion('gate', 'g', gate_means, sides=(FULL, ('no_gate_reg', '')))
+GATE = ModelQuestion('gate', 'g', gate_means, sides=(FULL, ('no_gate_reg', ''), ('no_gate_reg', ON_CPU)))
 
 def gate_gains(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
     "What [Figure 3](fig3.ipynb) says of a run's gate: R-1 with it, with its mean, without."
