@@ -17,13 +17,14 @@ from torch import Tensor
 
 from .config import UserError
 
-# %% ../nbs/41_gradnorm.ipynb #6f7e0d3a
+# %% ../nbs/41_gradnorm.ipynb #ee57229b
 def grad_vector(loss: Tensor,  # scalar
                 params: Sequence[Tensor],  # the final shared layer
                 scale: float = 1.  # multiplies the loss on the way back; the gradient is divided again
                ) -> Tensor | None:  # [P] in float32 or better; None where the loss does not reach `params`
     "The gradient of one loss on the shared layer, as one vector. The graph is kept."
     if not loss.requires_grad: return None
+    params = list(params)                                                   # `module.parameters()` is read once
     grads = torch.autograd.grad(loss * scale, params, retain_graph=True, allow_unused=True)
     if all(g is None for g in grads): return None
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
@@ -105,7 +106,7 @@ class TaskWeights:
         for k in self.moving: setattr(self, k, copy.deepcopy(state[k]))
         self.s.copy_(state['s'])
 
-# %% ../nbs/41_gradnorm.ipynb #abdd125a
+# %% ../nbs/41_gradnorm.ipynb #a6795ff5
 def measure_tasks(names: Sequence[str],  # the K tasks
             losses: dict[str, Tensor],  # scalars by name
             params: Sequence[Tensor],  # the final shared layer
@@ -122,6 +123,7 @@ def task_gradients(names: Sequence[str], losses: dict[str, Tensor], params: Sequ
                    scale: float = 1., vectors: Callable | None = None  # all as in `measure_tasks`
                   ) -> Tensor:  # [K, P + 2] gradient, loss, and 1 where the task is present
     "The gradient of each task, on the device of `params`."
+    params = list(params)
     if vectors is None: vectors = lambda found: [grad_vector(loss, params, scale) for loss in found]
     there = [k for k in names if k in losses]
     v_of = dict(zip(there, vectors([losses[k] for k in there])))
@@ -241,7 +243,7 @@ class GradNorm(GradNormUpdate):
         super().load_state_dict(state)
         self.opt.load_state_dict(copy.deepcopy(state['opt']))
 
-# %% ../nbs/41_gradnorm.ipynb #12b8b164
+# %% ../nbs/41_gradnorm.ipynb #e515b3f8
 def literal_gradnorm(L: Tensor,  # [K] losses
                      w: Tensor,  # [K] weights, with a graph to s
                      params: Sequence[Tensor],  # the final shared layer; every loss must reach it
@@ -249,6 +251,7 @@ def literal_gradnorm(L: Tensor,  # [K] losses
                      detach_target: bool = False  # take the targets as constants (not printed)
                     ) -> Tensor:  # scalar
     "Eq. 5 (Sec. 3.5), as printed: differentiable in the weights and in the network."
+    params = list(params)
     grads = [torch.autograd.grad(wL, params, create_graph=True) for wL in w * L]
     G = torch.stack([torch.cat([g.flatten() for g in gs]).norm() for gs in grads])
     ratio = L / first

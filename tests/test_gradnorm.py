@@ -361,3 +361,16 @@ def test_losses_are_averaged_over_updates():
     gn = GradNorm(['a'], every=1, ema=0.9)
     for value in (2.0, 4.0, 4.0): gn.step({'a': value * W.sum()}, [W])
     assert gn.state_dict()['first'].item() == 2 and gn.state_dict()['mean'].item() == pytest.approx(2.38)
+
+
+def test_parameters_as_a_generator():
+    "`module.parameters()` can be read once; it is taken as a list would be."
+    net, losses = setup()
+    last = net[-1]
+    by_list, by_generator = GradNorm(NAMES), GradNorm(NAMES)
+    assert by_list.step(losses(), list(last.parameters())) == by_generator.step(losses(), last.parameters())
+    assert torch.equal(by_list.s, by_generator.s)
+    L, w = torch.stack(list(losses().values())), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    ways = list(last.parameters()), last.parameters()
+    a, b = (gnm.literal_gradnorm(L, w, params, L.detach()) for params in ways)
+    assert torch.equal(a, b)
