@@ -17,14 +17,14 @@ from torch import Tensor
 
 from .config import UserError
 
-# %% ../nbs/41_gradnorm.ipynb #ee57229b
+# %% ../nbs/41_gradnorm.ipynb #bdecaa7a
 def grad_vector(loss: Tensor,  # scalar
                 params: Sequence[Tensor],  # the final shared layer
                 scale: float = 1.  # multiplies the loss on the way back; the gradient is divided again
                ) -> Tensor | None:  # [P] in float32 or better; None where the loss does not reach `params`
     "The gradient of one loss on the shared layer, as one vector. The graph is kept."
     if not loss.requires_grad: return None
-    params = list(params)                                                   # `module.parameters()` is read once
+    params = list(params)                              # `module.parameters()` can be read once
     grads = torch.autograd.grad(loss * scale, params, retain_graph=True, allow_unused=True)
     if all(g is None for g in grads): return None
     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
