@@ -371,7 +371,7 @@ class PedesReport:
         sizes = {name: len(items) for name, items in self.found.items()}
         return f'PedesReport({self.name}, ok={self.ok}, found={sizes})'
 
-# %% ../nbs/10_pedes.ipynb #0785ddbe
+# %% ../nbs/10_pedes.ipynb #fc16ee88
 def _count_splits(ds):
     "Images, captions and identities of each split beside the official ones, and what differs."
     r = ds.records.assign(n=ds.records.captions.str.len())
@@ -408,7 +408,7 @@ def _check_table(r, max_length):
             'repeated_captions': captions.file[captions.duplicated() & (text != '')].unique().tolist(),
             'shared_captions': said_of.index[said_of > 1].tolist(),
             'long_captions': captions.file[words > max_length].unique().tolist(),
-            'odd_captions': captions.file[text.str.contains(_ODD)].unique().tolist()}
+            'odd_captions': captions.file[[bool(_ODD.search(t)) for t in text]].unique().tolist()}
 
 # %% ../nbs/10_pedes.ipynb #5e4fe2b6
 def _check_images(ds, workers, hashes, progress):
