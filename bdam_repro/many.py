@@ -155,7 +155,7 @@ def progress_line(done: int, failed: int, total: int, seconds: float) -> str:
     rate = 3600*done/seconds
     return f'{done} of {total} runs{wrong}, {seconds:.0f} s; {rate:.0f} per hour, {rest:.0f} s to go'
 
-# %% ../nbs/79_many.ipynb #8c98e13e
+# %% ../nbs/79_many.ipynb #677c4a44
 def train_many(configs: Iterable[Config],
                runs: Path,                      # folder of the runs
                processes: int = 1,              # workers
@@ -177,15 +177,15 @@ def train_many(configs: Iterable[Config],
     for worker in workers: worker.start()       # they import while the data are made
     preparation = Preparation(todo)
     preparation.start()
-    waiting, busy, took, errors = list(enumerate(todo)), 0, [], []
+    waiting, busy, took, good, errors = list(enumerate(todo)), 0, [], 0, []
     def fail(c, error):
         errors.append(f'{" ".join(filter(None, [c.variant, c.tag]))} seed {c.seed}: {error}')
         say(errors[-1])
     aside, last = threading.Thread(), start
     while waiting or busy:
         late = time.perf_counter() - start + statistics.median(took[-10:] or [0]) > seconds
-        if waiting and len(took) == len(errors) >= 3:
-            say(f'the first {len(errors)} runs all failed: no other begins')
+        if waiting and len(took) >= 3 and not good:
+            say(f'the first {len(took)} runs all failed: no other begins')
             waiting = []
         for job in [job for job in waiting if data_key(job[1]) in preparation.ready]:
             wrong = preparation.wrong.get(data_key(job[1]))
@@ -205,6 +205,7 @@ def train_many(configs: Iterable[Config],
             busy, c = busy - 1, todo[outcome.number]
             took.append(outcome.seconds)
             if outcome.error: fail(c, outcome.error)
+            else: good += 1
             say(progress_line(len(took), len(errors), len(todo), time.perf_counter() - start))
         if time.perf_counter() - last > every and not aside.is_alive():
             aside, last = threading.Thread(target=after), time.perf_counter()
