@@ -7,11 +7,11 @@ __all__ = ['MODULES', 'FILL', 'EDGE', 'LANE', 'COLUMN', 'find_modules', 'read_te
            'parameter_count', 'trace', 'counted', 'tower', 'loss_words', 'Page', 'draw_loss', 'draw_times',
            'draw_frame', 'words_of', 'weight_of', 'draw_image_side', 'draw_bdam', 'draw_branch', 'draw_gate',
            'text_title', 'draw_text_lane', 'draw_text_side', 'draw_alignment', 'draw_fusion', 'draw_losses',
-           'plot_model', 'caption2', 'running_model', 'collisions']
+           'plot_model', 'caption2', 'collisions']
 
 # %% ../nbs/72_architecture.ipynb #f1529c11
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,15 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .config import Config, make_config
+from .config import Config
 from .batches import Batch
-from .model import Model, build_model
-from .pretrained import from_pretrained
+from .model import Model
 from .objective import batch_losses, forward
-from .runs import code_version, headline
-from .results import ArtifactParameters
-from .figure_style import CLOTHING_INK, IDENTITY_INK, PAGE_STYLE, PAGE_WIDTH, made_from, run_code
-from .pictures import finished_runs
+from .figure_style import CLOTHING_INK, IDENTITY_INK, PAGE_STYLE, PAGE_WIDTH
 
 # %% ../nbs/72_architecture.ipynb #d9c07816
 MODULES = {                                                 # box -> its modules
@@ -143,8 +139,8 @@ def loss_words(c: Config) -> dict[str, str]:
                 decouple='HSIC (2)', gate='gate reg.', fusion=fusion[c.fusion_loss])
 
 # %% ../nbs/72_architecture.ipynb #fd63cf25
-FILL = dict(data='#ffffff', tower='#e9e9e9', id='#cddff2', clo='#fceadb', fusion='#e3eedd')
-EDGE = dict(data='0.55', tower='0.3', id=IDENTITY_INK, clo=CLOTHING_INK, fusion='#3c6e37')
+FILL = dict(data='#ffffff', tower='#e9e9e9', id='#cddff2', clo='#fceadb', fusion='#e3eedd', before='#f4efda')
+EDGE = dict(data='0.55', tower='0.3', id=IDENTITY_INK, clo=CLOTHING_INK, fusion='#3c6e37', before='#6b5d1f')
 _INK = '0.25'
 
 class Page:
@@ -160,11 +156,14 @@ class Page:
         self.top = max(y + h/2, self.top or y)
         self.low = min(y - h/2, y if self.low is None else self.low)
 
+    @staticmethod
+    def line_heights(lines: list[str]) -> list[float]: return [.15 if '$' in line else .113 for line in lines]
+    def box_height(self, lines: list[str]) -> float: return sum(self.line_heights(lines)) + .09
+
     def box(self, x: float, y: float, w: float, lines: list[str], kind: str, dashed: bool = False) -> None:
         "A box around a place. The first line is bold; math is larger, so that its subscripts can be read."
         from matplotlib.patches import FancyBboxPatch
-        heights = [.15 if '$' in line else .113 for line in lines]
-        h = sum(heights) + .09
+        heights, h = self.line_heights(lines), self.box_height(lines)
         style = dict(boxstyle='round,pad=0,rounding_size=.04', facecolor=FILL[kind], edgecolor=EDGE[kind],
                      linewidth=.8, linestyle=(0, (3, 2)) if dashed else '-')
         self.ax.add_patch(FancyBboxPatch((x - w/2, y - h/2), w, h, zorder=2, **style))
@@ -176,12 +175,13 @@ class Page:
             at -= height
         self.extent(y, h)
 
-    def arrow(self, *points: tuple[float, float], stop: bool = False) -> None:
+    def arrow(self, *points: tuple[float, float], stop: bool = False, head: bool = True) -> None:
         "A line through points with its head at the last; `stop` marks that no gradient passes."
         line = dict(color=_INK, linewidth=.8)
-        for a, b in pairwise(points[:-1]): self.ax.plot(*zip(a, b), **line, solid_capstyle='round', zorder=1)
-        head = dict(arrowstyle='-|>', **line, shrinkA=0, shrinkB=0, mutation_scale=7)
-        self.ax.annotate('', points[-1], points[-2], arrowprops=head, zorder=1)
+        for a, b in pairwise(points[:-1] if head else points):
+            self.ax.plot(*zip(a, b), **line, solid_capstyle='round', zorder=1)
+        shape = dict(arrowstyle='-|>', **line, shrinkA=0, shrinkB=0, mutation_scale=7)
+        if head: self.ax.annotate('', points[-1], points[-2], arrowprops=shape, zorder=1)
         if not stop: return
         (x0, y0), (x1, y1) = points[-2:]
         x, y = (x0 + x1)/2 - .03, (y0 + y1)/2
@@ -226,7 +226,7 @@ def draw_frame(page: Page, x0: float, y0: float, x1: float, y1: float, title: st
 
 # %% ../nbs/72_architecture.ipynb #a5386161
 LANE = dict(clo_text=4.5, clo=3.3, image=2.75, id=2.2, text=1.1)                                  # y
-COLUMN = dict(input=.42, tower=1.27, proj=2.09, self=2.855, cross=3.62, gate=4.6, feature=5.22,   # x
+COLUMN = dict(input=.46, tower=1.3, proj=2.09, self=2.855, cross=3.62, gate=4.6, feature=5.22,   # x
               left=6.03, right=6.67)
 
 def words_of(t: Traced, key: str, *head: str,      # box; its name
@@ -389,8 +389,12 @@ def draw_losses(page: Page, t: Traced, c: Config) -> None:
         draw_loss(page, X['right'], top + .37, words['fusion'], (X['right'], top + .2))
 
 # %% ../nbs/72_architecture.ipynb #611b73c6
-def plot_model(model: Model, t: Traced, words: str, dpi: int = 100):   # matplotlib's figure, 7 inches wide
-    "Figure 2: the architecture of a model, from one forward pass of it; `words` is the caption."
+def plot_model(model: Model, t: Traced,
+               words: str,                                   # the caption
+               dpi: int = 100,
+               above: Callable[[Page], None] | None = None   # draws more, above the rest
+              ):                                             # matplotlib's figure, 7 inches wide
+    "The architecture of a model, from one forward pass of it."
     import matplotlib.pyplot as plt
     with plt.rc_context(PAGE_STYLE):
         page = Page(dpi)
@@ -398,11 +402,14 @@ def plot_model(model: Model, t: Traced, words: str, dpi: int = 100):   # matplot
         draw_text_side(page, t, model)
         if model.config.fusion: draw_fusion(page, t, model.config)
         draw_losses(page, t, model.config)
+        if above is not None: above(page)
         fig = page.finish(words)
     plt.close(fig)
     return fig
 
-def caption2(t: Traced, c: Config, source: str) -> str:
+def caption2(t: Traced, c: Config, source: str,
+             before: str = ''    # sentences on what stands above the model
+            ) -> str:
     "The caption of Figure 2."
     wrong = min(c.fusion_negatives, c.ids_per_batch*c.images_per_id - 1)
     pairs = f', P = {1 + wrong}·B pairs of a text and a candidate'*c.fusion
@@ -410,22 +417,12 @@ def caption2(t: Traced, c: Config, source: str) -> str:
     weighed = balance[c.balance] if len(t.losses) > 1 else 'alone'
     bars = '; two bars: no gradient passes'*(c.fusion and not c.fusion_grad)
     fused = ', fused adds the match'*('match' in t.parts)
-    return (f'Figure 2. The model as it runs ({t.total:,} parameters). '
+    what = 'Below, what is trained: the' if before else 'The'
+    return (f'Figure 2. {before}{what} model as it runs ({t.total:,} parameters). '
             'A box: name (encoders: layers × width), shape of what it makes, parameters; '
             f'B images or texts of a batch{pairs}. '
             f'Dark: the losses, {weighed}, with the number of the equation{bars}. '
             f'dual is the cosine of f_id and t{fused}. {source}')
-
-# %% ../nbs/72_architecture.ipynb #52be56c3
-def running_model(p: ArtifactParameters, variant: str = 'full') -> tuple[Model, str]:   # where it is from
-    "The model of the first finished run; an untrained one, where there is no run. Raises `UserError`."
-    runs = finished_runs(p, variant)
-    if not runs:
-        c = make_config(p.dataset, p.preset, variant)
-        return build_model(c), made_from([c], [code_version()]).replace('. Code', ', untrained. Code')
-    folder = next(iter(runs.values()))
-    model = from_pretrained(folder/'best.safetensors')
-    return model, made_from([model.config], [run_code(folder)], headline(model.config))
 
 # %% ../nbs/72_architecture.ipynb #bf2d434f
 def collisions(fig) -> list[tuple[str, str]]:   # (text, what it runs into)

@@ -6,9 +6,10 @@
 __all__ = ['FACTOR_LAYERS', 'BRANCHES', 'PERPLEXITIES', 'MAP_SEEDS', 'SHAPES', 'FEATURE_MARKS', 'MAP_PEOPLE', 'FIGURE4',
            'pick_people', 'Sample', 'unit_rows', 'make_sample', 'make_samples', 'probe_hits', 'probe', 'factors_of',
            'probe_table', 'probe_summary', 'feature_dependence', 'knows_dependence', 'run_dependence', 'outfit',
-           'silhouette', 'region', 'untrained', 'silhouette_table', 'tsne_map', 'trust', 'stability', 'bare',
-           'draw_people', 'draw_colors', 'name_regions', 'draw_tsne_maps', 'dot', 'draw_probes', 'draw_stability',
-           'draw_silhouettes', 'draw_dependence', 'Measured', 'measure_features', 'plot_features']
+           'silhouette', 'branch_silhouettes', 'centered', 'region', 'untrained', 'silhouette_table', 'tsne_map',
+           'trust', 'stability', 'stability_of', 'trust_table', 'bare', 'draw_people', 'draw_colors', 'name_regions',
+           'draw_tsne_maps', 'dot', 'draw_probes', 'plot_stability', 'draw_silhouettes', 'draw_dependence', 'Measured',
+           'measure_features', 'plot_features']
 
 # %% ../nbs/74_features.ipynb #fb301711
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ import pandas as pd
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.manifold import TSNE, trustworthiness
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import silhouette_samples, silhouette_score
 from sklearn.model_selection import StratifiedGroupKFold
 from threadpoolctl import threadpool_limits
 
@@ -169,11 +170,20 @@ def silhouette(x: np.ndarray, labels: np.ndarray) -> float:
         x[on], labels[on], metric='cosine')) if 1 < len(np.unique(labels[on])) < on.sum() else float('nan')
 
 # %% ../nbs/74_features.ipynb #eedd671d
+def branch_silhouettes(f_id: np.ndarray, f_clo: np.ndarray) -> np.ndarray:   # [N, D] both -> [N], −1 to 1
+    "How far a picture's two features lie in the regions of their branches, mean of both, in cosine distance."
+    branch = np.repeat([0, 1], len(f_id))
+    of_branches = silhouette_samples(np.concatenate([f_id, f_clo]), branch, metric='cosine')
+    return of_branches.reshape(2, -1).mean(0)
+
+def centered(x: np.ndarray) -> np.ndarray:
+    "Rows of unit length, with their mean at the origin first."
+    return unit_rows(x - x.mean(0))
+
 def region(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    "Silhouette of the two branches as two groups: as they are, and with each one's mean at the origin."
-    two = np.repeat(['f_id', 'f_clo'], [len(x), len(y)])
-    return {'as it is': silhouette(np.r_[x, y], two),
-            'means removed': silhouette(np.r_[unit_rows(x - x.mean(0)), unit_rows(y - y.mean(0))], two)}
+    "Mean of `branch_silhouettes`: as they are, and with each branch's mean at the origin."
+    return {'as it is': float(branch_silhouettes(x, y).mean()),
+            'means removed': float(branch_silhouettes(centered(x), centered(y)).mean())}
 
 def untrained(run: Features, ds: PedesDataset) -> dict[
     str, np.ndarray]:   # 'f_id', 'f_clo' of the test's images, unit length
@@ -227,6 +237,16 @@ def stability(x: np.ndarray, perplexities=PERPLEXITIES, seeds=MAP_SEEDS,
     maps = {(p, s): tsne_map(x, p, s, steps) for p in perplexities for s in seeds}
     return {k: (m, trust(x, m)) for k, m in maps.items()}
 
+def stability_of(s: Sample, people: int = 40) -> dict[tuple[int, int], tuple[np.ndarray, float]]:
+    "The disentangled map of fewer people again, from other starts and with other perplexities."
+    keep = pick_people(s.known['pid'].to_numpy(), people)
+    return stability(np.r_[s.features['f_id'][keep], s.features['f_clo'][keep]])
+
+def trust_table(maps: dict[tuple[int, int], tuple[np.ndarray, float]]) -> pd.DataFrame:
+    "Trustworthiness: one row per perplexity, one column per start."
+    t = pd.Series({k: trust for k, (_, trust) in maps.items()}).unstack()
+    return t.rename_axis(index='perplexity', columns='start')
+
 # %% ../nbs/74_features.ipynb #44ec9caa
 SHAPES = 'os^DvP*X<>'
 # marker, edge, face
@@ -244,45 +264,46 @@ def draw_people(ax, at: np.ndarray, pids: np.ndarray, people: np.ndarray, open_:
     import matplotlib.pyplot as plt
     ax.scatter(*at.T, s=3, marker='x' if open_ else 'o', linewidths=.4 if open_ else 0, color='0.72')
     for who, shape, color in zip(people, SHAPES, plt.get_cmap('tab10').colors):
-        ax.scatter(*at[pids == who].T, s=20, marker=shape, facecolor='white' if open_ else color,
+        ax.scatter(*at[pids == who].T, s=26, marker=shape, facecolor='white' if open_ else color,
                    edgecolor=color if open_ else 'black', linewidths=1 if open_ else .4)
 
 def draw_colors(ax, at: np.ndarray, worn: np.ndarray, common: list[str]) -> None:
     "All points, and a shape and their own color for the commonest."
     ax.scatter(*at.T, s=3, color='0.8', linewidths=0)
     for c, shape in zip(common, SHAPES):
-        ax.scatter(*at[worn == c].T, s=9, marker=shape, facecolor=np.array(COLORS[c])/255, edgecolor='0.15',
+        ax.scatter(*at[worn == c].T, s=13, marker=shape, facecolor=np.array(COLORS[c])/255, edgecolor='0.15',
                    linewidths=.35, label=c)
 
 def name_regions(ax, at: np.ndarray, n: int) -> None:
     "Write f_id above the first `n` points, and f_clo above the rest."
+    room = .12*np.ptp(at[:, 1])                       # for a name above the highest point
     for name, part in (('f_id', at[:n]), ('f_clo', at[n:])):
-        ax.annotate(name, (np.median(part[:, 0]), part[:, 1].max()), (0, 2), textcoords='offset points',
-                    ha='center', va='bottom', fontsize=8, weight='bold')
+        x, y = np.median(part[:, 0]), part[:, 1].max()
+        ax.annotate(name, (x, y), (0, 2), textcoords='offset points', ha='center', va='bottom', fontsize=8,
+                    weight='bold')
+        ax.update_datalim([(x, y + room)])
+    ax.autoscale_view()
 
 # %% ../nbs/74_features.ipynb #78346ef7
 MAP_PEOPLE = 125   # in a map; more do not get clearer
 
 def draw_tsne_maps(axes, s: Sample) -> None:
-    "The entangled and the disentangled map, by person (upper row) and by upper color (lower row)."
+    "The entangled map by person, and the disentangled one by person and by upper color."
     keep = pick_people(s.known['pid'].to_numpy(), MAP_PEOPLE)
     pids, f, f_id, f_clo = s.known['pid'].to_numpy()[keep], *(x[keep] for x in s.features.values())
     ten = np.unique(pids[pick_people(pids, len(SHAPES))])
     one, both, n = tsne_map(f), tsne_map(np.r_[f_id, f_clo]), len(keep)
-    draw_people(axes[0, 0], one, pids, ten)
-    draw_people(axes[0, 1], both[:n], pids, ten); draw_people(axes[0, 1], both[n:], pids, ten, open_=True)
+    draw_people(axes[0], one, pids, ten)
+    draw_people(axes[1], both[:n], pids, ten); draw_people(axes[1], both[n:], pids, ten, open_=True)
     if 'f_upper_color' in s.known:
         worn = s.known['f_upper_color'].astype(str).to_numpy()[keep]
         common = pd.Series(worn).value_counts().sort_index().nlargest(6).index.tolist()
-        draw_colors(axes[1, 0], one, worn, common); draw_colors(axes[1, 1], both, np.r_[worn, worn], common)
-    else:
-        for ax in axes[1]:
-            ax.text(.5, .5, 'what people wear is not known', ha='center', transform=ax.transAxes)
-    titles = ('(a) Entangled, by person', '(b) Disentangled, by person',
-              '(c) Entangled, by upper color', '(d) Disentangled, by upper color')
-    for ax, title in zip(axes.flat, titles):
+        draw_colors(axes[2], both, np.r_[worn, worn], common)
+    else: axes[2].text(.5, .5, 'what people wear is not known', ha='center', transform=axes[2].transAxes)
+    titles = '(a) Entangled, by person', '(b) Disentangled, by person', '(c) Disentangled, by upper color'
+    for ax, title in zip(axes, titles):
         ax.margins(x=.07, y=.12); bare(ax, title)
-    for ax in axes[:, 1]: name_regions(ax, both, n)
+    for ax in axes[1:]: name_regions(ax, both, n)
 
 # %% ../nbs/74_features.ipynb #1b5802c7
 def dot(ax, values, y: float, feature: str, ms: float = 3.6) -> None:
@@ -293,7 +314,7 @@ def dot(ax, values, y: float, feature: str, ms: float = 3.6) -> None:
 
 def draw_probes(ax, probes: pd.DataFrame) -> None:
     "Balanced accuracy of each probe, one row per factor, with chance as a bar."
-    ax.set_title('(e) Linear probes, accuracy (%)')
+    ax.set_title('(d) Linear probes, accuracy (%)')
     if probes.empty:
         ax.text(.5, .5, 'no factor of this dataset is known', ha='center', va='center',
                 transform=ax.transAxes); ax.set_axis_off()
@@ -316,16 +337,20 @@ def draw_probes(ax, probes: pd.DataFrame) -> None:
     ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='0.9', linewidth=.5); ax.set_axisbelow(True)
 
 # %% ../nbs/74_features.ipynb #a1291cb0
-def draw_stability(axes, s: Sample, people: int = 40) -> None:
-    "The disentangled map of fewer people again: one row per perplexity, one column per start."
-    keep = pick_people(s.known['pid'].to_numpy(), people)
-    n, x = len(keep), np.r_[s.features['f_id'][keep], s.features['f_clo'][keep]]
-    for ax, ((perplexity, seed), (at, t)) in zip(axes.flat, stability(x).items()):
-        ax.scatter(*at[:n].T, s=1.6, color=IDENTITY_COLOR, linewidths=0); ax.scatter(
-            *at[n:].T, s=2, marker='x', color=CLOTHING_COLOR, linewidths=.4)
-        bare(ax); ax.set_xlabel(f'{t:.3f}', fontsize=7, labelpad=1)
-        if seed == MAP_SEEDS[0]:
-            ax.set_ylabel(f'{perplexity}', fontsize=7, rotation=0, ha='right', va='center', labelpad=2)
+def plot_stability(maps: dict[tuple[int, int], tuple[np.ndarray, float]], dpi: int = 75):
+    "Maps of `stability_of`: one row per perplexity, one column per start; f_id dots, f_clo crosses."
+    import matplotlib.pyplot as plt
+    with plt.rc_context(CHART_STYLE):
+        fig, axes = plt.subplots(len(PERPLEXITIES), len(MAP_SEEDS), figsize=(3.6, 2.7), dpi=dpi,
+                                 layout='constrained')
+        for ax, ((perplexity, seed), (at, _)) in zip(axes.flat, maps.items()):
+            n = len(at)//2
+            ax.scatter(*at[:n].T, s=2, color=IDENTITY_COLOR, linewidths=0)
+            ax.scatter(*at[n:].T, s=3, marker='x', color=CLOTHING_COLOR, linewidths=.5)
+            bare(ax)
+            if seed == MAP_SEEDS[0]: ax.set_ylabel(perplexity, rotation=0, ha='right', va='center')
+    plt.close(fig)
+    return fig
 
 def draw_silhouettes(ax, table: pd.DataFrame) -> None:
     "A row a grouping."
@@ -341,7 +366,7 @@ def draw_silhouettes(ax, table: pd.DataFrame) -> None:
             dot(ax, v['silhouette'].tolist(), y + .22*(i - 1), k)
         names.append(f'by {label}'); y += 1
     ax.axvline(0, color='0.5', linewidth=.6)
-    ax.set(title='(g) Silhouettes', yticks=range(y), yticklabels=names, ylim=(y - .4, -.6), xlim=(-.35, 1.02))
+    ax.set(title='(e) Silhouettes', yticks=range(y), yticklabels=names, ylim=(y - .4, -.6), xlim=(-.35, 1.02))
     ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='0.9', linewidth=.5); ax.set_axisbelow(True)
 
 def draw_dependence(ax, table: pd.DataFrame) -> None:
@@ -352,7 +377,7 @@ def draw_dependence(ax, table: pd.DataFrame) -> None:
         ax.plot(t['CKA, dealt anew'].mean(), y, '|', color='black', ms=9, mew=1.2)
         ax.plot(t['CKA'], [y]*len(t), 'k+', ms=5, mew=.9)
         ax.text(t['CKA'].mean(), y - .36, f'{t["CKA"].mean():.2f}', ha='center', va='center', fontsize=7)
-    ax.set(title='(h) CKA of f_id, f_clo', yticks=range(len(names)), yticklabels=names,
+    ax.set(title='(f) CKA of f_id, f_clo', yticks=range(len(names)), yticklabels=names,
            ylim=(len(names) - .4, -.7), xlim=(-.03, 1.03))
     ax.tick_params(axis='y', length=0); ax.grid(axis='x', color='0.9', linewidth=.5); ax.set_axisbelow(True)
 
@@ -389,36 +414,34 @@ def measure_features(baselines: list[Features],
                     pd.DataFrame(rows))
 
 # %% ../nbs/74_features.ipynb #65023e31
-FIGURE4 = ('Figure 4. t-SNE of image features: f of the baseline, trained on captions alone (a, c); f_id '
+FIGURE4 = ('Figure 4. t-SNE of image features: f of the baseline, trained on captions alone (a); f_id '
            '(filled in b) and f_clo (open in b) of the full model, trained on descriptions too, in one map '
-           '(b, d). Gray: everybody else. '
-           '(e) Linear discriminants on unseen people, balanced accuracy; the bar: one of the values by '
-           'chance; beside a layer, the mean share of the way from there to 100\u00a0%. (f) A row a '
-           'perplexity, a column a random start, below each the trustworthiness. '
-           '(g) f_id against f_clo as two groups: trained, untrained, each with its mean at the origin. (h) '
-           'The bar: images dealt anew. Lines and crosses: seeds. ')
+           '(b, c). Gray: everybody else. (d) Linear discriminants on unseen people, balanced accuracy; the '
+           'bar: one of the values by chance; beside a layer, the mean share of the way from there to '
+           '100\u00a0%. (e) In cosine distance; branches: f_id against f_clo as two groups, trained, '
+           'untrained, and each with its mean at the origin. (f) The bar: images dealt anew. Lines and '
+           'crosses: seeds. ')
 
 def plot_features(m: Measured, dpi: int = 75):   # matplotlib's figure, 7 inches wide
     "Figure 4: the maps of the paper, and the numbers that say what they show."
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     with plt.rc_context(CHART_STYLE):
-        fig = plt.figure(figsize=(7, 7.7), dpi=dpi, layout='constrained')
-        top, bottom = fig.subfigures(2, 1, height_ratios=[4.75, 1.7])
-        left, right = top.subfigures(1, 2, width_ratios=[4.4, 2.6])
-        axes = left.subplots(2, 2)
-        draw_tsne_maps(axes, m.samples[0]); draw_probes(right.subplots(), m.probes)
-        left.legend(*axes[1, 0].get_legend_handles_labels(), loc='outside lower center', ncols=6,
-                    frameon=False, handletextpad=.1, columnspacing=1)
+        fig = plt.figure(figsize=(7, 8.9), dpi=dpi, layout='constrained')
+        left, right = fig.subfigures(1, 2, width_ratios=[3.5, 3.5])
+        axes = left.subplots(3, 1)
+        draw_tsne_maps(axes, m.samples[0])
+        left.legend(*axes[2].get_legend_handles_labels(), loc='outside lower center', ncols=6,
+                    frameon=False, handletextpad=.1, columnspacing=.8)
+        upper, lower = right.subfigures(2, 1, height_ratios=[5.2, 3])
+        draw_probes(upper.subplots(), m.probes)
         marks = [Line2D([], [], marker=k, mec=e, mfc=f, ls='', ms=4, label=n) for n,
                  (k, e, f) in FEATURE_MARKS.items()]
         marks.append(Line2D([], [], marker='|', color='black', ls='', ms=7, mew=1.2, label='chance'))
-        right.legend(handles=marks, loc='outside lower center', ncols=4, frameon=False, handletextpad=.1,
+        upper.legend(handles=marks, loc='outside lower center', ncols=4, frameon=False, handletextpad=.1,
                      columnspacing=1)
-        maps, sil, dep = bottom.subfigures(1, 3, width_ratios=[2.2, 2.6, 2.2])
-        draw_stability(maps.subplots(len(PERPLEXITIES), len(MAP_SEEDS)), m.samples[0])
-        maps.suptitle('(f) Map (b), perplexity and start', x=.02, ha='left', fontsize=8)
-        draw_silhouettes(sil.subplots(), m.silhouettes); draw_dependence(dep.subplots(), m.dependence)
+        sil, dep = lower.subplots(2, 1, height_ratios=[1.7, 1.1])
+        draw_silhouettes(sil, m.silhouettes); draw_dependence(dep, m.dependence)
         write_caption(fig, FIGURE4 + runs_source(m.runs, f'Maps: seed {m.samples[0].seed}, {MAP_PEOPLE} '
                                                  f'people at most; numbers: {len(m.samples[0].known):,} '
                                                  f'images. '))

@@ -9,10 +9,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bdam_repro import architecture, figure_style, pictures, testing
+from bdam_repro import architecture, figure_style, pictures, pipeline, testing
 from bdam_repro.archive import keep_runs, restore_runs
-from bdam_repro.config import VARIANTS, UserError, make_config
-from bdam_repro.figure_style import save_figure
+from bdam_repro.config import VARIANTS, UserError, config_hash, make_config
+from bdam_repro.figure_style import save_figure, small_texts
 from bdam_repro.model import build_model
 from bdam_repro.ranked import HIT, MISS, load_run
 from bdam_repro.results import collect_runs
@@ -85,6 +85,29 @@ def test_the_figure_is_drawn_again_without_the_models(made, copied):
     maps = pictures.pair_maps(again, kept)
     assert [f.read_bytes() for f in save_figure(figure1(again, kept, maps), 'fig1', copied)] == before
     with pytest.raises(UserError, match='another run'): pictures.measure_maps(again[0], [0, 1, 2], [])
+
+
+def test_a_described_baseline_keeps_its_row(made, copied):
+    c = make_config('synth', 'smoke', 'baseline_described', data_root=made.data_root)
+    folder, archive = copied.runs_path/'synth'/'smoke', copied.runs_path.parent/'tables'
+    described = folder/'baseline_described'/'seed0'
+    shutil.copytree(folder/'baseline'/'seed0', described)
+    own = dict(config_hash=config_hash(c))
+    metrics = json.loads((described/'metrics.json').read_text())
+    for name, content in (('config', c.model_dump()), ('metrics', metrics)):
+        (described/f'{name}.json').write_text(json.dumps(content | own))
+    keep_runs(copied.runs_path, collect_runs(copied.runs_path), archive)
+    shutil.rmtree(described)
+    assert restore_runs(copied.runs_path, archive, [c]) == [described]
+    rival = pictures.find_described(copied, 0)
+    runs = pictures.open_pair(pictures.run_pairs(copied), made.data_root)
+    kept = tuple(pictures.kept_answers(r.folder) for r in runs)
+    examples = pictures.find_examples(runs, kept, pictures.pair_maps(runs, kept), described=rival)
+    assert [x.described.rows.tolist() for x in examples] == [x.ranked[0].rows.tolist() for x in examples]
+    assert [x.described_right for x in examples] == [x.count*pictures.OUTCOMES[x.kind][0] for x in examples]
+    assert small_texts(pictures.plot_examples(examples, runs[0], 'words')) == []
+    table = pictures.rival_table(copied, 'full')
+    assert (table.loc['baseline'] == table.loc['baseline_described']).all(axis=None)
 
 
 # ---- which queries
@@ -242,21 +265,38 @@ def test_a_collision_is_seen(traced):
 
 
 def test_without_a_run_the_drawing_says_untrained(made):
-    model, source = architecture.running_model(made.model_copy(update=dict(runs='nowhere')))
+    model, source = pipeline.running_model(made.model_copy(update=dict(runs='nowhere')))
     assert 'untrained' in source and 'SynthPEDES' in source and model.config.variant == 'full'
-    model, source = architecture.running_model(made)
+    model, source = pipeline.running_model(made)
     assert 'untrained' not in source and 'score fused' in source
     provenance = made.runs_path/'synth'/'smoke'/'full'/'seed0'/'provenance.json'
     assert json.loads(provenance.read_text())['code'] in source
 
 
+STAGES = dict(synth=pipeline.TextStage('synth', 36000, 56000, 14, 'agglomerative', .05),
+              mllm=pipeline.TextStage('a-model-with-a-long-name', 74160, 148320, 120),
+              plain=pipeline.TextStage('synth', 36000, 56000, 0, 'none', .05),
+              split=pipeline.TextStage('split', 74160, 148320, 0))
+
+
+@pytest.mark.parametrize('stage', STAGES)
+@pytest.mark.parametrize('variant', ['full', 'baseline_described', 'baseline_all_texts', 'fusion'])
+def test_what_stands_above_the_model_has_room(stage, variant, traced):
+    m, t = traced[variant]
+    fig, words = pipeline.plot_pipeline(m, t, STAGES[stage], 'source')
+    assert architecture.collisions(fig) == [] and figure_style.small_texts(fig) == []
+    assert fig.get_size_inches()[1] < 9
+    assert ('offline' in words) == (variant != 'fusion')                # which reads no descriptions
+
+
 # ---- to print
 
 def figures(made, pair):
-    (runs, kept), (model, source) = pair, architecture.running_model(made)
+    (runs, kept), (model, source) = pair, pipeline.running_model(made)
     t, maps = architecture.trace(model), pictures.pair_maps(runs, kept)
+    stage = pipeline.read_stage(model.config)
     yield 'fig1', 180, figure1(runs, kept, maps)
-    yield 'fig2', 200, architecture.plot_model(model, t, architecture.caption2(t, model.config, source))
+    yield 'fig2', 200, pipeline.plot_pipeline(model, t, stage, source)[0]
 
 
 def test_files_are_small_and_the_same_again(made, pair):
