@@ -181,7 +181,8 @@ def test_a_damaged_table_is_named(tmp_path, runs, damage):
     tables.mkdir()
     pd.DataFrame(columns=transfer.TRANSFER_COLUMNS).to_csv(tables/'elsewhere.csv', index=False)
     packed = gzip.compress(b'variant,seed,weights,cell,metric\n' + bytes(range(256))*40)
-    content = {'cut': packed[:-30], 'not gzip': b'variant,seed', 'another table': gzip.compress(b'a,b\n1,2\n')}
+    another = gzip.compress(b'a,b\n1,2\n')
+    content = {'cut': packed[:-30], 'not gzip': b'variant,seed', 'another table': another}
     (tables/'elsewhere_people.csv.gz').write_bytes(content[damage])
     with pytest.raises(UserError, match=r'elsewhere_people\.csv\.gz'):
         transfer.write_elsewhere(runs, tables)
