@@ -9,7 +9,7 @@ __all__ = ['ELSEWHERE_IMAGE', 'ELSEWHERE_CAPTION', 'OTHER_CAMERAS', 'OTHER_SCENE
            'render_elsewhere', 'Witness', 'notice', 'radio', 'letter', 'questions', 'caption_elsewhere',
            'captions_elsewhere', 'read_drawn']
 
-# %% ../nbs/92_elsewhere.ipynb #3816a5cd
+# %% ../nbs/92_elsewhere.ipynb #2ebfb775
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .captions import BODY, Say, Style, an, cap, finish_sentence, mistaken, visi
 from .synth import Spec
 from .images import decode_image
 
-# %% ../nbs/92_elsewhere.ipynb #87108533
+# %% ../nbs/92_elsewhere.ipynb #e81d1690
 ELSEWHERE_IMAGE, ELSEWHERE_CAPTION = 16, 17      # what a generator is for, as `IMAGE` and `CAPTION` at home
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ OTHER_CAMERAS = {
     'snow': Camera((202, 212, 224), (228, 234, 240), (208, 246, 308), 48, (1.0, 1.4), (56, 80), (8, 14)),
     'hall': Camera((150, 142, 156), (186, 178, 184), (280, 216, 268), 28, (.6, 1.0), (64, 96), (12, 18))}
 
-# %% ../nbs/92_elsewhere.ipynb #e32ff4be
+# %% ../nbs/92_elsewhere.ipynb #45a8bd70
 def elsewhere_factors(seed: int, pid: int,   # the dataset's seed; the person
                       k: int                 # which of the person's pictures
                      ) -> dict:
@@ -61,7 +61,7 @@ def elsewhere_factors(seed: int, pid: int,   # the dataset's seed; the person
              shift_x=between(rng, -4.5, 4.5), shift_y=between(rng, -4, 3))
     return image_factors(seed, pid, k) | f | dict(scene_seed=int(rng.integers(1 << 31)))
 
-# %% ../nbs/92_elsewhere.ipynb #63c3f0c3
+# %% ../nbs/92_elsewhere.ipynb #e054112f
 def scene_market(pen, p, rng):
     "Stalls with striped awnings, and crates of fruit."
     for x in range(p.move - 46, 70, 36):
@@ -88,7 +88,7 @@ def scene_underpass(pen, p, rng):
     for _ in range(2):
         pen.oval((rng.random()*64, p.floor + 8 + rng.random()*24), 9, 2, shade(p.ground, 1.35))
 
-# %% ../nbs/92_elsewhere.ipynb #8833b365
+# %% ../nbs/92_elsewhere.ipynb #1c033964
 def scene_snow(pen, p, rng):
     "A pale sky, firs, a fence, and heaps of snow."
     pen.box(0, 0, 70, p.floor - 30, (214, 222, 232))
@@ -116,7 +116,7 @@ def scene_hall(pen, p, rng):
 
 OTHER_SCENES = {'market': scene_market, 'underpass': scene_underpass, 'snow': scene_snow, 'hall': scene_hall}
 
-# %% ../nbs/92_elsewhere.ipynb #aed13968
+# %% ../nbs/92_elsewhere.ipynb #e2fa06d3
 def draw_scene_elsewhere(pen: Pen, f: dict, rng: np.random.Generator):
     "Wall, ground, furniture, and somebody far off in three of ten pictures."
     def dyed(color): return tuple(c + int(rng.random()*40) - 20 for c in color)
@@ -130,7 +130,7 @@ def draw_scene_elsewhere(pen: Pen, f: dict, rng: np.random.Generator):
         x, foot = -4 + 72*rng.random(), p.floor + 12 + 14*rng.random()
         draw_passer(pen, x, foot, any_color(rng), .55)
 
-# %% ../nbs/92_elsewhere.ipynb #1520f8c7
+# %% ../nbs/92_elsewhere.ipynb #df0cb1f8
 def expose_elsewhere(img: Image.Image, f: dict, rng: np.random.Generator) -> Image.Image:
     "What another lens and sensor do: resolution, light, veil, color response, colored noise."
     camera, width, height = OTHER_CAMERAS[f['camera']], *img.size
@@ -157,7 +157,7 @@ def render_elsewhere(f: dict,                       # as from `elsewhere_factors
     draw_occlusion(pen, f, rng)
     return expose_elsewhere(canvas.reduce(FINE), f, rng)
 
-# %% ../nbs/92_elsewhere.ipynb #64842af9
+# %% ../nbs/92_elsewhere.ipynb #bdbb6667
 OTHER_STYLES = (
     Style('notice', .95), Style('radio', .85, articles=False, capital=False, stop=''),
     Style('letter', .85), Style('questions', 1.))
@@ -168,7 +168,7 @@ OTHER_MENTIONED = {
 OTHER_GOING = {'front': 'coming toward us', 'back': 'with the back to us', 'left': 'on the way left',
                'right': 'on the way right'}
 
-# %% ../nbs/92_elsewhere.ipynb #b319fb50
+# %% ../nbs/92_elsewhere.ipynb #a9d09574
 OTHER_WORDS = {
     'man': ('man', 'fellow', 'male'), 'woman': ('woman', 'lady'), 'boy': ('boy', 'lad'),
     'girl': ('girl', 'lass'), 'young': ('young', 'youngish'), 'middle-aged': ('middle-aged', 'mature'),
@@ -199,7 +199,7 @@ OTHER_WORDINGS = {                                  # first wording at home -> t
     '{} dots': ('{} dots', '{} spots'), 'a {} print on the chest': ('a {} print', 'a {} picture on it'),
     'a {} lower half': ('a {} lower part', 'a {} bottom half')}
 
-# %% ../nbs/92_elsewhere.ipynb #bbbd49a5
+# %% ../nbs/92_elsewhere.ipynb #c978fac9
 @dataclass
 class Witness(Say):
     "An annotator elsewhere before one picture."
@@ -217,14 +217,14 @@ class Witness(Say):
 
     def wording(self, pair: tuple[str, str]) -> str: return super().wording(OTHER_WORDINGS[pair[0]])
 
-# %% ../nbs/92_elsewhere.ipynb #a5080127
+# %% ../nbs/92_elsewhere.ipynb #5f0c63db
 def notice(say: Say, view: str) -> str:
     parts = [f'Wanted: {an(say.who)}' + (f', {view}' if view else ''), say.clause('Look for {}', *BODY),
              say.clause('Last seen wearing {}', 'upper', 'lower', last=' over '),
              say.clause('Also {}', 'shoes', 'scarf', 'hat', 'bag')]
     return '. '.join(part for part in parts if part)
 
-# %% ../nbs/92_elsewhere.ipynb #ef6d9ff0
+# %% ../nbs/92_elsewhere.ipynb #46e0cf37
 def radio(say: Say, view: str) -> str:
     parts = ['we have here', say.who + (f' {view}' if view else ''),
              say.clause('hat {}', 'hat'), say.clause('top {}', 'upper', 'scarf', last=' and '),
@@ -232,7 +232,7 @@ def radio(say: Say, view: str) -> str:
              say.clause('face {}', *BODY)]
     return ' - '.join(part.replace(',', ' and') for part in parts if part)
 
-# %% ../nbs/92_elsewhere.ipynb #e59e91a8
+# %% ../nbs/92_elsewhere.ipynb #0d127b96
 def letter(say: Say, view: str) -> str:
     start = f'Today I saw {an(say.who)}' + (f' {view}' if view else '')
     parts = [start, say.clause('I recall {}', *BODY, last=' and even '),
@@ -240,7 +240,7 @@ def letter(say: Say, view: str) -> str:
              say.clause('Not to forget {}', 'hat', 'scarf', 'bag')]
     return '. '.join(part for part in parts if part)
 
-# %% ../nbs/92_elsewhere.ipynb #5f27d4a9
+# %% ../nbs/92_elsewhere.ipynb #901d0344
 def questions(say: Say, view: str) -> str:
     asked = {'Face?': BODY, 'Above?': ('hat', 'scarf', 'upper'), 'Below?': ('lower', 'shoes'),
              'Bag?': ('bag',)}
@@ -251,7 +251,7 @@ def questions(say: Say, view: str) -> str:
 
 OTHER_ARRANGE = (notice, radio, letter, questions)       # in the order of `OTHER_STYLES`
 
-# %% ../nbs/92_elsewhere.ipynb #af25fbe5
+# %% ../nbs/92_elsewhere.ipynb #646e1713
 def caption_elsewhere(f: dict, style: int,               # all factors of a picture; 0 … 3
                       rng: np.random.Generator, mistakes: float = .025,
                       witness: type[Say] = Witness       # one that listens, for the ceiling
@@ -269,7 +269,7 @@ def captions_elsewhere(s: Spec, i: int, k: int,          # person, picture
     styles = rng.permutation(len(OTHER_STYLES))[:s.captions_per_image]
     return [caption_elsewhere(f, int(style), rng, s.mistakes, witness) for style in styles]
 
-# %% ../nbs/92_elsewhere.ipynb #c4b00260
+# %% ../nbs/92_elsewhere.ipynb #fa2b3b24
 def read_drawn(pictures: Iterable[Image.Image], c: Config) -> Tensor:   # uint8 [N,3,H,W]
     "Pictures as a run of this configuration reads them."
     read = []

@@ -160,7 +160,7 @@ def test_a_run_that_was_trained_again_replaces_its_rows_and_others_stay(tmp_path
                   for cell in transfer.CELLS for m in ('R1', 'mAP')]
         return rows, people
     monkeypatch.setattr(transfer, 'ask_run', answer)
-    monkeypatch.setattr(transfer, 'draw_worlds', lambda c: None)
+    monkeypatch.setattr(transfer, 'draw_worlds', lambda c, memory: None)
     monkeypatch.setattr(transfer, 'reader_rows', lambda c: [])
     for seed in (0, 1): shutil.copytree(runs/'baseline'/'seed0', tmp_path/'runs'/'baseline'/f'seed{seed}')
     def write(): return transfer.write_elsewhere(tmp_path/'runs', tmp_path/'t', progress=False)
