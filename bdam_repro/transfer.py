@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CELLS', 'TRANSFER_COLUMNS', 'READER', 'TRANSFER_PAIRS', 'ASKED_CELLS', 'POOLED', 'LEVEL', 'KEPT', 'LOST', 'Answers',
            'CELL_NAMES', 'TwoWorlds', 'people_of', 'drawing_code', 'draw_worlds', 'world_gallery', 'world_queries',
-           'score_cell', 'model_in_worlds', 'HeardWitness', 'readers', 'transfer_runs', 'options_of_run',
+           'score_cell', 'model_in_worlds', 'HeardWitness', 'readers', 'run_key', 'transfer_runs', 'options_of_run',
            'weights_hash', 'check_same_test', 'by_person', 'ask_run', 'reader_rows', 'answers_by_cell',
            'change_from_home', 'seeds_spread', 'transfer_row', 'transfer_differences', 'with_ends', 'levels_table',
            'kept_table', 'asked_sentences', 'transfer_markdown', 'read_transfer', 'write_elsewhere', 'write_transfer']
 
-# %% ../nbs/93_transfer.ipynb #ea7bee90
+# %% ../nbs/93_transfer.ipynb #25fc45ed
 import hashlib
 import zlib
 from collections.abc import Iterable
@@ -40,6 +40,7 @@ from .evaluate import join_rows, pad_words, rescore_shared
 from .trainer import pick_device, pick_dtype, run_autocast
 from .runs import code_version
 from .inference import DifferenceEstimate, Spread, estimate, variant_spread
+from .archive import ON_CPU
 from .results import METRICS, read_json, rows_where, write_csv
 from .findings import interval_columns, judge
 from .probes import spec_of
@@ -47,7 +48,7 @@ from .ceiling import Heard, agreement, captions_heard, mentioned
 from .elsewhere import (Witness, captions_elsewhere, elsewhere_factors, read_drawn,
                                   render_elsewhere)
 
-# %% ../nbs/93_transfer.ipynb #0d92d0b0
+# %% ../nbs/93_transfer.ipynb #d6f5583c
 CELLS = {'home': ('home', 'home'), 'cameras': ('elsewhere', 'home'), 'annotators': ('home', 'elsewhere'),
          'both': ('elsewhere', 'elsewhere')}              # cell -> world of its pictures, of its captions
 
@@ -90,7 +91,7 @@ def draw_worlds(c: Config,            # of the runs
     pids = np.array([row['pid'] for row in rows])
     return TwoWorlds(remember(memory, made_of, draw), texts, pids, pids.repeat(s.captions_per_image))
 
-# %% ../nbs/93_transfer.ipynb #332d8ec4
+# %% ../nbs/93_transfer.ipynb #a177b3d5
 @torch.no_grad()
 def world_gallery(model: Model, images: Tensor, batch: int = 256) -> ImageFeatures:
     "Gallery entries, as `embed_images` makes them."
@@ -132,7 +133,7 @@ def model_in_worlds(model: Model, tokenizer, w: TwoWorlds) -> dict[str, dict[str
         return {cell: score_cell(model, q[captions], g[pictures], w.q_pids, w.g_pids)
                 for cell, (pictures, captions) in CELLS.items()}
 
-# %% ../nbs/93_transfer.ipynb #73707bc5
+# %% ../nbs/93_transfer.ipynb #5816bd46
 @dataclass
 class HeardWitness(Heard, Witness):
     "An annotator elsewhere; the topics that were told are noted."
@@ -148,17 +149,23 @@ def readers(c: Config) -> dict[str, RetrievalResult]:   # world of the captions 
     return {world: metrics_from_scores(agreement(named, truth), asked, pids)
             for world, named in (('home', captions_heard(s)), ('elsewhere', heard))}
 
-# %% ../nbs/93_transfer.ipynb #a14ec9e2
+# %% ../nbs/93_transfer.ipynb #963cd8be
 TRANSFER_COLUMNS = ['variant', 'seed', 'cell', 'pictures', 'captions', 'score', *METRICS, 'recorded_R1',
                     'weights', 'run_code', 'device', 'code']    # recorded: R-1 in the run's metrics.json
 _PERSON_COLUMNS = ['variant', 'seed', 'weights', 'cell', 'metric']        # and one per person
 READER = 'reader of factors'
 
+def run_key(folder: Path) -> tuple[str, int]:   # variant, seed
+    "Which model a folder has; a run with the tag `cpu` has the usual options."
+    return folder.parts[-2].removesuffix(f'-{ON_CPU}'), int(folder.name.removeprefix('seed'))
+
 def transfer_runs(runs: str | Path, variants: Iterable[str] | None = None) -> list[Path]:
-    "Folders of finished runs that have weights and no tag; of all variants, or of these."
+    "Folders of finished runs that have weights and no tag but `cpu`; of all variants, or of these."
     names = set(VARIANTS if variants is None else variants)
-    found = sorted(Path(runs).glob('*/seed*/metrics.json'), key=lambda f: (f.parts[-3], int(f.parts[-2][4:])))
-    return [f.parent for f in found if f.parts[-3] in names and (f.parent/'best.safetensors').exists()]
+    whole = [f.parent for f in sorted(Path(runs).glob('*/seed*/metrics.json'), reverse=True)
+             if f.parent.name[4:].isdigit() and (f.parent/'best.safetensors').exists()]
+    found = {run_key(f): f for f in whole if run_key(f)[0] in names}       # the one without a tag comes last
+    return [found[key] for key in sorted(found)]
 
 def options_of_run(folder: Path) -> Config:
     "The options of a run. Raises `UserError`."
@@ -182,7 +189,7 @@ def check_same_test(folders: list[Path]) -> Config:
             raise UserError(f'{differ}: name the `variants` to compare')
     return first
 
-# %% ../nbs/93_transfer.ipynb #0610d0c7
+# %% ../nbs/93_transfer.ipynb #0ef2f3ee
 def by_person(values: np.ndarray, pids: np.ndarray, digits: int = 2) -> list[float]:
     "The mean over the queries of each person, in percent."
     return pd.Series(100*values.astype(float)).groupby(pids).mean().round(digits).tolist()
@@ -217,7 +224,7 @@ def reader_rows(c: Config) -> list[dict[str, Any]]:
         return about | {m: round(v, 4) for m, v in result.summary().items()}
     return [row(world, result) for world, result in readers(c).items()]
 
-# %% ../nbs/93_transfer.ipynb #6340ce56
+# %% ../nbs/93_transfer.ipynb #8fd2c1cb
 TRANSFER_PAIRS = [('full', 'baseline_described'),                  # was asked beforehand
                   ('full', 'baseline'), ('bdam', 'baseline')]
 ASKED_CELLS = {'both': 'with other cameras and annotators', 'cameras': 'with other cameras alone'}
@@ -251,7 +258,7 @@ def transfer_row(quantity: str, variant: str, rival: str, cell: str, metric: str
     return dict(quantity=quantity, variant=variant, rival=rival, cell=cell, metric=metric, value=d['diff'],
                 lo=d['lo'], hi=d['hi'], seeds=' '.join(map(str, seeds)), people=e.people, verdict=verdict)
 
-# %% ../nbs/93_transfer.ipynb #2af7e6aa
+# %% ../nbs/93_transfer.ipynb #6a278f6a
 def transfer_differences(people: pd.DataFrame) -> pd.DataFrame:
     "Losses of single models, and the pairs: levels in each cell, and what is kept."
     rows, answers = [], answers_by_cell(people)
@@ -274,7 +281,7 @@ def transfer_differences(people: pd.DataFrame) -> pd.DataFrame:
             rows.append(transfer_row(name, variant, rival, cell, metric, e, d.index))
     return pd.DataFrame(rows)
 
-# %% ../nbs/93_transfer.ipynb #15d3ba83
+# %% ../nbs/93_transfer.ipynb #61dd0904
 CELL_NAMES = {'home': 'home', 'cameras': 'other cameras', 'annotators': 'other annotators', 'both': 'both'}
 
 def with_ends(r) -> str:   # a row of `transfer_differences`
@@ -314,7 +321,7 @@ def kept_table(differences: pd.DataFrame) -> list[str]:
             lines.append(f'| {name.format(f"`{variant}`", f"`{rival}`")} | {cells} |')
     return lines
 
-# %% ../nbs/93_transfer.ipynb #8cdd70be
+# %% ../nbs/93_transfer.ipynb #25bf7272
 def asked_sentences(differences: pd.DataFrame) -> str:
     "The answers to what was asked beforehand."
     (variant, rival), answers = TRANSFER_PAIRS[0], []
@@ -357,7 +364,7 @@ def read_transfer(tables: Path) -> tuple[pd.DataFrame, pd.DataFrame]:   # the ru
         if lacks: raise UserError(f'{file} has no column {lacks[0]}: remove it and make it again')
     return t, people
 
-# %% ../nbs/93_transfer.ipynb #c6edf13c
+# %% ../nbs/93_transfer.ipynb #c199eb53
 def write_elsewhere(runs: str | Path,        # e.g. runs/synth/tiny
                     tables: str | Path,      # folder of the tables
                     variants: Iterable[str] | None = None,    # None: all that have runs without a tag
@@ -369,7 +376,7 @@ def write_elsewhere(runs: str | Path,        # e.g. runs/synth/tiny
         raise UserError(f'no finished run with weights (best.safetensors) below {runs}: train first')
     c, (t, people) = check_same_test(folders), read_transfer(tables)
     known = set(zip(t.variant, t.weights))
-    new = [f for f in folders if (f.parts[-2], weights_hash(f)) not in known]
+    new = [f for f in folders if (run_key(f)[0], weights_hash(f)) not in known]
     worlds = draw_worlds(c, memory=data_root(c)/'elsewhere'/'pictures.safetensors') if new else None
     for folder in new:
         rows, of_people = ask_run(folder, worlds)

@@ -119,6 +119,16 @@ def runs(tmp_path_factory):
     return home/'runs'/'synth'/'smoke'
 
 
+def test_a_run_tagged_cpu_stands_in_where_there_is_no_other(tmp_path, runs):
+    run = runs/'baseline'/'seed0'
+    for name in ('baseline-cpu/seed0', 'baseline-cpu/seed2', 'baseline/seed0', 'baseline-tau=1/seed3',
+                 'baseline/seed0.old'): shutil.copytree(run, tmp_path/name)
+    found = [f.relative_to(tmp_path).as_posix() for f in transfer.transfer_runs(tmp_path)]
+    assert found == ['baseline/seed0', 'baseline-cpu/seed2']
+    (tmp_path/'baseline'/'seed0'/'best.safetensors').unlink()
+    assert transfer.transfer_runs(tmp_path)[0].parent.name == 'baseline-cpu'
+
+
 def test_a_folder_without_weights_is_refused(tmp_path, runs):
     with pytest.raises(UserError, match='train first'): transfer.write_elsewhere(tmp_path, tmp_path/'t')
     shutil.copytree(runs, tmp_path/'kept')
