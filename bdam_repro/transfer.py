@@ -10,7 +10,7 @@ __all__ = ['CELLS', 'TRANSFER_COLUMNS', 'READER', 'TRANSFER_PAIRS', 'ASKED_CELLS
            'change_from_home', 'seeds_spread', 'transfer_row', 'transfer_differences', 'with_ends', 'levels_table',
            'kept_table', 'asked_sentences', 'transfer_markdown', 'read_transfer', 'write_elsewhere', 'write_transfer']
 
-# %% ../nbs/93_transfer.ipynb #25fc45ed
+# %% ../nbs/93_transfer.ipynb #f879fbd5
 import hashlib
 import zlib
 from collections.abc import Iterable
@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 import bdam_repro
-from .config import VARIANTS, Config, UserError, atomic_path, make_config
+from .config import ROOT, VARIANTS, Config, UserError, atomic_path, make_config
 from .rendering import render
 from .synth import Spec, picture_rows
 from .images import remember
 from .batches import encode_texts, load_tokenizer, trim
-from .run_data import data_root
 from .model import ImageFeatures, Model, TextFeatures
 from .pretrained import from_pretrained
 from .deciding import SMALLEST_EFFECT
@@ -48,7 +47,7 @@ from .ceiling import Heard, agreement, captions_heard, mentioned
 from .elsewhere import (Witness, captions_elsewhere, elsewhere_factors, read_drawn,
                                   render_elsewhere)
 
-# %% ../nbs/93_transfer.ipynb #d6f5583c
+# %% ../nbs/93_transfer.ipynb #38c75ef1
 CELLS = {'home': ('home', 'home'), 'cameras': ('elsewhere', 'home'), 'annotators': ('home', 'elsewhere'),
          'both': ('elsewhere', 'elsewhere')}              # cell -> world of its pictures, of its captions
 
@@ -91,7 +90,7 @@ def draw_worlds(c: Config,            # of the runs
     pids = np.array([row['pid'] for row in rows])
     return TwoWorlds(remember(memory, made_of, draw), texts, pids, pids.repeat(s.captions_per_image))
 
-# %% ../nbs/93_transfer.ipynb #a177b3d5
+# %% ../nbs/93_transfer.ipynb #ffdfa1d3
 @torch.no_grad()
 def world_gallery(model: Model, images: Tensor, batch: int = 256) -> ImageFeatures:
     "Gallery entries, as `embed_images` makes them."
@@ -133,7 +132,7 @@ def model_in_worlds(model: Model, tokenizer, w: TwoWorlds) -> dict[str, dict[str
         return {cell: score_cell(model, q[captions], g[pictures], w.q_pids, w.g_pids)
                 for cell, (pictures, captions) in CELLS.items()}
 
-# %% ../nbs/93_transfer.ipynb #5816bd46
+# %% ../nbs/93_transfer.ipynb #628b1cd6
 @dataclass
 class HeardWitness(Heard, Witness):
     "An annotator elsewhere; the topics that were told are noted."
@@ -149,7 +148,7 @@ def readers(c: Config) -> dict[str, RetrievalResult]:   # world of the captions 
     return {world: metrics_from_scores(agreement(named, truth), asked, pids)
             for world, named in (('home', captions_heard(s)), ('elsewhere', heard))}
 
-# %% ../nbs/93_transfer.ipynb #963cd8be
+# %% ../nbs/93_transfer.ipynb #4e21b057
 TRANSFER_COLUMNS = ['variant', 'seed', 'cell', 'pictures', 'captions', 'score', *METRICS, 'recorded_R1',
                     'weights', 'run_code', 'device', 'code']    # recorded: R-1 in the run's metrics.json
 _PERSON_COLUMNS = ['variant', 'seed', 'weights', 'cell', 'metric']        # and one per person
@@ -189,7 +188,7 @@ def check_same_test(folders: list[Path]) -> Config:
             raise UserError(f'{differ}: name the `variants` to compare')
     return first
 
-# %% ../nbs/93_transfer.ipynb #0ef2f3ee
+# %% ../nbs/93_transfer.ipynb #40fb8cc9
 def by_person(values: np.ndarray, pids: np.ndarray, digits: int = 2) -> list[float]:
     "The mean over the queries of each person, in percent."
     return pd.Series(100*values.astype(float)).groupby(pids).mean().round(digits).tolist()
@@ -224,7 +223,7 @@ def reader_rows(c: Config) -> list[dict[str, Any]]:
         return about | {m: round(v, 4) for m, v in result.summary().items()}
     return [row(world, result) for world, result in readers(c).items()]
 
-# %% ../nbs/93_transfer.ipynb #8fd2c1cb
+# %% ../nbs/93_transfer.ipynb #650e4170
 TRANSFER_PAIRS = [('full', 'baseline_described'),                  # was asked beforehand
                   ('full', 'baseline'), ('bdam', 'baseline')]
 ASKED_CELLS = {'both': 'with other cameras and annotators', 'cameras': 'with other cameras alone'}
@@ -258,7 +257,7 @@ def transfer_row(quantity: str, variant: str, rival: str, cell: str, metric: str
     return dict(quantity=quantity, variant=variant, rival=rival, cell=cell, metric=metric, value=d['diff'],
                 lo=d['lo'], hi=d['hi'], seeds=' '.join(map(str, seeds)), people=e.people, verdict=verdict)
 
-# %% ../nbs/93_transfer.ipynb #6a278f6a
+# %% ../nbs/93_transfer.ipynb #42163a55
 def transfer_differences(people: pd.DataFrame) -> pd.DataFrame:
     "Losses of single models, and the pairs: levels in each cell, and what is kept."
     rows, answers = [], answers_by_cell(people)
@@ -281,7 +280,7 @@ def transfer_differences(people: pd.DataFrame) -> pd.DataFrame:
             rows.append(transfer_row(name, variant, rival, cell, metric, e, d.index))
     return pd.DataFrame(rows)
 
-# %% ../nbs/93_transfer.ipynb #61dd0904
+# %% ../nbs/93_transfer.ipynb #8666a391
 CELL_NAMES = {'home': 'home', 'cameras': 'other cameras', 'annotators': 'other annotators', 'both': 'both'}
 
 def with_ends(r) -> str:   # a row of `transfer_differences`
@@ -321,7 +320,7 @@ def kept_table(differences: pd.DataFrame) -> list[str]:
             lines.append(f'| {name.format(f"`{variant}`", f"`{rival}`")} | {cells} |')
     return lines
 
-# %% ../nbs/93_transfer.ipynb #25bf7272
+# %% ../nbs/93_transfer.ipynb #5ff4cbe3
 def asked_sentences(differences: pd.DataFrame) -> str:
     "The answers to what was asked beforehand."
     (variant, rival), answers = TRANSFER_PAIRS[0], []
@@ -364,10 +363,11 @@ def read_transfer(tables: Path) -> tuple[pd.DataFrame, pd.DataFrame]:   # the ru
         if lacks: raise UserError(f'{file} has no column {lacks[0]}: remove it and make it again')
     return t, people
 
-# %% ../nbs/93_transfer.ipynb #c199eb53
+# %% ../nbs/93_transfer.ipynb #5edc9f78
 def write_elsewhere(runs: str | Path,        # e.g. runs/synth/tiny
                     tables: str | Path,      # folder of the tables
                     variants: Iterable[str] | None = None,    # None: all that have runs without a tag
+                    memory: str | Path = 'data/elsewhere/pictures.safetensors',    # keeps the pictures
                     progress: bool = True    # a line per run
                    ) -> pd.DataFrame:        # of `transfer_differences`
     "Ask the runs that are not in the table yet, and write all tables. Raises `UserError`."
@@ -377,7 +377,7 @@ def write_elsewhere(runs: str | Path,        # e.g. runs/synth/tiny
     c, (t, people) = check_same_test(folders), read_transfer(tables)
     known = set(zip(t.variant, t.weights))
     new = [f for f in folders if (run_key(f)[0], weights_hash(f)) not in known]
-    worlds = draw_worlds(c, memory=data_root(c)/'elsewhere'/'pictures.safetensors') if new else None
+    worlds = draw_worlds(c, memory=ROOT/memory) if new else None
     for folder in new:
         rows, of_people = ask_run(folder, worlds)
         key = rows[0]['variant'], rows[0]['seed']
