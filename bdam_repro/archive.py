@@ -42,7 +42,7 @@ def kept_features(variant: str, tag: str, seed: int) -> tuple[str, ...]:
     return (LATER_SEEDS if seed else FIRST_SEED).get(variant, ())
 
 def keeps_rankings(variant: str, tag: str, seed: int) -> bool:
-    return variant in SHOWN_RANKED and not (tag or seed)
+    return variant in SHOWN_RANKED and tag in ('', ON_CPU) and not seed
 
 def query_results(path: Path,                       # `features.safetensors`
                   features: tuple[str, ...] = (),   # which to keep
