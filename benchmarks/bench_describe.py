@@ -23,7 +23,7 @@ from test_describe import QUICK, SPAWN, _peak, busiest, pictures, serving  # noq
 
 from bdam_repro.answers import read_reply  # noqa: E402
 from bdam_repro.describe import describe  # noqa: E402
-from bdam_repro.lexicon import Policy  # noqa: E402
+from bdam_repro.answers import Policy  # noqa: E402
 from bdam_repro.mllm import first_messages, image_url, judge_answer  # noqa: E402
 
 
