@@ -115,7 +115,7 @@ _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|appa
                       r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap'
                       r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees'
                       r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas'
-                      r'|brogues|espadrilles|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
+                      r'|brogues|espadrilles|bodice|gear|towel|blanket|babushka|headset|cloth|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
     r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
     r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
@@ -172,6 +172,7 @@ class Word:
     noun: bool = False
     adjective: bool = False
     modifier: bool = False     # may stand before a noun
+    silent: bool = False       # left out where the words are told again: "a bag IS slung over …"
 
 # %% ../nbs/20_lexicon.ipynb #91a2a1a6
 _STYLES = ('-sleeve', '-length', '-top', '-fitting', '-toe', '-style')      # "a LONG-SLEEVE shirt"
@@ -223,6 +224,8 @@ def parsed_words(doc) -> list[Word]:
         word.adjective = _is_adjective(word)
         plain = not word.verb and word.low not in POSTURE and word.tag in _MODIFIER_TAGS
         word.modifier = plain or word.adjective
+        if word.low == 'her' and following:
+            word.tag = 'PRP$' if word.modifier and following[0].tag in _NOUN_TAGS | {'JJ', 'CD'} else word.tag
     return words
 
 # %% ../nbs/20_lexicon.ipynb #b8555fb0
@@ -238,13 +241,21 @@ def leads_to_noun(words: list[Word], at: int) -> bool:
         return i > at and (word.noun or (word.modifier and not word.verb))
     return False
 
+def _with_color(words: list[Word], i: int) -> bool:
+    "'a blue WITH white shirt'"
+    if not (is_color(words[i - 1].low) and i + 1 < len(words) and is_color(words[i + 1].low)): return False
+    first = i - 1
+    while first > 0 and words[first].adjective: first -= 1
+    return words[first].low in ('a', 'an') and leads_to_noun(words, i + 1)
+
 def goes_on(words: list[Word], i: int) -> bool:
-    "Whether a comma, *and* or *or* stands between adjectives of one noun."
+    "Whether a comma, *and*, *or* or *with* stands between adjectives of one noun."
+    if words[i].low == 'with': return _with_color(words, i)
     if words[i].low not in LISTS or not (words[i - 1].adjective or words[i - 1].low == ','): return False
     if leads_to_noun(words, i + 1): return True
-    following = words[i + 1:i + 3]
+    following = [word for word in words[i + 1:i + 5] if not is_color(word.low)]       # ", army GREEN shorts"
     if words[i].low != ',' or len(following) < 2: return False
-    return following[0].noun and noun_side(following[1].low) == 'garment'
+    return words[i + 1].noun and following[0] is words[i + 1] and noun_side(following[1].low) == 'garment'
 
 def colors_end(words: list[Word], i: int) -> int:
     "The end of the colors in 'a shirt in RED, WHITE AND BLACK, light shorts'; `i` for none."

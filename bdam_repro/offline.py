@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from .config import UserError
 from .people import VERSION
 from .synth import description_row
 from .hub import MODEL_SHA256, load_parser
-from .words import (AGE_WORDS, AMOUNTS, DETERMINERS, GENDER_OF, HAIRED, HEIGHT_WORDS, PEOPLE_ONLY,
-                              TRAIT_WORDS, set_of)
+from .words import (AGE_WORDS, AMOUNTS, DETERMINERS, GENDER_OF, HAIRED, HEIGHT_WORDS, NOT_WORN,
+                              PEOPLE_ONLY, TAIL_WORDS, TRAIT_WORDS, set_of)
 from .lexicon import (CARRIED, LEXICON, Word, is_color, noun_side, parsed_words, slot_of,
                                 spoken_of)
 from .checks import check_text
@@ -59,12 +60,16 @@ def _plain_words(words: list[Word]) -> list[str]:
         unknown = noun_side(word.low) is None and not word.adjective
         return unknown and word.tag in ('NNP', 'NNPS') and word.text[1:].islower()
     def is_letter(word): return len(word.text) < 3 and word.text.isupper() and word.low != 'a'
-    return [w.text if is_name(w) or is_letter(w) else w.low for w in words]
+    def said(word):
+        if word.low == 'her' and word.tag == 'PRP': return 'them'
+        return word.text if is_name(word) or is_letter(word) else word.low
+    return [said(word) for word in words if not word.silent]
 
 def _joined(words: list[str]) -> str:
     text = re.sub(r"\s+([,.]|'s\b|n't\b)", r'\1', ' '.join(words))
-    text = re.sub(r'\bon (?=under|over|with\b)|(?<! up )\band (?=(?:tied|pulled|cuffed|rolled|tucked)\b)', '',
-                  text)
+    text = re.sub(r'\bon (?=under|over|with\b)', '', text)
+    text = re.sub(r'(?<! up )\band (?=(?:tied|pulled|cuffed|rolled|tucked|dyed)\b)', '', text)
+    text = re.sub(r'(\bhair) and either\b.*', r'\1', text)
     before = None
     while before != text: before, text = text, _LOOSE.sub('', text).strip(' ,-')
     return text
@@ -86,7 +91,7 @@ def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     if many: singular = said[0] == 'all' and is_color(said[1]) and not (plural or noun in _NO_ARTICLE)
     if singular and (article or has_amount or item.known): said = with_article(' '.join(said)).split(' ')
     tail = words[item.tail:item.end] if whole else []
-    if item.tail > phrase.end and not item.said[1]: said.append('with')         # "has stripes"
+    if item.tail != phrase.end and not item.said[1]: said.append('with')        # "has stripes"
     return _joined([_NEUTRAL.get(w, w) for w in said + _plain_words(tail)])
 
 _COUNTED = re.compile(r'ponytail|bun|(?:buzz|crew)-cut|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle'
@@ -113,10 +118,12 @@ def _trait_words(r: CaptionItems, item: Item, whole: bool, ethnicity: bool) -> s
     return _joined(said + tail)
 
 # %% ../nbs/22_offline.ipynb #b70b2173
+_OF_PEOPLE = re.compile(r'\b(?:slender|skinny|tall|petite|young|asian|african|hispanic|caucasian)\b,? ', re.I)
+
 def _pure(item_words, r: CaptionItems, item: Item, other_side: str, *more) -> str:
-    "The words of an item with its tail, else without, else ''."
+    "The words of an item with its tail, else without, else ''. An adjective of people goes first."
     whole, bare = item_words(r, item, True, *more), item_words(r, item, False, *more)
-    tries = (whole, bare, re.sub(r'\b(?:slender|skinny|tall|petite)\b,? ', '', bare))
+    tries = (whole, _OF_PEOPLE.sub('', whole), bare, _OF_PEOPLE.sub('', bare))
     return next((words for words in tries if words and not spoken_of(words, other_side)), '')
 
 class Garment(NamedTuple):
@@ -139,7 +146,7 @@ _AGED = re.compile(r"\bin (?:his|her|their) (?:early |mid |late |mid-)?(?:to lat
                    r'|\b(?:about |around )?\d+ years old\b', re.I)
 _ALL_IN = re.compile(r'\b(?:wear\w*|dressed|clad|in(?= all))(?: up)?(?: in)?(?: all)?(?: in)?'
                      r' ([\w-]+(?: and [\w-]+)?)'
-                     r'(?= *(?:colou?rs?)? *(?:[.,;]|and\b|with\b|is\b|$))', re.I)
+                     r'(?= *(?:colou?rs?)? *(?:[.,;]|and\b|with\b|is\b|s?he\b|while\b|as\b|$))', re.I)
 
 # %% ../nbs/22_offline.ipynb #9abd7529
 def _gender_and_noun(r: CaptionItems) -> tuple[str, str]:
@@ -184,19 +191,26 @@ def read_caption(parsed,                  # a caption that the parser has read
     return Said(gender, noun, _traits_of(r, ethnicity), features, _garments_of(r, parsed.text))
 
 # %% ../nbs/22_offline.ipynb #509edf5d
+def _is_worn_thing(r: CaptionItems, item: Item) -> bool:
+    "Of a word that the lexicon does not know: 'a SARAPE', not 'a SMILE'."
+    phrase, word = item.phrase, r.words[item.phrase.head]
+    named = word.tag in ('NN', 'NNS') and word.low not in NOT_WORN | AMOUNTS and not is_color(word.low)
+    return named and phrase.start < phrase.head and r.low(phrase.start) not in ('any', 'no')
+
 def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
     found, by_item = [], {}
     any_known = any(item.known for item in r.items if item.side == 'garment')
     for item in r.items:
-        if item.side != 'garment' or (any_known and not item.known): continue
+        if item.side != 'garment' or (any_known and not (item.known or _is_worn_thing(r, item))): continue
         words = _pure(_garment_words, r, item, 'identity')
         if not words: continue
         if item.of is not None and id(item.of) in by_item:          # "the shirt has stripes"
             place = by_item[id(item.of)]
             tail = _joined([_NEUTRAL.get(w, w) for w in _plain_words(r.words[item.tail:item.end])])
-            if tail and not spoken_of(tail, 'identity'):
-                joint = 'and' if ' with ' in found[place].words else 'with'
-                found[place] = found[place]._replace(words=f'{found[place].words} {joint} {tail}')
+            if tail and not spoken_of(tail, 'identity') and tail not in found[place].words:
+                joint = ' and' if ' with ' in found[place].words else ' with'
+                if r.words[item.tail].tag == 'VBN' or tail.split(' ')[0] in TAIL_WORDS: joint = ''
+                found[place] = found[place]._replace(words=f'{found[place].words}{joint} {tail}')
             continue
         by_item[id(item)] = len(found)
         found.append(Garment(item.verb, words, r.low(item.phrase.head)))
@@ -205,11 +219,11 @@ def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
     worn = [garment for garment in found if garment.verb == 'wears']
     main = [garment.words for garment in worn if slot_of(garment.noun) in ('upper', 'lower', 'whole')]
     colors = _ALL_IN.search(text)                                   # "dressed all in black"
-    named = colors[1].lower().split(' and ') if colors else []
+    named = [*takewhile(is_color, colors[1].lower().split(' and '))] if colors else []
     said_already = any(' all ' in f' {g.words}' for g in found) or set(named) & set(' '.join(main).split())
     says_all = not worn or (colors and ' all' in colors[0].lower())
-    if named and all(map(is_color, named)) and says_all and not said_already:
-        found.insert(0, Garment('wears', f'all {colors[1].lower()}', 'all'))
+    if named and says_all and not said_already:
+        found.insert(0, Garment('wears', f"all {' and '.join(named)}", 'all'))
     return found
 
 # %% ../nbs/22_offline.ipynb #89badbab

@@ -53,6 +53,14 @@ class CaptionItems:
         self.items.append(self.open)
         return self.open
 
+    def tell(self, at: int):
+        "Stretch the open item over *is*, *is worn*, *is held*, which are not told again."
+        self.words[at].silent = True
+        self.open.end = at + 1
+        if self.low(at + 1) in ('worn', 'carried', 'held', 'seen'):
+            self.words[at + 1].silent = True
+            self.open.end += 1
+
     def gap(self, at: int) -> list[str]:
         "The words between the open item and here."
         return [word.low for word in self.words[self.open.end:at]] if self.open else []
@@ -84,11 +92,12 @@ def _read_person(r: CaptionItems, phrase: Phrase) -> int:
     owner = phrase.end < len(r.words) and r.words[phrase.end].tag == 'POS'
     if owner and r.low(phrase.start) not in DETERMINERS: return phrase.end      # "black men's shoes"
     carried = r.verb in CARRY_VERBS.values()                                    # "carries a child"
-    if carried or (r.people and before in BEFORE_OTHERS):
+    opens = before == ',' and not r.people                  # "Carrying a bag, A WOMAN in a white shirt"
+    if (carried and not opens) or (r.people and before in BEFORE_OTHERS):
         r.close('scene' if r.verb != 'wears' else None)
         r.other, r.others_clause = phrase.end, False
         return phrase.end
-    r.close()
+    r.close('' if carried else None)
     named = (word.low for p in (*r.people, phrase) for word in r.words[p.start:p.end])
     genders = {GENDER_OF[low] for low in named if low in GENDER_OF}
     if before in ('.', ';') and len(genders) > 1: return len(r.words)         # "The girl wears …": not him
@@ -123,13 +132,22 @@ def _read_trait(r: CaptionItems, phrase: Phrase) -> int:
 def _same_garment(r: CaptionItems, phrase: Phrase) -> Item | None:
     "The item that *the shirt* refers back to."
     bare = phrase.start == phrase.head and (
-        r.low(phrase.start - 1) in ('of', 'to') or r.low(phrase.end) == 'has')    # "the center of dress"
+        r.low(phrase.start - 1) in ('of', 'to') or r.low(phrase.end) == 'has'     # "the center of dress"
+        or (r.low(phrase.start - 1) == '.' and _after_be(r, phrase.end)))         # "Dress is covering …"
     owned = r.low(phrase.start) in ('the', 'his', 'her')
     lows = {word.low for word in r.words[phrase.start + owned:phrase.end]}
     if not (bare or owned): return None
     garments = [i for i in reversed(r.items) if i.side == 'garment']
     named = (i for i in garments if lows <= {w.low for w in r.words[i.phrase.start:i.end]})
     return next(named, None)
+
+def _tell_again(r: CaptionItems, same: Item, at: int) -> bool:
+    "'The bag is ON HIS BACK', 'it is TUCKED into her skirt', behind *is*: told with the garment said before."
+    ends = at + 1 >= len(r.words) or r.low(at + 1) in ('view', 'full', 'front')
+    if ends or not (r.low(at) in TAIL_WORDS or r.words[at].tag == 'VBN'): return False
+    item = r.begin('garment', same.verb, same.phrase, of=same)
+    item.tail = item.end = at
+    return True
 
 def _belongs_to_open(r: CaptionItems, phrase: Phrase) -> bool:
     "'a coat OVER A SHIRT', 'a coat OR A CAPE', 'boots WITH HIGH HEELS', 'a skirt that covers HER TIGHTS'."
@@ -160,6 +178,7 @@ def _not_worn(r: CaptionItems, phrase: Phrase) -> bool:
     if heap or r.verb == 'not' or before == 'without' or r.low(phrase.start) == 'no': return True
     lows = {word.low for word in r.words[phrase.start:phrase.head]}
     label, one_of_two = r.low(phrase.end) == ':', lows & {'left', 'right'} and r.low(phrase.head)[-1] != 's'
+    if r.low(phrase.head).endswith('phones'): return False                        # "listens to HEADPHONES"
     return bool(one_of_two or label or (r.verb == 'scene' and before in ELSEWHERE and not lows & _THEIRS))
 
 # %% ../nbs/21_phrases.ipynb #963e6dfc
@@ -193,6 +212,7 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
         noun_follows = end < len(r.words) and r.words[end].noun and not color
         done = at < len(r.words) and r.words[at].tag == 'VBN'           # "… tucked into his jeans"
         opens = r.low(phrase.start - 1) in ('', '.', ';', ',', 'and')
+        if same and opens and _tell_again(r, same, at): return at
         if same and opens and end > at and not (noun_follows or same.said[1] or same.tail > same.phrase.end):
             same.said = (at, end)                                       # "the shirt IS RED", told later
         if not same and not noun_follows and (end > at or done):
@@ -211,8 +231,25 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     return item.end
 
 # %% ../nbs/21_phrases.ipynb #4b9e7a6c
+def _part_of_next(r: CaptionItems, phrase: Phrase) -> int:
+    "'There is A PICTURE on her shirt'. The end of the garment's phrase, 0 where there is none."
+    if r.low(phrase.start - 1) not in ('is', 'are') or r.low(phrase.start - 2) != 'there': return 0
+    at = phrase.end
+    while at < min(len(r.words), phrase.end + 9):
+        of = r.phrases.get(at)
+        if of and of.side == 'garment':
+            same = _same_garment(r, of)
+            item = r.begin('garment', same.verb if same else 'wears', of, of=same)
+            item.tail, item.end = phrase.start, of.start - 1
+            r.close()
+            return of.end
+        if of and of.side not in ('body', 'part') or not (of or r.low(at) in TAIL_WORDS): return 0
+        at = of.end if of else at + 1
+    return 0
+
 def _read_part(r: CaptionItems, phrase: Phrase) -> int:
     item, gap = r.open, r.gap(phrase.start)
+    if end := _part_of_next(r, phrase): return end
     if gap == ['in'] and r.low(phrase.start) in ('color', 'colour'): return phrase.end      # "tan in color"
     bare = phrase.start == phrase.head or r.low(phrase.start) in DETERMINERS
     ended = item and not gap and item.end == item.tail and item.of is None and not item.said[1]
@@ -247,14 +284,19 @@ def _read_body(r: CaptionItems, phrase: Phrase) -> int:
     is_part = item.side == 'garment' and (low in PART_NOUNS or low.endswith('neck'))     # "a round neck"
     joined = 'and' in gap and not gap & TAIL_WORDS
     hangs = bool(gap - {',', 'and'}) and not joined and _hangs_on_open(r, item.end)
-    if (is_part or 'with' not in gap) and (r.clause or is_led or hangs): item.end = phrase.end
+    by_hand = item.verb in CARRY_VERBS.values() and low in ('hand', 'hands', 'arm', 'arms')
+    is_part |= low == 'face' and r.low(item.phrase.head).startswith('watch')
+    if (is_part or by_hand or 'with' not in gap) and (r.clause or is_led or hangs): item.end = phrase.end
     else: r.close()
     return phrase.end
 
 def _read_other(r: CaptionItems, phrase: Phrase) -> int:
     item, gap = r.open, r.gap(phrase.start)
+    if end := _part_of_next(r, phrase): return end
     lows = {word.low for word in r.words[phrase.start:phrase.end]}
-    belongs = item and item.side == 'hair' and gap == ['with'] and r.low(phrase.head) in HAIR_ENDS
+    belongs = item and item.side == 'hair' and (
+        (gap == ['with'] and r.low(phrase.head) in HAIR_ENDS)
+        or (gap == ['in'] and r.low(phrase.head) in ('cut', 'style', 'updo', 'knot', 'fashion')))
     if item and item.side == 'garment' and gap and not {',', 'and'} & set(gap):
         picture = gap == ['with'] and not lows & COMPANY
         held = _hangs_on_open(r, item.end) and _hangs_on_open(r, phrase.start - 1)
@@ -269,8 +311,10 @@ def _read_other(r: CaptionItems, phrase: Phrase) -> int:
     if belongs:
         item.end = phrase.end
         return phrase.end
-    unknown = r.verb == 'wears' and r.low(phrase.start - 1) in WEAR_VERBS
-    if unknown: r.begin('garment', 'wears', phrase, known=False)
+    also = set(gap) <= {',', 'and'} and r.low(phrase.start) in ('a', 'an', 'some')      # "a hat and A SARAPE"
+    also = also and item and item.side == 'garment' and item.verb == 'wears'
+    worn = r.verb == 'wears' and (also or r.low(phrase.start - 1) in WEAR_VERBS)
+    if worn: r.begin('garment', 'wears', phrase, known=False)
     else: r.close()
     return phrase.end
 
@@ -280,6 +324,15 @@ _READ = {'person': _read_person, 'garment': _read_garment, 'part': _read_part, '
 # %% ../nbs/21_phrases.ipynb #5ceba3ab
 _HANGING = set_of('hanging falling flowing reaching going coming')
 _REACHING = set_of('ending reaching falling stopping covering')
+
+def _is_said_of_open(r: CaptionItems, at: int) -> bool:
+    "'a bag IS slung over his arm', 'a watch IS on her wrist': by the parser, the garment is the subject."
+    item = r.open
+    if not item or item.side != 'garment' or r.clause or r.gap(at) or at + 2 >= len(r.words): return False
+    following = r.words[at + 1]
+    told = following.low in TAIL_WORDS or (following.tag == 'VBN' and following.low not in SCENE_VERBS)
+    told &= following.low != 'in' or r.low(at + 2) in _THEIRS                   # not "is in full view"
+    return told and r.words[item.phrase.head].head in (at, at + 1)
 
 def _read_verb(r: CaptionItems, at: int) -> None:
     word, item, gap = r.words[at], r.open, r.gap(at)
@@ -294,7 +347,9 @@ def _read_verb(r: CaptionItems, at: int) -> None:
     elif low in CARRY_VERBS and not (word.tag == 'VBN' and item and item.side == 'garment'):
         r.close('not' if denied else CARRY_VERBS[low])
     elif goes_on and (low in HAVE_VERBS or low in BE_VERBS): item.end = at + 1
+    elif low == 'having' and not gap and item and item.side == 'garment': item.end = at + 1
     elif low in HAVE_VERBS: r.close('has')
+    elif low in BE_VERBS and _is_said_of_open(r, at): r.tell(at)
     elif low in BE_VERBS: r.close('')
     elif not item: r.close('not' if denied else 'scene')
     else:
@@ -317,6 +372,7 @@ def _iscolors_end(r: CaptionItems, at: int) -> bool:
     if r.clause and gap in ([], ['and']) and r.words[at].adjective: return True
     if not is_color(r.low(at)): return False
     follows_color = is_color(r.low(item.end - 1)) and set(gap) <= _SEPARATORS
+    follows_color |= not gap and r.words[item.end - 1].tag == 'JJR'        # "lined in darker GRAY"
     with_it = gap == ['with'] and r.low(at + 1) in TAIL_WORDS              # "with GOLD on the shoulders"
     return follows_color or with_it or gap in (['of'], ['in'], ['in', 'all'])
 
@@ -337,12 +393,31 @@ def _is_said_of_person(r: CaptionItems, at: int) -> bool:
         at = r.words[at].head
     return False
 
+def _read_it(r: CaptionItems, at: int) -> bool:
+    "'IT has a hood', 'IT is red', 'IT is tucked in', of the garment that was said last."
+    last = r.items[-1] if r.items and r.items[-1].side == 'garment' else None
+    if not last or r.low(at - 1) not in ('.', ',', ';', 'and'): return False
+    last, behind = last.of or last, _after_be(r, at + 1)
+    if r.low(at + 1) == 'has':
+        item = r.begin('garment', last.verb, last.phrase, of=last)
+        item.tail = item.end = at + 2
+        return True
+    if not behind: return False
+    end = adjectives_end(r.words, behind)
+    named = {word.low for word in r.words[behind:end] if is_color(word.low)}
+    if named and not last.said[1] and not named & {w.low for w in r.words[last.phrase.start:last.end]}:
+        last.said = (behind, end)
+    elif not _tell_again(r, last, behind): return False
+    return True
+
 def _read_word(r: CaptionItems, at: int) -> None:
     "A word that begins no phrase."
     word, item, gap = r.words[at], r.open, r.gap(at)
     low = word.low
     on_it = low in ('it', 'them') and item and bool(gap) and gap[-1] in _ON_IT
-    if (on_it and item.side == 'garment') or _iscolors_end(r, at): item.end = at + 1
+    in_front = gap == ['of'] and r.low(item.end - 1) == 'front' and word.tag == 'PRP'
+    if ((on_it or in_front) and item.side == 'garment') or _iscolors_end(r, at): item.end = at + 1
+    elif low == 'it' and _read_it(r, at): return
     elif low in ('he', 'she', 'they', 'it', 'there'):
         r.close('')
         r.other, r.others_clause = -1, False
@@ -365,6 +440,9 @@ def read_items(words: list[Word]) -> CaptionItems:
     "All items of a caption, in its order."
     r, at = CaptionItems(words, find_phrases(words), [], [], []), 0
     while at < len(words):
+        if r.open and at < r.open.end:                   # told already
+            at = r.open.end
+            continue
         if words[at].low in ('.', '!', '?', ';', ':'):
             r.close('')
             r.other, r.others_clause = -1, False

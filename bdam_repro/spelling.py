@@ -13,7 +13,8 @@ _WRITTEN = (     # "_" for a blank
     'apair=a_pair waring=wearing caring=carrying whit=white stripped=striped shit=shirt shire=shirt'
     ' pans=pants hoes=shoes genes=jeans scandals=sandals crocks=crocs collard=collared col_er=collar'
     ' cent_er=center out_fit=outfit ear_buds=earbuds re_dish=reddish ca_mi=cami teen_aged=teenaged'
-    ' shoe_son=shoes_on tennis_shows=tennis_shoes back_back=backpack eyeglass_frames=eyeglasses'
+    ' shoe_son=shoes_on tennis_shows=tennis_shoes heals=heels sihrt=shirt so_hes=shoes shies=shoes'
+    ' prse=purse back_back=backpack eyeglass_frames=eyeglasses'
     ' specs=glasses broad_shouldered=broad-shouldered cow_boy=cowboy base_ball=baseball'
     ' sleeve_shift=sleeve_shirt middle_aged=middle-aged see_through=see-through see_thru=see-through'
     ' pair_or=pair_of pair_off=pair_of shirtsleeve=short-sleeve anticked= unknown=')
@@ -32,8 +33,10 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\bone[ -]piece\b', 'one-piece'), (r'\b(low|high|hi)[ -](tops?)\b', r'\1-\2'),
     (r'\bover[ -]sized?\b', 'oversized'), (r'\b(wrist|sweat|arm|head|watch) band(s?)\b', r'\1band\2'),
     (r'\b(an?|open|long|short|white|black|gr[ae]y|blue|red|brown|tan|green|pink) over (coat|shirt)\b',
-     r'\1 over\2'), (r'\b(blue|black|gr[ae]y|denim) (?:years|beans)\b', r'\1 jeans'),
-    (r'\bcol or( ed)?\b', 'color'), (r'\b(?:t|tee)[ -]*sh[io]rt(s?)\b', r't-shirt\1'),
+     r'\1 over\2'), (r'\b(blue|black|gr[ae]y|denim) (?:years|beans|means)\b', r'\1 jeans'),
+    (r'\bcol or( ed)?\b', 'color'), (r'\bcol red\b', 'colored'),
+    (r'\bon there (?=head|hand|arm|back|feet)', 'on their '),
+    (r'\b(?:t|tee)[ -]*sh[io]rt(s?)\b', r't-shirt\1'),
     (r'\bpolo short\b(?! sl)', 'polo shirt'), (r'\b(pony|pig)[ -](?:tail|tale)', r'\1tail'),
     (r'\bhair[ -](style|cut)\b', r'hair\1'), (r'\b(buzz|crew) cut\b', r'\1-cut'),
     (r'\bcap[ -]sleeve', 'cap-sleeve'), (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper|style))', 'flip-flop'),
@@ -55,8 +58,9 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(knee|shoulder|ankle|elbow|waist|calf|thigh|chin|floor|medium)[ -](length|high)\b', r'\1-\2'),
     (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme|khaki|olive|mustard|salmon'
      r'|gr[ae]y)[ -](colou?red|white)\b', r'\1-\2'),
-    (r'\b(long|short)[ -](black|dark|brown|blonde?|gr[ae]y)[ -]haired\b', r'\1-\2-haired'),
-    (r'\b(black|dark|brown|blonde?|long|short|gr[ae]y|light|red|white|fair|curly) haired\b', r'\1-haired'),
+    (r'\b(long|short)[ -](black|dark|brown|blonde?|gr[ae]y|wavy|curly|straight)[ -]haired\b',
+     r'\1-\2-haired'),
+    (r'\b(?!(?:an?|the|is|very|and|with) )(\w+) haired\b', r'\1-haired'),
     (r'\b(form|tight|loose|close) (fitting|fitted)\b', r'\1-\2'), (r'\bmid (calf|thigh)\b', r'mid-\1'),
     (r'\b(washed|worn) out\b(?= \w+)', r'\1-out'),
     (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers|sleeves))', r'\1-up'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GENDER_OF', 'PEOPLE_NOUNS', 'AGE_WORDS', 'HEIGHT_WORDS', 'SHAPE_WORDS', 'TRAIT_WORDS', 'HAIRED', 'WEAR_VERBS',
            'CARRY_VERBS', 'HAVE_VERBS', 'BE_VERBS', 'SCENE_VERBS', 'VERB_OR_NOUN', 'BODY_NOUNS', 'PART_NOUNS', 'LISTS',
-           'TAIL_WORDS', 'OVER_WORDS', 'BEFORE_OTHERS', 'ELSEWHERE', 'COMPANY', 'PEOPLE_ONLY', 'LOOSE_WORDS',
-           'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS', 'POSTURE', 'AMOUNTS', 'DETERMINERS', 'LOOSE_ENDS',
-           'MATERIAL', 'set_of']
+           'TAIL_WORDS', 'OVER_WORDS', 'BEFORE_OTHERS', 'ELSEWHERE', 'NOT_WORN', 'COMPANY', 'PEOPLE_ONLY',
+           'LOOSE_WORDS', 'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS', 'POSTURE', 'AMOUNTS', 'DETERMINERS',
+           'LOOSE_ENDS', 'MATERIAL', 'set_of']
 
 # %% ../nbs/19_words.ipynb #a0a81165
 import re
@@ -73,6 +73,9 @@ TAIL_WORDS = set_of(
 OVER_WORDS = set_of('over under underneath beneath into of inside below above on')       # two garments
 BEFORE_OTHERS = set_of('with to behind by near past and beside of from like at')     # "with another woman"
 ELSEWHERE = set_of('to toward towards at near beside past by behind from for like without')
+NOT_WORN = set_of(
+    'smile grin frown makeup make-up lipstick polish expression look tattoo thing things something item items'
+    ' style mixture variety kind type color colour shape face piece pieces size shade way number combination')
 COMPANY = set_of(
     'friend friends companion dog dogs group baby stroller cart child others car camera bicycle bike')
 PEOPLE_ONLY = set_of(
