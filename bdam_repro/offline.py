@@ -23,13 +23,13 @@ from .config import UserError
 from .people import VERSION
 from .synth import description_row
 from .hub import MODEL_SHA256, load_parser
-from .words import (AGE_WORDS, AMOUNTS, DETERMINERS, GENDER_OF, HAIRED, HEIGHT_WORDS, NOT_WORN,
-                              PEOPLE_ONLY, TAIL_WORDS, TRAIT_WORDS, set_of)
-from .lexicon import (CARRIED, LEXICON, Word, is_color, noun_side, parsed_words, slot_of,
+from .words import (AGE_WORDS, AMOUNTS, CARRIED, DETERMINERS, GARMENT_VERBS, GENDER_OF, HAIRED,
+                              HEIGHT_WORDS, NOT_WORN, PEOPLE_ONLY, TAIL_WORDS, TRAIT_WORDS, set_of)
+from .lexicon import (LEXICON, CaptionItems, Item, Word, is_color, noun_side, parsed_words, slot_of,
                                 spoken_of)
 from .checks import check_text
 from .spelling import mend_spelling
-from .phrases import Item, CaptionItems, read_items
+from .phrases import read_items
 from .journal import Journal, JournalLine, Report, Stamp
 
 # %% ../nbs/22_offline.ipynb #c12ff916
@@ -47,11 +47,11 @@ _LOOSE = re.compile(
     r"(?:[\s,]+(?:and|who|is|are|was|with|has|have|in|on|to reveal|to show|that|which|also|while|a|an"
     r"|the|of|to|at|from|or|as|well|by|for|over|their|his|her|'s|its|both|into|around|some|very|what|be"
     r"|appears|looks|then|through|paired|along|draped|pulled"
-    r"|like|worn|combined|together|\w{4,}ing(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)"
+    r"|like|worn|combined|together|\w{4,}ing(?<!hanging)(?<!showing)(?<!printing)(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)"
     r"(?<!piping)(?<!stitching)(?<!edging)(?<!trimming)))+$|[\s,]+(?:that|which) [\w-]+$", re.I)
 
 def with_article(words: str) -> str:
-    vowel = re.match(r'[aeiou]', words, re.I) and not re.match(r'uni|one|eu', words, re.I)
+    vowel = re.match(r'[aeiou]', words, re.I) and not re.match(r'uni|one|eu|util|us[eu]', words, re.I)
     return f'{"an" if vowel else "a"} {words}'
 
 def _plain_words(words: list[Word]) -> list[str]:
@@ -68,7 +68,7 @@ def _plain_words(words: list[Word]) -> list[str]:
 def _joined(words: list[str]) -> str:
     text = re.sub(r"\s+([,.]|'s\b|n't\b)", r'\1', ' '.join(words))
     text = re.sub(r'\bon (?=under|over|with\b)', '', text)
-    text = re.sub(r'(?<! up )\band (?=(?:tied|pulled|cuffed|rolled|tucked|dyed)\b)', '', text)
+    text = re.sub(r'(?<! up )\band (?=(?:tied|pulled|cuffed|rolled|tucked|dyed|cut)\b)', '', text)
     text = re.sub(r'(\bhair) and either\b.*', r'\1', text)
     before = None
     while before != text: before, text = text, _LOOSE.sub('', text).strip(' ,-')
@@ -92,6 +92,7 @@ def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     if singular and (article or has_amount or item.known): said = with_article(' '.join(said)).split(' ')
     tail = words[item.tail:item.end] if whole else []
     if item.tail != phrase.end and not item.said[1]: said.append('with')        # "has stripes"
+    if tail and tail[0].low in GARMENT_VERBS: said.append('that')               # "his pants REACH his ankles"
     return _joined([_NEUTRAL.get(w, w) for w in said + _plain_words(tail)])
 
 _COUNTED = re.compile(r'ponytail|bun|(?:buzz|crew)-cut|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle'
@@ -107,6 +108,7 @@ def _trait_words(r: CaptionItems, item: Item, whole: bool, ethnicity: bool) -> s
     if item.side == 'hair' and PEOPLE_ONLY & set(said):
         said = [w for w in said if w not in PEOPLE_ONLY and w != ',']
     if not ethnicity: said = [w for w in said if 'skin' not in spoken_of(w, 'identity')]
+    while said and said[0] in (',', 'and', 'possibly', 'probably', 'maybe', 'perhaps'): said.pop(0)
     tail = _plain_words(words[item.tail:item.end]) if whole else []
     if not said or (said == ['hair'] and not (tail or item.said[1])): return ''
     if item.side == 'build': return 'of ' + _joined(said + tail) if len(said) > 1 else ''
@@ -209,12 +211,14 @@ def _garments_of(r: CaptionItems, text: str) -> list[Garment]:
             tail = _joined([_NEUTRAL.get(w, w) for w in _plain_words(r.words[item.tail:item.end])])
             if tail and not spoken_of(tail, 'identity') and tail not in found[place].words:
                 joint = ' and' if ' with ' in found[place].words else ' with'
+                if r.words[item.tail].low in GARMENT_VERBS: joint = ' that'
                 if r.words[item.tail].tag == 'VBN' or tail.split(' ')[0] in TAIL_WORDS: joint = ''
                 found[place] = found[place]._replace(words=f'{found[place].words}{joint} {tail}')
             continue
         by_item[id(item)] = len(found)
         found.append(Garment(item.verb, words, r.low(item.phrase.head)))
-    described = {g.noun for g in found if len(g.words.split()) > 2}        # "her blouse … a white blouse"
+    described = {word for g in found if len(g.words.split()) > 2 for word in g.words.split()}
+    # "her blouse … a white blouse"
     found = [g for g in found if g.noun not in described or len(g.words.split()) > 2 or g.words.endswith('s')]
     worn = [garment for garment in found if garment.verb == 'wears']
     main = [garment.words for garment in worn if slot_of(garment.noun) in ('upper', 'lower', 'whole')]

@@ -14,7 +14,7 @@ _WRITTEN = (     # "_" for a blank
     ' pans=pants hoes=shoes genes=jeans scandals=sandals crocks=crocs collard=collared col_er=collar'
     ' cent_er=center out_fit=outfit ear_buds=earbuds re_dish=reddish ca_mi=cami teen_aged=teenaged'
     ' shoe_son=shoes_on tennis_shows=tennis_shoes heals=heels sihrt=shirt so_hes=shoes shies=shoes'
-    ' prse=purse back_back=backpack eyeglass_frames=eyeglasses'
+    ' prse=purse cloths=clothes back_back=backpack eyeglass_frames=eyeglasses'
     ' specs=glasses broad_shouldered=broad-shouldered cow_boy=cowboy base_ball=baseball'
     ' sleeve_shift=sleeve_shirt middle_aged=middle-aged see_through=see-through see_thru=see-through'
     ' pair_or=pair_of pair_off=pair_of shirtsleeve=short-sleeve anticked= unknown=')
@@ -30,7 +30,9 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'&', ' and '), (r'(?<=[a-z]) ?/ ?(?=[a-z])', ' and '), (r'\b(man|mane|woman) ea ring\b', r'\1 wearing'),
     (r'\b(?:back|knap)[ -]?pack(s?)\b', r'backpack\1'), (r'\bhand bag', 'handbag'),
     (r'\b(?:duffle ?|muffle |duffer )bag', 'duffel bag'), (r'\bcheck(?:er)? ?ed\b', 'checkered'),
-    (r'\bone[ -]piece\b', 'one-piece'), (r'\b(low|high|hi)[ -](tops?)\b', r'\1-\2'),
+    (r'\bone[ -]piece\b', 'one-piece'), (r'(?<=\w)-and (?=\w)', '-and-'), (r'\blongs (?=sleeve)', 'long '),
+    (r'\b(white|black|blue|red|gr[ae]y|green) an (?=white|black|blue|red|gr[ae]y|green)', r'\1 and '),
+    (r'\b(low|high|hi)[ -](tops?)\b', r'\1-\2'),
     (r'\bover[ -]sized?\b', 'oversized'), (r'\b(wrist|sweat|arm|head|watch) band(s?)\b', r'\1band\2'),
     (r'\b(an?|open|long|short|white|black|gr[ae]y|blue|red|brown|tan|green|pink) over (coat|shirt)\b',
      r'\1 over\2'), (r'\b(blue|black|gr[ae]y|denim) (?:years|beans|means)\b', r'\1 jeans'),
@@ -43,7 +45,7 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\bflip[ -]?flop(?:s|ped)?\b(?! (?:sandal|shoe|slip|style))', 'flip-flops'),
     (r"\bcapri(?:'?s| s)?\b(?! (?:pants|shorts|length|jeans|leggings|type|style))", 'capris'),
     (r'\b(eye|sun) glasses\b', r'\1glasses'), (r'\bpanty? hose\b', 'pantyhose'),
-    (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink|jean) short'
+    (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink|jean|patterned|plaid) short'
      r'(?= (?:and|with)\b(?![\w ]{0,20}hair)|[.,](?! ?[\w ]{0,20}hair))', r'\1 shorts'),
     (r'\bmilt[ -]', 'multi-')]]
 
@@ -73,6 +75,7 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(?:just )?(above|below) (knee-length)\b', r'\1-\2'),
     (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag|jeans|shorts|dress|top|skirt|coat|boots)',
      r'\1-looking '), (r'(?<=\ban )above[ -]the[ -]knee\b', 'above-the-knee'),
+    (r'\b(small|slim|thin|medium|average|well) built\b', r'\1-built'),
     (r'\b(above|below|past|over)[ -]the[ -]knees?'
      r'(?= (?:\w+ )?(?:dress|skirt|shorts|pants|boots|socks|jean|length))', r'\1-the-knee')]]
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GENDER_OF', 'PEOPLE_NOUNS', 'AGE_WORDS', 'HEIGHT_WORDS', 'SHAPE_WORDS', 'TRAIT_WORDS', 'HAIRED', 'WEAR_VERBS',
-           'CARRY_VERBS', 'HAVE_VERBS', 'BE_VERBS', 'SCENE_VERBS', 'VERB_OR_NOUN', 'BODY_NOUNS', 'PART_NOUNS', 'LISTS',
-           'TAIL_WORDS', 'OVER_WORDS', 'BEFORE_OTHERS', 'ELSEWHERE', 'NOT_WORN', 'COMPANY', 'PEOPLE_ONLY',
-           'LOOSE_WORDS', 'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS', 'POSTURE', 'AMOUNTS', 'DETERMINERS',
-           'LOOSE_ENDS', 'MATERIAL', 'set_of']
+           'CARRY_VERBS', 'HAVE_VERBS', 'BE_VERBS', 'GARMENT_VERBS', 'SCENE_VERBS', 'CARRIED', 'VERB_OR_NOUN',
+           'BODY_NOUNS', 'PART_NOUNS', 'LISTS', 'TAIL_WORDS', 'OVER_WORDS', 'BEFORE_OTHERS', 'ELSEWHERE', 'NOT_WORN',
+           'COMPANY', 'PEOPLE_ONLY', 'LOOSE_WORDS', 'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS', 'POSTURE',
+           'AMOUNTS', 'DETERMINERS', 'LOOSE_ENDS', 'MATERIAL', 'set_of']
 
 # %% ../nbs/19_words.ipynb #a0a81165
 import re
@@ -27,7 +27,7 @@ HEIGHT_WORDS = set_of('tall taller short shorter')
 SHAPE_WORDS = set_of(
     'thin slim skinny slender heavy heavyset heavy-set heavier large big stocky stout overweight petite fat'
     ' chubby muscular obese plump small lean medium-built average husky broad-shouldered well-built'
-    ' average-sized medium-sized')
+    ' average-sized medium-sized small-built slim-built thin-built')
 TRAIT_WORDS = AGE_WORDS | HEIGHT_WORDS | SHAPE_WORDS
 HAIRED = re.compile(r'(?:[\w-]+-)?haired|bald(?:ing)?|bald-headed|bearded|blonde?|brunette'
                     r'|clean-shaven|unshaven')
@@ -40,10 +40,16 @@ CARRY_VERBS = {form: verb for verb, forms in {
     'pulls': 'pull pulls pulling dragging', 'pushes': 'push pushes pushing'}.items()
     for form in forms.split()}
 HAVE_VERBS, BE_VERBS = set_of('has have had having'), set_of('is are was were be been being appears seems')
+GARMENT_VERBS = set_of(
+    'go goes reach reaches come comes fall falls end ends stop stops hang hangs cover covers extend extends'
+    ' flow flows flare flares match matches')
 SCENE_VERBS = set_of(
     'walk walks walking stand stands standing look looks looking face faces facing talk talks talking run'
     ' runs running ride rides riding cross crossing passing passes heading moving moves goes sit sits'
     ' sitting stepping steps waiting posing using leaning bending swinging turning did does had')
+CARRIED = re.compile(r'(?:hand|book-?)?bags?|backpacks?|packs?|purses?|satchels?|totes?|(?:brief|suit)?cases?'
+                     r'|luggage|(?:ruck|knap)?sacks?|pouch(?:es)?|wallets?|pocketbooks?|umbrellas?'
+                     r'|duffel|messenger')
 VERB_OR_NOUN = set_of(
     'dress running walking looks looking steps runs worn carried held pull push hold cross face walk')
 
@@ -51,7 +57,8 @@ VERB_OR_NOUN = set_of(
 BODY_NOUNS = set_of(
     'hand hands arm arms shoulder shoulders head neck back wrist wrists foot feet leg legs knee knees ankle'
     ' ankles waist chest hip hips ear ears face body finger fingers thumb thumbs thigh thighs calf calves'
-    ' elbow elbows forearm side sides lap torso shin shins middle eye eyes')
+    ' breast breasts armpit armpits pits stomach belly elbow elbows forearm side sides lap'
+    ' torso shin shins middle eye eyes')
 PART_NOUNS = set_of(
     'accent accents band bands beading block blocks border bow bows brim buckle button buttons'
     ' character check checks collar collars color colors colour colours compartment cuff cuffs design'
