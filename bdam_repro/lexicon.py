@@ -241,7 +241,7 @@ def leads_to_noun(words: list[Word], at: int) -> bool:
     return False
 
 def _with_color(words: list[Word], i: int) -> bool:
-    "'a blue WITH white shirt'"
+    "'a blue WITH white shirt', 'a dark TO light blue shirt'"
     if not (is_color(words[i - 1].low) and i + 1 < len(words) and is_color(words[i + 1].low)): return False
     first = i - 1
     while first > 0 and words[first].adjective: first -= 1
@@ -249,7 +249,7 @@ def _with_color(words: list[Word], i: int) -> bool:
 
 def goes_on(words: list[Word], i: int) -> bool:
     "Whether a comma, *and*, *or* or *with* stands between adjectives of one noun."
-    if words[i].low == 'with': return _with_color(words, i)
+    if words[i].low in ('with', 'to'): return _with_color(words, i)
     if words[i].low not in LISTS or not (words[i - 1].adjective or words[i - 1].low == ','): return False
     if leads_to_noun(words, i + 1): return True
     following = [word for word in words[i + 1:i + 5] if not is_color(word.low)]       # ", army GREEN shorts"

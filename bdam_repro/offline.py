@@ -91,8 +91,9 @@ def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:
     if many: singular = said[0] == 'all' and is_color(said[1]) and not (plural or noun in _NO_ARTICLE)
     if singular and (article or has_amount or item.known): said = with_article(' '.join(said)).split(' ')
     tail = words[item.tail:item.end] if whole else []
-    if item.tail != phrase.end and not item.said[1]: said.append('with')        # "has stripes"
-    if tail and tail[0].low in GARMENT_VERBS: said.append('that')               # "his pants REACH his ankles"
+    told = next((word.low for word in tail if not word.silent), '')
+    if item.tail != phrase.end and not (item.said[1] or told in TAIL_WORDS): said.append("with")
+    if told in GARMENT_VERBS: said.append('that')                               # "his pants REACH his ankles"
     return _joined([_NEUTRAL.get(w, w) for w in said + _plain_words(tail)])
 
 _COUNTED = re.compile(r'ponytail|bun|(?:buzz|crew)-cut|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle'

@@ -133,12 +133,26 @@ def _verb_for(r: CaptionItems, low: str, before: str) -> str:
     "What the caption says; else bags are carried, and the rest is worn."
     worn = slot_of(low) in ('upper', 'lower', 'whole', 'shoes', 'outfit')
     ends = (before == 'with' and (worn or not r.open)) or (before == 'in' and worn)
-    if ends and r.verb in CARRY_VERBS.values(): r.verb = ''
+    listed = before == ',' and worn and r.open and slot_of(r.low(r.open.phrase.head)) == 'bag'
+    if (ends or listed) and r.verb in CARRY_VERBS.values(): r.verb = ''       # "carrying a bag, black JEANS"
     if r.verb not in ('', 'has', 'scene', 'not'): return r.verb
     return 'carries' if CARRIED.fullmatch(low) else 'wears'
 
+def _place_before(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'ON HIS BACK is a red bag.': where the place begins, None in other sentences."
+    ends = r.low(phrase.end) in ('.', ',', 'and', '')
+    if r.low(phrase.start - 1) not in ('is', 'are') or not ends: return None
+    places = [p for p in r.phrases.values() if p.end == phrase.start - 1 and p.side == 'body']
+    start = places[0].start - 1 if places else -1
+    return start if r.low(start) in TAIL_WORDS and r.low(start - 1) in ('', '.', ',', 'and') else None
+
 def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     low, before = r.low(phrase.head), r.low(phrase.start - 1)
+    if (place := _place_before(r, phrase)) is not None:
+        item = r.begin('garment', _verb_for(r, low, before), phrase)
+        item.tail, item.end = place, phrase.start - 1
+        r.close()
+        return phrase.end
     at = _after_be(r, phrase.end) if before != 'of' else 0           # not "the lining of her coat is pink"
     same = _same_garment(r, phrase)
     if at:                                               # "his shoes are …"
@@ -191,7 +205,9 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
 # %% ../nbs/21_phrases.ipynb #4b9e7a6c
 def _part_of_next(r: CaptionItems, phrase: Phrase) -> int:
     "'There is A PICTURE on her shirt'. The end of the garment's phrase, 0 where there is none."
-    if r.low(phrase.start - 1) not in ('is', 'are') or r.low(phrase.start - 2) != 'there': return 0
+    there_is = r.low(phrase.start - 1) in ('is', 'are') and r.low(phrase.start - 2) == 'there'
+    apart = phrase.side == 'part' and r.low(phrase.start - 1) in ('.', ';', '') and r.low(phrase.end) == 'on'
+    if not (there_is or apart): return 0                                       # ". LOGO on front of shirt"
     at = phrase.end
     while at < min(len(r.words), phrase.end + 9):
         of = r.phrases.get(at)
@@ -237,12 +253,13 @@ def _read_body(r: CaptionItems, phrase: Phrase) -> int:
     beside = listed and item.side == 'garment' and noun_side(r.low(item.end - 1)) in ('body', 'part')
     is_led = beside or (gap & TAIL_WORDS and gap <= loose and not (',' in gap and 'with' in gap))
     last = r.words[item.end - 1]
-    if not gap: is_led = last.low in TAIL_WORDS or last.tag in ('VBG', 'VBN')
+    if not gap: is_led = last.low in TAIL_WORDS | GARMENT_VERBS or last.tag in ('VBG', 'VBN')
     low = r.low(phrase.head)
     is_part = item.side == 'garment' and (low in PART_NOUNS or low.endswith('neck'))     # "a round neck"
     joined = 'and' in gap and not gap & TAIL_WORDS
     hangs = bool(gap - {',', 'and'}) and not joined and _hangs_on_open(r, item.end)
     by_hand = item.verb in CARRY_VERBS.values() and low in ('hand', 'hands', 'arm', 'arms')
+    is_part |= low == 'shoulders' and not {'broad', 'wide', 'narrow'} & {r.low(phrase.start)}
     is_part |= low == 'face' and r.low(item.phrase.head).startswith('watch')
     if (is_part or by_hand or 'with' not in gap) and (r.clause or is_led or hangs): item.end = phrase.end
     else: r.close()
@@ -300,7 +317,9 @@ def _read_verb(r: CaptionItems, at: int) -> None:
     if to_other and r.others_clause and (low in WEAR_VERBS or low in BE_VERBS or low in CARRY_VERBS): return
     goes_on = r.clause and item and not {',', 'and'} & set(gap)
     if r.clause and gap == ['and'] and item.side == 'garment': goes_on = _hangs_on_open(r, at)
-    if low in WEAR_VERBS and not (low == 'worn' and item):
+    if low in GARMENT_VERBS and gap == ['and'] and item.said[1] and item.side == 'garment':
+        r.words[at - 1].silent, item.end = True, at + 1                    # "are black AND REACH his knees"
+    elif low in WEAR_VERBS and not (low == 'worn' and item):
         r.close('not' if denied else 'wears')
         r.other = -1
     elif low in CARRY_VERBS and not (word.tag == 'VBN' and item and item.side == 'garment'):
