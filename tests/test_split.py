@@ -12,7 +12,8 @@ from bdam_repro.config import UserError
 from bdam_repro.hub import MODEL_FOLDER, load_parser, model_digest
 from bdam_repro.journal import read_journal
 from bdam_repro.lexicon import spoken_of
-from bdam_repro.offline import SPLIT_POLICY, describe_split, mend_spelling, split_caption, split_captions
+from bdam_repro.offline import SPLIT_POLICY, describe_split, split_caption, split_captions
+from bdam_repro.spelling import mend_spelling
 
 CASES = [
     ('A man wears an olive parka, brown corduroys and muddy boots.',
@@ -309,6 +310,24 @@ CASES = [
     ('A man in shorts paired with a lime hoody.',
      'A man.',
      'The person wears shorts and a lime hoody.'),
+    ('A boy in black boots and a cape with a lining in darker green.',
+     'A boy.',
+     'The person wears black boots and a cape with a lining in darker green.'),
+    ('A man, possibly Asian, with short gray hair wears a hat.',
+     'A man with short gray hair.',
+     'The person wears a hat.'),
+    ('A long wavy haired woman in a cape.',
+     'A long-wavy-haired woman.',
+     'The person wears a cape.'),
+    ('Her skirt reaches her ankles. She wears a red belt.',
+     'A woman.',
+     'The person wears a skirt that reaches their ankles and a red belt.'),
+    ('The boy, of small built, wears a plaid short and heals.',
+     'A small-built boy.',
+     'The person wears plaid shorts and heels.'),
+    ('A man in a coat with squared shoulders and a brown utility belt.',
+     'A man.',
+     'The person wears a coat with squared shoulders and a brown utility belt.'),
 ]
 
 
