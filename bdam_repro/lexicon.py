@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .words import (AMOUNTS, CARRIED, BE_VERBS, BODY_NOUNS, CARRY_VERBS, DETERMINERS, GENDER_OF,
-                              HAVE_VERBS, LISTS, LOOSE_ENDS, MATERIAL, PART_NOUNS, PEOPLE_NOUNS, POSTURE,
+from .words import (AMOUNTS, CARRIED, BE_VERBS, BODY_NOUNS, CARRY_VERBS, DETERMINERS, FIT_WORDS,
+                              GENDER_OF, HAVE_VERBS, LISTS, LOOSE_ENDS, MATERIAL, PART_NOUNS, PEOPLE_NOUNS, POSTURE,
                               SCENE_VERBS, TRAIT_WORDS, VERB_OR_NOUN, WEAR_VERBS, set_of)
 
 # %% ../nbs/20_lexicon.ipynb #62e950c0
@@ -120,7 +120,7 @@ _LIKE_A_COLOR = re.compile(
     r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
     r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
     r'|creme|mustard|lime|plain|solid|polka|flowered|denim|leather|plaid|striped|check(?:ed|ered)|floral'
-    r'|printed|patterned|camouflage|dotted|(?:red|blue|green|tan|brown|gr[ae]y|black|white|pink)s')
+    r'|printed|patterned|camo(?:uflage)?|dotted|(?:red|blue|green|tan|brown|gr[ae]y|black|white|pink)s')
 _PIECES = ('upper', 'lower', 'shoes', 'accessory')
 
 @functools.cache
@@ -176,17 +176,14 @@ _STYLES = ('-sleeve', '-length', '-top', '-fitting', '-toe', '-style')      # "a
 @functools.cache
 def is_color(low: str) -> bool: return noun_side(low) == 'color'
 
-_FIT_WORDS = set_of(
-    'snug baggy roomy plain sheer flowing flowy fluorescent stretchy shiny sparkly frilly puffy furry')
-
 def _is_verb(low: str, tag: str) -> bool:
-    if low in _FIT_WORDS or '-' in low: return False
+    if low in FIT_WORDS or '-' in low: return False
     if low in VERB_OR_NOUN: return tag.startswith('VB') or tag == 'MD'
     known = any(low in verbs for verbs in (WEAR_VERBS, CARRY_VERBS, HAVE_VERBS, BE_VERBS, SCENE_VERBS))
     return known or (tag in ('VBZ', 'VBP', 'MD') and noun_side(low) is None)
 
 def _is_noun(word: Word, next_tag: str, listed: bool) -> bool:
-    if word.low in _FIT_WORDS: return False
+    if word.low in FIT_WORDS: return False
     if word.low in ('top', 'polo') and next_tag not in _NOUN_TAGS: return True
     if word.low in _AMBIGUOUS:
         if listed: return False                     # "a TAN and red coat"
@@ -200,7 +197,7 @@ def _is_noun(word: Word, next_tag: str, listed: bool) -> bool:
 
 def _is_adjective(word: Word) -> bool:
     if word.low in POSTURE: return False
-    if word.low in _FIT_WORDS or word.low.endswith(_STYLES): return True
+    if word.low in FIT_WORDS or word.low.endswith(_STYLES): return True
     if is_color(word.low) or word.low in TRAIT_WORDS or word.tag in _ADJECTIVE_TAGS: return True
     if word.verb or word.tag in _NOUN_TAGS: return not (word.verb or word.noun) and '-' in word.low
     return word.tag in ('VBN', 'VBD') or word.low.endswith('ed')
@@ -212,19 +209,25 @@ def parsed_words(doc) -> list[Word]:
         styled = len(following) == 2 and (is_color(following[1].low) or following[1].low.endswith(_STYLES)
                                           or following[1].tag == 'JJ')
         listed = styled and following[0].low in LISTS
-        leads = following and word.low in ('running', 'walking') and noun_side(following[0].low) == 'garment'
+        worn_next = bool(following) and noun_side(following[0].low) == 'garment'
+        leads = worn_next and word.low in ('running', 'walking')
+        before = words[i - 1].low if i else ''
+        doing = word.low in WEAR_VERBS or word.low in CARRY_VERBS or word.low in HAVE_VERBS
+        leads |= worn_next and word.tag == 'VBG' and before in (',', 'a') and not doing  # "a DROOPING coat"
         word.verb = not leads and _is_verb(word.low, word.tag)      # "RUNNING shoes"
         word.noun = _is_noun(word, following[0].tag if following else '', listed)
         of_the = i > 0 and words[i - 1].low in ('the', 'his', 'her') and word.low in ('back', 'bottom')
         word.noun |= of_the and not (following and following[0].tag in _NOUN_TAGS | {'JJ'})
-        word.adjective = _is_adjective(word)
+        word.adjective = _is_adjective(word) or (leads and word.tag == 'VBG' and not word.noun)
+        word.noun |= word.low == 'one' and is_color(before)                # "a red ONE"
         plain = not word.verb and word.low not in POSTURE and word.tag in _MODIFIER_TAGS
         word.modifier = plain or word.adjective
         neck = word.low.endswith('neck') and len(following) > 1 and following[0].low == ','
         if neck and following[1].low.endswith(_STYLES):                      # "a boat neck, long-sleeve top"
             word.noun, word.adjective, word.modifier = False, True, True
         if word.low == 'her' and following:
-            word.tag = 'PRP$' if word.modifier and following[0].tag in _NOUN_TAGS | {'JJ', 'CD'} else word.tag
+            owns = following[0].tag in _NOUN_TAGS | {'JJ', 'CD'} or noun_side(following[0].low)
+            word.tag = 'PRP$' if owns else word.tag
     return words
 
 # %% ../nbs/20_lexicon.ipynb #b8555fb0

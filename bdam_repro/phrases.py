@@ -6,18 +6,15 @@
 __all__ = ['read_items']
 
 # %% ../nbs/21_phrases.ipynb #dad622e4
-from .words import (BEFORE_OTHERS, BE_VERBS, CARRIED, CARRY_VERBS, COMPANY, DETERMINERS, ELSEWHERE,
-                              GARMENT_VERBS, GENDER_OF, HAIRED, HAIR_DONE, HAIR_ENDS, HAVE_VERBS, LISTS,
-                              LOOSE_ENDS, LOOSE_WORDS, NO_ENDS, OF_SCENE, OVER_WORDS, PART_NOUNS,
-                              PEOPLE_ONLY, POSTURE, SCENE_VERBS, TAIL_WORDS, TRAIT_WORDS, WEAR_VERBS,
-                              set_of)
+from .words import (BEFORE_OTHERS, BE_VERBS, CARRIED, CARRY_VERBS, COMPANY, DETERMINERS,
+                              ELSEWHERE, GARMENT_VERBS, GENDER_OF, HAIRED, HAIR_DONE, HAIR_ENDS, HANGING,
+                              HAVE_VERBS, LISTS, LOOSE_ENDS, LOOSE_WORDS, NO_ENDS, OF_SCENE, ON_IT,
+                              OVER_WORDS, PART_NOUNS, PEOPLE_ONLY, POSTURE, REACHING, SCENE_VERBS,
+                              SEPARATORS, TAIL_WORDS, THEIRS, TRAIT_WORDS, WEAR_VERBS, set_of)
 from .lexicon import (CaptionItems, Item, Phrase, Word, adjectives_end, find_phrases,
                                 is_color, noun_side, parsed_words, slot_of)
 
 # %% ../nbs/21_phrases.ipynb #6cb0f02f
-_SEPARATORS = set_of(', and plus also as well then while or')
-_THEIRS, _ON_IT = set_of('his her their'), set_of('on of in over under underneath beneath across')
-
 def _hangs_on_open(r: CaptionItems, at: int) -> bool:
     "By the parser: does the word hang on one of the open item's words, directly or through others?"
     for _ in range(6):
@@ -59,7 +56,7 @@ def _read_trait(r: CaptionItems, phrase: Phrase) -> int:
     lows = [w.low for w in r.words[phrase.start:phrase.head]]
     if phrase.side == 'build' and any(noun_side(low) == 'body' for low in lows): return _read_part(r, phrase)
     if 'no' in lows: return phrase.end
-    if r.other >= 0 and r.low(phrase.start) not in _THEIRS: return phrase.end
+    if r.other >= 0 and r.low(phrase.start) not in THEIRS: return phrase.end
     gap, before = r.gap(phrase.start), r.open.side if r.open else ''
     in_hair = before == phrase.side == 'hair' and gap and not {',', 'and'} & set(gap)    # "in a ponytail"
     if in_hair or (before == phrase.side == 'build' and gap == ['and']):
@@ -110,8 +107,8 @@ def _belongs_to_open(r: CaptionItems, phrase: Phrase) -> bool:
     if gap in (['with'], [',', 'with']) and beneath: return True         # "with A HOODIE underneath"
     covered = r.low(r.open.end - 1) in ('covered', 'layered', 'lined', 'trimmed')
     if covered and gap in (['with'], ['by']): return True
-    if gap == ['or'] or (gap[-1] in OVER_WORDS | {'from'} and gap[0] not in _SEPARATORS): return True
-    return r.clause and gap[-1] not in _SEPARATORS and gap[-1] != 'with'
+    if gap == ['or'] or (gap[-1] in OVER_WORDS | {'from'} and gap[0] not in SEPARATORS): return True
+    return r.clause and gap[-1] not in SEPARATORS and gap[-1] != 'with'
 
 def _not_worn(r: CaptionItems, phrase: Phrase) -> bool:
     "Of somebody else, elsewhere, or denied."
@@ -126,7 +123,7 @@ def _not_worn(r: CaptionItems, phrase: Phrase) -> bool:
     lows = {word.low for word in r.words[phrase.start:phrase.head]}
     label, one_of_two = r.low(phrase.end) == ':', lows & {'left', 'right'} and r.low(phrase.head)[-1] != 's'
     if r.low(phrase.head).endswith('phones'): return False                        # "listens to HEADPHONES"
-    return bool(one_of_two or label or (r.verb == 'scene' and before in ELSEWHERE and not lows & _THEIRS))
+    return bool(one_of_two or label or (r.verb == 'scene' and before in ELSEWHERE and not lows & THEIRS))
 
 # %% ../nbs/21_phrases.ipynb #963e6dfc
 def _verb_for(r: CaptionItems, low: str, before: str) -> str:
@@ -142,12 +139,15 @@ def _place_before(r: CaptionItems, phrase: Phrase) -> int | None:
     "'ON HIS BACK is a red bag.': where the place begins, None in other sentences."
     ends = r.low(phrase.end) in ('.', ',', 'and', '')
     if r.low(phrase.start - 1) not in ('is', 'are') or not ends: return None
-    places = [p for p in r.phrases.values() if p.end == phrase.start - 1 and p.side == 'body']
+    places = [p for p in r.phrases.values() if p.end == phrase.start - 1 and p.side in ('body', 'garment')]
     start = places[0].start - 1 if places else -1
     return start if r.low(start) in TAIL_WORDS and r.low(start - 1) in ('', '.', ',', 'and') else None
 
 def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     low, before = r.low(phrase.head), r.low(phrase.start - 1)
+    if r.open and r.open.of and r.open.end == r.open.tail and before in ('has', 'have'):
+        r.open.end = phrase.end                                         # "the dress has A RIBBON"
+        return phrase.end
     if (place := _place_before(r, phrase)) is not None:
         item = r.begin('garment', _verb_for(r, low, before), phrase)
         item.tail, item.end = place, phrase.start - 1
@@ -176,11 +176,14 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
         if same and opens and _tell_again(r, same, at): return at
         if same and opens and end > at and not (noun_follows or same.said[1] or same.tail > same.phrase.end):
             same.said = (at, end)                                       # "the shirt IS RED", told later
+        both = r.open and r.gap(phrase.start) == ['and'] and phrase.start == phrase.head and end > at
+        if both and r.low(r.open.phrase.start) in THEIRS and r.open.end == r.open.phrase.end:
+            r.open.said = (at, end)                                     # "his VEST and shoes are black"
         if not same and not noun_follows and (end > at or done):
             item = r.begin('garment', 'carries' if CARRIED.fullmatch(low) else 'wears', phrase)
             item.said, item.end, item.tail = (at, end), end, end
             return end + bool(color)
-    end = adjectives_end(r.words, phrase.end) if r.low(phrase.start) in _THEIRS and not (at or same) else 0
+    end = adjectives_end(r.words, phrase.end) if r.low(phrase.start) in THEIRS and not (at or same) else 0
     if end > phrase.end and is_color(r.low(end - 1)) and r.low(end) in (',', '.', '', 'with', 'and'):
         item = r.begin('garment', 'wears', phrase)                              # "…, his shoes BLACK"
         item.said, item.end, item.tail = (phrase.end, end), end, end
@@ -225,6 +228,8 @@ def _read_part(r: CaptionItems, phrase: Phrase) -> int:
     item, gap = r.open, r.gap(phrase.start)
     if end := _part_of_next(r, phrase): return end
     if gap == ['in'] and r.low(phrase.start) in ('color', 'colour'): return phrase.end      # "tan in color"
+    if r.low(phrase.head) == 'number' and r.words[min(phrase.end, len(r.words) - 1)].tag == 'CD':
+        phrase = phrase._replace(end=phrase.end + 1)                                        # "the number 8"
     bare = phrase.start == phrase.head or r.low(phrase.start) in DETERMINERS
     ended = item and not gap and item.end == item.tail and item.of is None and not item.said[1]
     if ended and item.side == 'garment' and not bare:
@@ -232,7 +237,7 @@ def _read_part(r: CaptionItems, phrase: Phrase) -> int:
     elif r.low(phrase.head) in ('picture', 'image') and r.low(phrase.start) == 'the': r.close()
     elif item and item.side == 'garment':
         first = item.end
-        leading = TAIL_WORDS | _SEPARATORS | DETERMINERS
+        leading = TAIL_WORDS | SEPARATORS | DETERMINERS
         listed = all(w in leading or is_color(w) or _hangs_on_open(r, first + n) for n, w in enumerate(gap))
         if listed or r.clause: item.end = phrase.end
         else: r.close()
@@ -247,7 +252,7 @@ def _read_body(r: CaptionItems, phrase: Phrase) -> int:
     if not item or item.side not in ('garment', 'hair'):
         r.close()
         return phrase.end
-    loose = TAIL_WORDS | POSTURE | _THEIRS | LOOSE_WORDS
+    loose = TAIL_WORDS | POSTURE | THEIRS | LOOSE_WORDS
     more = r.low(phrase.end) in LISTS and noun_side(r.low(phrase.end + 2 - (r.low(phrase.end + 1) != 'and')))
     listed = gap == {'and'} or (gap == {','} and more in ('body', 'part'))     # "on the neck, BACK and cuffs"
     beside = listed and item.side == 'garment' and noun_side(r.low(item.end - 1)) in ('body', 'part')
@@ -259,6 +264,7 @@ def _read_body(r: CaptionItems, phrase: Phrase) -> int:
     joined = 'and' in gap and not gap & TAIL_WORDS
     hangs = bool(gap - {',', 'and'}) and not joined and _hangs_on_open(r, item.end)
     by_hand = item.verb in CARRY_VERBS.values() and low in ('hand', 'hands', 'arm', 'arms')
+    is_part |= any(is_color(word.low) for word in r.words[phrase.start:phrase.head])     # "with black arms"
     is_part |= low == 'shoulders' and not {'broad', 'wide', 'narrow'} & {r.low(phrase.start)}
     is_part |= low == 'face' and r.low(item.phrase.head).startswith('watch')
     if (is_part or by_hand or 'with' not in gap) and (r.clause or is_led or hangs): item.end = phrase.end
@@ -286,6 +292,8 @@ def _read_other(r: CaptionItems, phrase: Phrase) -> int:
     if belongs:
         item.end = phrase.end
         return phrase.end
+    if r.low(phrase.head) == 'one' and item and item.side == 'garment' and not bare:
+        return r.begin('garment', item.verb, phrase).end                                    # "a red ONE"
     also = set(gap) <= {',', 'and'} and r.low(phrase.start) in ('a', 'an', 'some')      # "a hat and A SARAPE"
     also = also and item and item.side == 'garment' and item.verb == 'wears'
     worn = r.verb == 'wears' and (also or r.low(phrase.start - 1) in WEAR_VERBS)
@@ -297,16 +305,13 @@ _READ = {'person': _read_person, 'garment': _read_garment, 'part': _read_part, '
          'other': _read_other} | dict.fromkeys(('hair', 'glasses', 'build', 'skin'), _read_trait)
 
 # %% ../nbs/21_phrases.ipynb #5ceba3ab
-_HANGING = set_of('hanging falling flowing reaching going coming')
-_REACHING = set_of('ending reaching falling stopping covering')
-
 def _is_said_of_open(r: CaptionItems, at: int) -> bool:
     "'a bag IS slung over his arm', 'a watch IS on her wrist': by the parser, the garment is the subject."
     item = r.open
     if not item or item.side != 'garment' or r.clause or r.gap(at) or at + 2 >= len(r.words): return False
     following = r.words[at + 1]
     told = following.low in TAIL_WORDS or (following.tag == 'VBN' and following.low not in SCENE_VERBS)
-    told &= following.low != 'in' or r.low(at + 2) in _THEIRS                   # not "is in full view"
+    told &= following.low != 'in' or r.low(at + 2) in THEIRS                   # not "is in full view"
     return told and r.words[item.phrase.head].head in (at, at + 1)
 
 def _read_verb(r: CaptionItems, at: int) -> None:
@@ -332,11 +337,11 @@ def _read_verb(r: CaptionItems, at: int) -> None:
     elif low in BE_VERBS: r.close('')
     elif not item: r.close('not' if denied else 'scene')
     else:
-        hair_falls = item.side == 'hair' and low in _HANGING and not gap
+        hair_falls = item.side == 'hair' and low in HANGING and not gap
         belongs = low in HAIR_DONE if item.side == 'hair' else not gap or _hangs_on_open(r, at)
         done = word.tag in ('VBN', 'VBD') and belongs
-        ends = gap == [','] and low in _REACHING                               # "a coat, ENDING at the waist"
-        hangs = low not in SCENE_VERBS and (not gap or ends) and (low in _REACHING or _hangs_on_open(r, at))
+        ends = gap == [','] and low in REACHING                               # "a coat, ENDING at the waist"
+        hangs = low not in SCENE_VERBS and (not gap or ends) and (low in REACHING or _hangs_on_open(r, at))
         last = r.low(item.end - 1)
         down = last in ('strap', 'straps', 'stripes') or (low == 'hanging' and CARRIED.fullmatch(last))
         doing = (word.tag == 'VBG' and hangs) or (down and not gap and low.endswith('ing'))
@@ -350,7 +355,7 @@ def _iscolors_end(r: CaptionItems, at: int) -> bool:
     if not item or item.side != 'garment' or at in r.phrases: return False
     if r.clause and gap in ([], ['and']) and r.words[at].adjective: return True
     if not is_color(r.low(at)): return False
-    follows_color = is_color(r.low(item.end - 1)) and set(gap) <= _SEPARATORS
+    follows_color = is_color(r.low(item.end - 1)) and set(gap) <= SEPARATORS
     follows_color |= not gap and r.words[item.end - 1].tag == 'JJR'        # "lined in darker GRAY"
     with_it = gap == ['with'] and r.low(at + 1) in TAIL_WORDS              # "with GOLD on the shoulders"
     return follows_color or with_it or gap in (['of'], ['in'], ['in', 'all'])
@@ -393,7 +398,7 @@ def _read_word(r: CaptionItems, at: int) -> None:
     "A word that begins no phrase."
     word, item, gap = r.words[at], r.open, r.gap(at)
     low = word.low
-    on_it = low in ('it', 'them') and item and bool(gap) and gap[-1] in _ON_IT
+    on_it = low in ('it', 'them') and item and bool(gap) and gap[-1] in ON_IT
     in_front = gap == ['behind'] or (gap == ['of'] and r.low(item.end - 1) == 'front')
     in_front = in_front and word.tag == 'PRP'
     if ((on_it or in_front) and item.side == 'garment') or _iscolors_end(r, at): item.end = at + 1
@@ -412,7 +417,7 @@ def _read_word(r: CaptionItems, at: int) -> None:
         r.traits.append(low)
     elif word.verb or word.tag.startswith('VB') or word.tag == 'MD':
         if low not in ('including', 'plus'): _read_verb(r, at)
-    elif low in ('left', 'right') and item and item.side == 'garment' and set(gap) & _THEIRS:
+    elif low in ('left', 'right') and item and item.side == 'garment' and set(gap) & THEIRS:
         if (gap[:-1] == ['on'] and not word.modifier) or r.low(at + 1) not in r.phrases: item.end = at + 1
     elif low in POSTURE or (low in OVER_WORDS and at + 1 in r.phrases): return
     elif item and item.side in ('garment', 'hair') and not {',', 'and'} & set(gap):

@@ -14,7 +14,7 @@ _WRITTEN = (     # "_" for a blank
     ' pans=pants hoes=shoes genes=jeans scandals=sandals crocks=crocs collard=collared col_er=collar'
     ' cent_er=center out_fit=outfit ear_buds=earbuds re_dish=reddish ca_mi=cami teen_aged=teenaged'
     ' shoe_son=shoes_on tennis_shows=tennis_shoes heals=heels sihrt=shirt so_hes=shoes shies=shoes'
-    ' prse=purse cloths=clothes back_back=backpack eyeglass_frames=eyeglasses'
+    ' ca_mo=camo prse=purse cloths=clothes back_back=backpack eyeglass_frames=eyeglasses'
     ' specs=glasses broad_shouldered=broad-shouldered cow_boy=cowboy base_ball=baseball'
     ' sleeve_shift=sleeve_shirt middle_aged=middle-aged see_through=see-through see_thru=see-through'
     ' pair_or=pair_of pair_off=pair_of shirtsleeve=short-sleeve anticked= unknown=')

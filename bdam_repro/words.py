@@ -6,8 +6,9 @@
 __all__ = ['GENDER_OF', 'PEOPLE_NOUNS', 'AGE_WORDS', 'HEIGHT_WORDS', 'SHAPE_WORDS', 'TRAIT_WORDS', 'HAIRED', 'WEAR_VERBS',
            'CARRY_VERBS', 'HAVE_VERBS', 'BE_VERBS', 'GARMENT_VERBS', 'SCENE_VERBS', 'CARRIED', 'VERB_OR_NOUN',
            'BODY_NOUNS', 'PART_NOUNS', 'LISTS', 'TAIL_WORDS', 'OVER_WORDS', 'BEFORE_OTHERS', 'ELSEWHERE', 'NOT_WORN',
-           'COMPANY', 'PEOPLE_ONLY', 'LOOSE_WORDS', 'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS', 'POSTURE',
-           'AMOUNTS', 'DETERMINERS', 'LOOSE_ENDS', 'MATERIAL', 'set_of']
+           'SEPARATORS', 'THEIRS', 'ON_IT', 'HANGING', 'REACHING', 'FIT_WORDS', 'COMPANY', 'PEOPLE_ONLY', 'LOOSE_WORDS',
+           'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS', 'POSTURE', 'AMOUNTS', 'DETERMINERS', 'LOOSE_ENDS',
+           'MATERIAL', 'set_of']
 
 # %% ../nbs/19_words.ipynb #a0a81165
 import re
@@ -22,7 +23,7 @@ PEOPLE_NOUNS = set_of(
     'person individual pedestrian adult someone child kid teen teenager toddler baby youth subject student'
     ' people') | GENDER_OF.keys()
 AGE_WORDS = set_of(
-    'young younger old older elderly middle-aged adult teenage teenaged little youthful senior')
+    'young younger old older elderly middle-aged mid-aged adult teenage teenaged little youthful senior')
 HEIGHT_WORDS = set_of('tall taller short shorter')
 SHAPE_WORDS = set_of(
     'thin slim skinny slender heavy heavyset heavy-set heavier large big stocky stout overweight petite fat'
@@ -37,12 +38,12 @@ WEAR_VERBS = set_of('wear wears wearing wore worn dressed clad sporting dons don
 CARRY_VERBS = {form: verb for verb, forms in {
     'carries': 'carry carries carrying carried toting totes',
     'holds': 'hold holds holding held clutching grasping',
-    'pulls': 'pull pulls pulling dragging', 'pushes': 'push pushes pushing'}.items()
+    'pulls': 'pull pulls pulling dragging rolling wheeling', 'pushes': 'push pushes pushing'}.items()
     for form in forms.split()}
 HAVE_VERBS, BE_VERBS = set_of('has have had having'), set_of('is are was were be been being appears seems')
 GARMENT_VERBS = set_of(
-    'go goes reach reaches come comes fall falls end ends stop stops hang hangs cover covers extend extends'
-    ' flow flows flare flares match matches')
+    'go goes reach reaches come comes fall falls end ends stop stops hang hangs hits sits cover covers'
+    ' extend extends flow flows flare flares match matches')
 SCENE_VERBS = set_of(
     'walk walks walking stand stands standing look looks looking face faces facing talk talks talking run'
     ' runs running ride rides riding cross crossing passing passes heading moving moves goes sit sits'
@@ -57,7 +58,7 @@ VERB_OR_NOUN = set_of(
 BODY_NOUNS = set_of(
     'hand hands arm arms shoulder shoulders head neck back wrist wrists foot feet leg legs knee knees ankle'
     ' ankles waist chest hip hips ear ears face body finger fingers thumb thumbs thigh thighs calf calves'
-    ' breast breasts armpit armpits pits stomach belly elbow elbows forearm side sides lap'
+    ' buttocks breast breasts armpit armpits pits stomach belly elbow elbows forearm side sides lap'
     ' torso shin shins middle eye eyes')
 PART_NOUNS = set_of(
     'accent accents band bands beading block blocks border bow bows brim buckle button buttons'
@@ -69,8 +70,8 @@ PART_NOUNS = set_of(
     ' panels part parts patch patches pattern patterns picture piping pleats pocket pockets print'
     ' printing prints quilting ribbing ruffle ruffles seam seams section shade shades shapes sleeve'
     ' sleeves slit sole soles spot spots squares stain stains star stars stitching strap straps strip'
-    ' stripe stripes striping strips swirls symbol tag tassel tassels text tint toe toes trim trimming'
-    ' trimmings wheels word words writing yoke zip zipper zippers') | {'bottom', 'top'}
+    ' stripe stripes striping strips swirls symbol waistline elastic tag tassel tassels text tint'
+    ' toe toes trim trimming trimmings wheels word words writing yoke zip zipper zippers') | {'bottom', 'top'}
 
 # %% ../nbs/19_words.ipynb #115ddcc2
 LISTS = (',', 'and', 'or')
@@ -83,6 +84,13 @@ ELSEWHERE = set_of('to toward towards at near beside past by behind from for lik
 NOT_WORN = set_of(
     'smile grin frown makeup make-up lipstick polish expression look tattoo thing things something item items'
     ' style mixture variety kind type color colour shape face piece pieces size shade way number combination')
+SEPARATORS = set_of(', and plus also as well then while or')
+THEIRS, ON_IT = set_of('his her their'), set_of('on of in around over under underneath beneath across')
+HANGING = set_of('hanging falling flowing reaching going coming')
+REACHING = set_of('ending reaching falling stopping covering')
+FIT_WORDS = set_of(
+    'strapless backless snug baggy roomy plain sheer flowing flowy fluorescent stretchy shiny sparkly frilly'
+    ' puffy furry')
 COMPANY = set_of(
     'friend friends companion dog dogs group baby stroller cart child others car camera bicycle bike')
 PEOPLE_ONLY = set_of(
@@ -95,7 +103,7 @@ HAIR_DONE = set_of(
     ' cropped tucked draped curled dyed colored left piled wrapped split set brushed drawn twisted')
 NO_ENDS = set_of('also on away forward together as well too not')
 POSTURE = set_of('bent raised crossed extended lifted including held')
-AMOUNTS = set_of('pair pairs set type kind sort style lot couple bunch number combination stack')
+AMOUNTS = set_of('pair pairs set type kind sort style lot couple bunch piece pieces number combination stack')
 DETERMINERS = set_of(
     'a an the his her their its this that these those some both another each all one two three several')
 LOOSE_ENDS = set_of(
