@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .words import (AMOUNTS, CARRIED, BE_VERBS, BODY_NOUNS, CARRY_VERBS, DETERMINERS, FIT_WORDS,
-                              GENDER_OF, HAVE_VERBS, LISTS, LOOSE_ENDS, MATERIAL, PART_NOUNS, PEOPLE_NOUNS, POSTURE,
-                              SCENE_VERBS, TRAIT_WORDS, VERB_OR_NOUN, WEAR_VERBS, set_of)
+                              GENDER_OF, HAVE_VERBS, LISTS, LOOSE_ENDS, MATERIAL, PART_NOUNS, PEOPLE_NOUNS,
+                              POSTURE, SCENE_VERBS, TRAIT_WORDS, VERB_OR_NOUN, WEAR_VERBS, set_of)
 
 # %% ../nbs/20_lexicon.ipynb #62e950c0
 _BODY = (r'(?:build|built|figure|frame|body|physique|stature|person|individual|adult|man|woman|male'
@@ -115,7 +115,7 @@ _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|appa
                       r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap'
                       r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees'
                       r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas'
-                      r'|brogues|espadrilles|bodice|gear|towel|blanket|babushka|headset|cloth|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
+                      r'|brogues|espadrilles|bodice|gear|panties|carry-on|towel|blanket|babushka|headset|cloth|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
     r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
     r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
@@ -189,7 +189,7 @@ def _is_noun(word: Word, next_tag: str, listed: bool) -> bool:
         if listed: return False                     # "a TAN and red coat"
         as_noun = word.tag in _NOUN_TAGS or word.tag in ('VBP', 'VB', 'VBZ')
         return as_noun and next_tag not in ('RB', 'JJ', 'VBN')
-    buttons = word.low.endswith(('-up', '-down')) and next_tag in ('JJ', ',', *_NOUN_TAGS)
+    buttons = word.low.endswith(('-up', '-down')) and next_tag in ('JJ', 'VBN', ',', *_NOUN_TAGS)
     if word.low in LOOSE_ENDS or word.low.endswith(_STYLES) or buttons: return False
     side = noun_side(word.low)
     if side and side != 'color': return not word.verb

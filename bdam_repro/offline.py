@@ -146,7 +146,8 @@ _PRONOUNS = {'he': 'man', 'his': 'man', 'him': 'man', 'himself': 'man',
              'she': 'woman', 'her': 'woman', 'hers': 'woman', 'herself': 'woman'}
 _AGED = re.compile(r"\bin (?:his|her|their) (?:early |mid |late |mid-)?(?:to late |to mid )?"
                    r"(?:\w+ties|\d0'?s|teens)"
-                   r'|\b(?:about |around )?\d+ years old\b', re.I)
+                   r'|\b(?:about |around )?(?:\w+ (?:to|or) )?(?:\d+|five|six|seven|eight|nine|ten|twelve)'
+                   r' years old\b', re.I)
 _ALL_IN = re.compile(r'\b(?:wear\w*|dressed|clad|in(?= all))(?: up)?(?: in)?(?: all)?(?: in)?'
                      r' ([\w-]+(?: and [\w-]+)?)'
                      r'(?= *(?:colou?rs?)? *(?:[.,;]|and\b|with\b|is\b|s?he\b|while\b|as\b|$))', re.I)

@@ -119,7 +119,7 @@ def _not_worn(r: CaptionItems, phrase: Phrase) -> bool:
         return True
     heap = before == 'of' and r.words[phrase.start - 2].noun \
         and noun_side(r.low(phrase.start - 2)) not in ('body', 'part', 'garment')      # "a rack of coats"
-    if heap or r.verb == 'not' or before == 'without' or r.low(phrase.start) == 'no': return True
+    if heap or r.verb == 'not' or before == 'without' or r.low(phrase.start) in ('no', 'any'): return True
     lows = {word.low for word in r.words[phrase.start:phrase.head]}
     label, one_of_two = r.low(phrase.end) == ':', lows & {'left', 'right'} and r.low(phrase.head)[-1] != 's'
     if r.low(phrase.head).endswith('phones'): return False                        # "listens to HEADPHONES"
@@ -371,7 +371,7 @@ def _is_of_thing(r: CaptionItems, at: int) -> bool:
 
 def _is_said_of_person(r: CaptionItems, at: int) -> bool:
     "'is TALL and SLIM', 'a man, TALL': by the parser, the adjective hangs on *is* or on the person."
-    if r.low(at) not in TRAIT_WORDS or _is_of_thing(r, at): return False
+    if r.low(at) not in TRAIT_WORDS or _is_of_thing(r, at) or r.low(at - 1) == 'years': return False
     for _ in range(3):
         if r.low(at) in BE_VERBS or any(p.start <= at < p.end for p in r.people): return True
         at = r.words[at].head

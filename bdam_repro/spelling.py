@@ -38,6 +38,7 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
      r'\1 over\2'), (r'\b(blue|black|gr[ae]y|denim) (?:years|beans|means)\b', r'\1 jeans'),
     (r'\bcol or( ed)?\b', 'color'), (r'\bcol red\b', 'colored'),
     (r'\bon there (?=head|hand|arm|back|feet)', 'on their '),
+    (r'\b(white|black|blue|red|gr[ae]y|green) the (?=shirt)', r'\1 tee '),
     (r'\b(?:t|tee)[ -]*sh[io]rt(s?)\b', r't-shirt\1'),
     (r'\bpolo short\b(?! sl)', 'polo shirt'), (r'\b(pony|pig)[ -](?:tail|tale)', r'\1tail'),
     (r'\bhair[ -](style|cut|line)\b', r'hair\1'),
@@ -49,7 +50,8 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\b(eye|sun) glasses\b', r'\1glasses'), (r'\bpanty? hose\b', 'pantyhose'),
     (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink|jean|patterned|plaid) short'
      r'(?= (?:and|with)\b(?![\w ]{0,20}hair)|[.,](?! ?[\w ]{0,20}hair))', r'\1 shorts'),
-    (r'\bmilt[ -]', 'multi-')]]
+    (r'\bmilt[ -]', 'multi-'), (r'\bunder armou?r\b', 'Under-Armour'),
+    (r"(?<=[a-z])(?-i: S )(?=[a-z])", "'s ")]]
 
 # %% ../nbs/20_spelling.ipynb #6196172f
 _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [

@@ -50,9 +50,9 @@ SCENE_VERBS = set_of(
     ' sitting stepping steps waiting posing using leaning bending swinging turning did does had')
 CARRIED = re.compile(r'(?:hand|book-?)?bags?|backpacks?|packs?|purses?|satchels?|totes?|(?:brief|suit)?cases?'
                      r'|luggage|(?:ruck|knap)?sacks?|pouch(?:es)?|wallets?|pocketbooks?|umbrellas?'
-                     r'|duffel|messenger')
+                     r'|duffel|messenger|carry-on')
 VERB_OR_NOUN = set_of(
-    'dress running walking looks looking steps runs worn carried held pull push hold cross face walk')
+    'faces dress running walking looks looking steps runs worn carried held pull push hold cross face walk')
 
 # %% ../nbs/19_words.ipynb #46637b51
 BODY_NOUNS = set_of(
