@@ -117,9 +117,10 @@ TABLE = {
     'a picture cut': (lambda w: [p.write_bytes(p.read_bytes()[:99])
                                  for p in (w/'data/CUHK-PEDES/imgs').rglob('*.jpg')], training,
                                      'not a readable'),
-    'no captions for training': (lambda w: edit(w, lambda rows: [r.update(captions=[]) for r in rows
-                                                                 if r['split'] == 'train']), training,
-                                 "the split 'train' has pictures but no captions, so there is nothing"),
+    'no captions for training': (lambda w: [edit(w, lambda rows: [
+        row.update(captions=[]) for row in rows if row['split'] == 'train']),
+        (w/'data/CUHK-PEDES/descriptions.jsonl').unlink()], training,
+        "the split 'train' has pictures but no captions, so there is nothing"),
     # descriptions
     'a line cut': (said('descriptions.jsonl', '{"image": 3}\n{"ima'), cuhk, 'descriptions.jsonl'),
     'a line that is a list': (described([1, 2]), cuhk, 'descriptions.jsonl'),
