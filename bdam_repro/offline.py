@@ -47,7 +47,8 @@ _LOOSE = re.compile(
     r"(?:[\s,]+(?:and|who|is|are|was|with|has|have|in|on|to reveal|to show|that|which|also|while|a|an"
     r"|the|of|to|at|from|or|as|well|by|for|over|their|his|her|'s|its|both|into|(?<!all )around|some|very|what"
     r"|be|appears|looks|then|through|paired|along|draped|pulled"
-    r"|like|worn|combined|together|\w{4,}ing(?<!hanging)(?<!showing)(?<!printing)(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)"
+    r"|like|worn|combined|together|\w{4,}ing(?<!hanging)(?<!showing)(?<!printing)"
+    r"(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)"
     r"(?<!piping)(?<!stitching)(?<!edging)(?<!trimming)))+$|[\s,]+(?:that|which) [\w-]+$", re.I)
 
 def with_article(words: str) -> str:
