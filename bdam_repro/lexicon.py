@@ -115,8 +115,8 @@ _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|appa
                       r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap'
                       r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees'
                       r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas'
-                      r'|brogues|espadrilles|bodice|gear|panties|carry-on|towel|blanket|babushka|headset|cloth'
-                      r'|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
+                      r'|brogues|espadrilles|bodice|gear|panties|carry-on|towel|blanket|babushka'
+                      r'|headset|cloth|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
     r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
     r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'

@@ -143,6 +143,7 @@ def _place_before(r: CaptionItems, phrase: Phrase) -> int | None:
     start = places[0].start - 1 if places else -1
     return start if r.low(start) in TAIL_WORDS and r.low(start - 1) in ('', '.', ',', 'and') else None
 
+# %% ../nbs/21_phrases.ipynb #fea578ff
 def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     low, before = r.low(phrase.head), r.low(phrase.start - 1)
     if r.open and r.open.of and r.open.end == r.open.tail and before in ('has', 'have'):
