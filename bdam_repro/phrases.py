@@ -146,8 +146,8 @@ def _place_before(r: CaptionItems, phrase: Phrase) -> int | None:
 # %% ../nbs/21_phrases.ipynb #fea578ff
 def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
     low, before = r.low(phrase.head), r.low(phrase.start - 1)
-    if r.open and r.open.of and r.open.end == r.open.tail and before in ('has', 'have'):
-        r.open.end = phrase.end                                         # "the dress has A RIBBON"
+    if before == 'has' and r.open and r.open.of and r.open.end == r.open.tail:     # "the dress has A RIBBON"
+        r.open.end = phrase.end
         return phrase.end
     if (place := _place_before(r, phrase)) is not None:
         item = r.begin('garment', _verb_for(r, low, before), phrase)
@@ -190,18 +190,15 @@ def _read_garment(r: CaptionItems, phrase: Phrase) -> int:
         item.said, item.end, item.tail = (phrase.end, end), end, end
         return end
     if r.low(phrase.end) in GARMENT_VERBS and r.words[phrase.head].head == phrase.end and not at:
-        item = same or r.begin('garment', _verb_for(r, low, before), phrase)
         if same: item = r.begin('garment', same.verb, same.phrase, of=same)
-        item.end = phrase.end + 1
-        if same: item.tail = phrase.end
+        else: item = r.begin('garment', _verb_for(r, low, before), phrase)
+        item.tail, item.end = phrase.end, phrase.end + 1
         return item.end
     if _belongs_to_open(r, phrase):
         r.open.end = phrase.end
         return phrase.end
     has = r.low(phrase.end) in ('has', 'have') and r.words[phrase.head].head == phrase.end
-    if _not_worn(r, phrase) or (same and not has):
-        r.close()
-        return phrase.end
+    if _not_worn(r, phrase) or (same and not has): return r.close() or phrase.end
     item = r.begin('garment', same.verb if same else _verb_for(r, low, before), phrase, of=same)
     if has: item.end = item.tail = phrase.end + 1        # "the shirt has stripes": *with stripes*
     return item.end
@@ -378,6 +375,7 @@ def _is_said_of_person(r: CaptionItems, at: int) -> bool:
         at = r.words[at].head
     return False
 
+# %% ../nbs/21_phrases.ipynb #9b9de0df
 def _read_it(r: CaptionItems, at: int) -> bool:
     "'IT has a hood', 'IT is red', 'IT is tucked in', of the garment that was said last."
     last = r.items[-1] if r.items and r.items[-1].side == 'garment' else None
