@@ -31,7 +31,7 @@ from .journal import Journal, Report
 from .offline import rows_to_describe
 from .mllm import DescribeSettings, History, first_messages, image_url
 from .describe import (UNREADABLE, DescribeRun, CostEstimate, OnlineSettings, advance_bar,
-                                 book_answer,
+                                as_sentence, book_answer,
                                  estimate_cost, print_estimate, probe_alone, record_image, start_run,
                                  unreadable, used_up)
 
@@ -301,7 +301,9 @@ async def describe_batch_async(records: pd.DataFrame,       # a dataset's whole 
             problem = f'the provider refuses batches (HTTP {e.status_code}: {words})'
         except openai.APIConnectionError: problem = 'no connection to the provider'
     problem = problem or run.fatal
-    if problem: raise UserError(f'{problem}. What is described is kept in {out}; run again to go on.')
+    if problem:
+        kept = f'What is described is kept in {out}; run again to go on.'
+        raise UserError(f'{as_sentence(problem)} {kept}')
     return run.report
 
 @wraps(describe_batch_async)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNREADABLE', 'FIRST', 'ReservedPlace', 'SlidingWindow', 'OnlineSettings', 'StopRun', 'DescribeRun', 'start_run',
            'used_up', 'reserve_budget', 'count_failure', 'book_answer', 'ask_within_limits', 'ask_patiently',
-           'record_image', 'unreadable', 'describe_image', 'advance_bar', 'what_helps', 'probe_alone', 'CostEstimate',
-           'estimate_cost', 'print_estimate', 'describe_async', 'describe']
+           'record_image', 'unreadable', 'describe_image', 'advance_bar', 'what_helps', 'as_sentence', 'probe_alone',
+           'CostEstimate', 'estimate_cost', 'print_estimate', 'describe_async', 'describe']
 
 # %% ../nbs/24_describe.ipynb #6ef4d730
 import asyncio
@@ -306,6 +306,10 @@ def what_helps(run: DescribeRun, cause: str) -> str:
               'server': 'see the words of the server'}
     return advice.get(cause, 'another model or another temperature may keep to the rules')
 
+def as_sentence(words: str) -> str:
+    "With a stop at its end, unless it ends with one, or asks."
+    return words if words.endswith(('.', '?', '!')) else f'{words}.'
+
 async def _probe_server(run: DescribeRun, images: Iterator[str], bar: tqdm) -> None:
     "One image after another until one is described. The run ends if the first all fail for one reason."
     known = run.journal.described > 0           # by an earlier run
@@ -427,7 +431,7 @@ async def describe_async(records: pd.DataFrame,       # a dataset's whole table;
         run = start_run(client, journal, s)
         await _describe_rows(run, rows)
     if run.fatal:
-        raise UserError(f'stopped after {run.report.ok + run.report.failed} images: {run.fatal}.'
+        raise UserError(f'stopped after {run.report.ok + run.report.failed} images: {as_sentence(run.fatal)}'
                         f' What is described is kept in {out}; run again to go on.')
     return run.report
 

@@ -33,7 +33,7 @@ from .synth import Spec, picture_rows
 from .servers import (Hopeless, Refused, RequestForm, Server, Transient, ask_server, keep_client,
                                 run_sync)
 from .lexicon import LEXICON
-from .describe import SlidingWindow
+from .describe import SlidingWindow, as_sentence
 
 # %% ../nbs/26_generalize.ipynb #1412bb0b
 PLACEHOLDER_NAMES = ('PERSON', 'BODY', 'ITEM', 'COLOR', 'TRAIT')
@@ -287,7 +287,7 @@ def generalize_with(client: openai.AsyncOpenAI,  # of `servers.make_client()`
         raise UserError(f'{cache}: cannot be written ({e.strerror}); choose another cache') from None
     else: problem = None
     if problem:
-        raise UserError(f'stopped: {problem}. {len(answers.by_key)} answers are kept in {cache};'
+        raise UserError(f'stopped: {as_sentence(problem)} {len(answers.by_key)} answers are kept in {cache};'
                         ' run again to go on.')
     if instead:
         tqdm.write(f'{len(instead)} of {len(todo)} captions were not answered (refused, cut or empty):'

@@ -25,7 +25,7 @@ from .answers import (SCHEMA, Description, Policy, Rejected, Reply, is_refusal, 
                                 redact)
 from .config import UserError
 from .picture_files import to_rgb
-from .lexicon import check_description
+from .checks import check_description
 from .servers import Answer, RequestForm
 
 # %% ../nbs/23_mllm.ipynb #939e74ac

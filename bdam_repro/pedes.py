@@ -177,7 +177,11 @@ class PedesDataset:
         if name not in SPLITS: raise UserError(f'unknown split {name!r}: choose one of {", ".join(SPLITS)}')
         part = self.records[self.records.split == name].reset_index(drop=True)
         if part.empty:
-            raise UserError(f'{self.root}: the split {name!r} is empty; this dataset cannot be used for it')
+            say = 'is empty; this dataset cannot be used for it'
+            if name == 'train' and any('without a caption' in note for note in self.notes):
+                say = ('has pictures but no captions, so there is nothing to train on; add captions to the '
+                       'annotation file')
+            raise UserError(f'{self.root}: the split {name!r} {say}')
         return replace(self, records=part, part=name)
 
 # %% ../nbs/10_pedes.ipynb #3d47cb9f
@@ -253,8 +257,8 @@ def _hold_out(records, fraction, seed, title):
     ids = np.sort(records.pid[records.split == 'train'].unique())
     n = max(1, round(fraction * len(ids)))
     if n >= len(ids):
-        few = f'{len(ids)} train identities are too few'
-        raise UserError(f'{title}: {few} to hold {fraction:.0%} out for validation')
+        few = f'{len(ids)} train identities with a caption are too few'
+        raise UserError(f'{title}: {few} to hold {fraction:.0%} out for validation; add captions or people')
     held = np.random.default_rng(seed).choice(ids, n, replace=False)
     split = records.split.mask((records.split == 'train') & records.pid.isin(held), 'val')
     share = f'{n:,} of {len(ids):,} train identities ({fraction:.0%}, seed {seed})'

@@ -88,7 +88,8 @@ def load_data(config: Config, progress: bool = True) -> PedesDataset:
         folder = synth_folder(c)
     ds = load_pedes(c.dataset, data_root(c), folder=folder, val_fraction=c.val_fraction,
                     descriptions='auto' if c.descriptions == 'auto' else None)
-    if c.descriptions not in ('auto', 'none'): ds = attach_descriptions(ds, ds.root/c.descriptions)
+    if c.descriptions not in ('auto', 'none'):
+        ds = attach_descriptions(ds, ds.root/Path(c.descriptions).expanduser())
     return first_people(ds, c.limit) if c.limit else ds
 
 # %% ../nbs/29_run_data.ipynb #0aabea1b

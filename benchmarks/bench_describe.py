@@ -21,9 +21,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from test_describe import QUICK, SPAWN, _peak, busiest, pictures, serving  # noqa: E402
 
-from bdam_repro.answers import read_reply  # noqa: E402
+from bdam_repro.answers import Policy, read_reply  # noqa: E402
 from bdam_repro.describe import describe  # noqa: E402
-from bdam_repro.lexicon import Policy  # noqa: E402
 from bdam_repro.mllm import first_messages, image_url, judge_answer  # noqa: E402
 
 

@@ -117,6 +117,10 @@ TABLE = {
     'a picture cut': (lambda w: [p.write_bytes(p.read_bytes()[:99])
                                  for p in (w/'data/CUHK-PEDES/imgs').rglob('*.jpg')], training,
                                      'not a readable'),
+    'no captions for training': (lambda w: [edit(w, lambda rows: [
+        row.update(captions=[]) for row in rows if row['split'] == 'train']),
+        (w/'data/CUHK-PEDES/descriptions.jsonl').unlink()], training,
+        "the split 'train' has pictures but no captions, so there is nothing"),
     # descriptions
     'a line cut': (said('descriptions.jsonl', '{"image": 3}\n{"ima'), cuhk, 'descriptions.jsonl'),
     'a line that is a list': (described([1, 2]), cuhk, 'descriptions.jsonl'),
@@ -244,6 +248,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(world, tmp_path, monkeypatch):
     away.mkdir()
     one_photo(home)
     (home/'styles.json').write_text('[["A man in red."]]')
+    first = (home/'data'/'CUHK-PEDES'/'descriptions.jsonl').read_text().split('\n')[0]
+    (home/'mine.jsonl').write_text(first + '\n')
     monkeypatch.setenv('HOME', str(home))
     monkeypatch.chdir(away)
     c = make_config(preset='smoke')
@@ -253,6 +259,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(world, tmp_path, monkeypatch):
     assert found == (home/'runs', home/'t', home/'f')
     p = DescribeParameters(model='m', styles_file='~/styles.json', out='~/out.jsonl', dry_run=True)
     assert describe_dataset(load_pedes('cuhk', '~/data'), p)[1] == home/'out.jsonl'
+    mine = load_data(make_config('cuhk', 'smoke', data_root='~/data', descriptions='~/mine.jsonl'), False)
+    assert mine.records.id_text.notna().sum() == 1
     assert load_run('~/run').config.preset == 'smoke'
     assert len(Gallery.build('~/run', '~/photos', '~/gallery', progress=False).search('a man', k=1)) == 1
     assert len(Gallery('~/run', '~/gallery').search('a man', k=1)) == 1

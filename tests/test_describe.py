@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -806,6 +807,7 @@ def test_a_provider_without_batches(tmp_path, settings, says):
     with serving(tmp_path / 'server', **settings) as server, pytest.raises(UserError, match=says) as e:
         describe_batch(records, server.client(), tmp_path / 'b.jsonl', images_dir=tmp_path / 'imgs', **BATCH)
     assert KEY not in str(e.value) and '\n' not in str(e.value)
+    assert not re.search(r'[.?!]\.', str(e.value))
 
 
 def test_the_first_image_finds_out_how_a_batch_is_asked(tmp_path):

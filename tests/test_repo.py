@@ -122,7 +122,7 @@ def test_each_module_behind_a_run_decides_it_or_does_not():
                 left.append(n.module)
     draws = {'people', 'drawing', 'rendering', 'captions', 'synth'}         # a dataset that is drawn once
     handles = {'config', 'parameters', 'files', 'hub', 'compiled', 'launch', 'pretrained',
-               'threads', 'checkpoints', 'answers', 'screen'}       # options, files, processes
+               'threads', 'checkpoints', 'screen', 'words'}     # options, files, processes, words of `split`
     assert behind == {*DECIDING_MODULES} | draws | handles
     assert not {*DECIDING_MODULES} & (draws | handles)
 
