@@ -4,18 +4,18 @@ Here, with a network:
 
     python workflow/offline.py pack .gpu --python 3.12 --have packages.txt
 
-    writes .gpu/whl (what `bdam_repro` needs and the other machine lacks; never PyTorch, which it must have for its
-    own CUDA), and .gpu/plan.jsonl (the runs that are missing beside the kept ones, the most telling first).
-    packages.txt: names of the packages there, one per line, as `pip freeze` prints them there.
+    writes .gpu/whl (what `bdam_repro` needs and the other machine lacks; never PyTorch, which it must have
+    for its own CUDA), and .gpu/plan.jsonl (the runs that are missing beside the kept ones, the most telling
+    first). packages.txt: names of the packages there, one per line, as `pip freeze` prints them there.
 
 There, with a copy of this repository and of .gpu:
 
     python3 workflow/offline.py run .gpu --out results --minutes 9
 
-    installs the wheels aside, trains two small runs from start to test and stops if they fail, then trains the plan
-    with several processes on one card, through CUDA MPS where it is installed. results/ is complete at any moment:
-    gpu.csv, runs-*.zip (unzip them in runs/), grid.log. `--sections tests,shares` measures sections of
-    benchmarks/gpu.py besides, after the grid.
+    installs the wheels aside, trains two small runs from start to test and stops if they fail, then trains
+    the plan with several processes on one card, through CUDA MPS where it is installed. results/ is complete
+    at any moment: gpu.csv, runs-*.zip (unzip them in runs/), grid.log. `--sections tests,shares` measures
+    sections of benchmarks/gpu.py besides, after the grid.
 """
 import argparse
 import importlib.metadata
@@ -69,9 +69,9 @@ def pack(folder: Path, python: str, have: Path | None, options: list[str]) -> No
     tags = [part for tag in TAGS for part in ('--platform', tag)]
     names = [f'{name}=={version}' for name, version in packages.items()]
     if names:
-        subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:',
-                        '--python-version', python, '--implementation', 'cp', *tags, '-d', wheels, *names],
-                       check=True)
+        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:']
+        command += ['--python-version', python, '--implementation', 'cp', *tags, '-d', wheels]
+        subprocess.run([*command, *names], check=True)
     size = sum(f.stat().st_size for f in wheels.iterdir())/2**20
     print(f'{wheels}: {len(names)} packages, {size:.0f} MiB: {", ".join(packages)}')
 
@@ -84,7 +84,8 @@ def pack(folder: Path, python: str, have: Path | None, options: list[str]) -> No
 
 def start_mps(folder: Path, env: dict[str, str]) -> None:
     "NVIDIA's server through which processes share a card, where it is installed."
-    if not shutil.which('nvidia-cuda-mps-control'): return print('no nvidia-cuda-mps-control: processes take turns')
+    if not shutil.which('nvidia-cuda-mps-control'):
+        return print('no nvidia-cuda-mps-control: processes take turns')
     for name in ('PIPE', 'LOG'):
         env[f'CUDA_MPS_{name}_DIRECTORY'] = str(folder/f'mps-{name.lower()}')
         (folder/f'mps-{name.lower()}').mkdir()
@@ -98,8 +99,9 @@ def run(folder: Path, out: Path, minutes: float, processes: int, sections: str, 
     out = out.resolve()
     wheels = sorted((folder/'whl').glob('*.whl'))
     if wheels:
-        subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--no-compile',
-                        '--no-cache-dir', '--upgrade', '--target', work/'site', *wheels], check=True)
+        command = [sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--no-compile']
+        command += ['--no-cache-dir', '--upgrade', '--target', work/'site']
+        subprocess.run([*command, *wheels], check=True)
     env = os.environ | dict(PYTHONPATH=f'{work/"site"}{os.pathsep}{ROOT}', PYTHONUNBUFFERED='1',
                             OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', TQDM_DISABLE='1')
     start_mps(work, env)
@@ -107,7 +109,8 @@ def run(folder: Path, out: Path, minutes: float, processes: int, sections: str, 
     def bench(names):
         toy = ['--smoke'] if smoke else []
         command = [sys.executable, 'benchmarks/gpu.py', '--sections', names, '--minutes', f'{left():.2f}']
-        return subprocess.run([*command, '--out', out/'gpu.csv', *toy], cwd=ROOT, env=env, check=False).returncode
+        command += ['--out', out/'gpu.csv', *toy]
+        return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
 
     if bench('whole'): sys.exit('a small run from start to test has failed: nothing else was begun')
     plan = folder/'plan.jsonl'
