@@ -177,11 +177,10 @@ class PedesDataset:
         if name not in SPLITS: raise UserError(f'unknown split {name!r}: choose one of {", ".join(SPLITS)}')
         part = self.records[self.records.split == name].reset_index(drop=True)
         if part.empty:
-            say = 'is empty; this dataset cannot be used for it'
             if name == 'train' and any('without a caption' in note for note in self.notes):
-                say = ('has pictures but no captions, so there is nothing to train on; add captions to the '
-                       'annotation file')
-            raise UserError(f'{self.root}: the split {name!r} {say}')
+                raise UserError(f'{self.root}: the split {name!r} has pictures but no captions, so there is '
+                                'nothing to train on; add captions to the annotation file')
+            raise UserError(f'{self.root}: the split {name!r} is empty; this dataset cannot be used for it')
         return replace(self, records=part, part=name)
 
 # %% ../nbs/10_pedes.ipynb #3d47cb9f
