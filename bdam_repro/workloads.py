@@ -303,7 +303,8 @@ def describing(way: str, pictures: int, latency: float = .1) -> Callable:
     files = [f'{i:05}.png' for i in range(pictures)]
     for f in files: Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(place/f)
     def ours(url):
-        with patch.dict(os.environ, OPENAI_API_KEY='k', OPENAI_BASE_URL=url): client = make_client()
+        no_key = 'the server of this benchmark asks for none'
+        with patch.dict(os.environ, OPENAI_API_KEY=no_key, OPENAI_BASE_URL=url): client = make_client()
         records = pd.DataFrame({'file': files})
         return describe(records, client, place/'out.jsonl', images_dir=place, model='m', progress=False).ok
     def loop(url):
