@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resident', 'one_round', 'serve_workload', 'WorkProcess', 'nap', 'take_turns', 'BenchmarkRow', 'compare',
            'processor_name', 'Growth', 'grow', 'markdown', 'three_digits', 'comparison_table', 'growth_table',
-           'keep_rows', 'write_benchmarks']
+           'keep_rows', 'by_machine', 'write_benchmarks']
 
 # %% ../nbs/87_measuring.ipynb #3563da99
 import json
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -123,6 +123,7 @@ class BenchmarkRow:
     bar: str = ''           # what was asked for, as '≥ 5'
     by: str = 'cpu'         # 'cpu': processor time; 'clock'
     note: str = ''
+    machine: str = ''       # where it was measured; filled in as it is written
 
 def compare(part: str, work: str, size: str, side: str, peer: str, found: dict[str, list[dict]],
             bar: str = '', by: str = 'cpu', note: str = '', scale: float = 1.) -> BenchmarkRow:
@@ -153,6 +154,7 @@ class Growth:
     spread: float           # half the range of the exponents between neighboring sizes
     million: float          # hours of processor time at 1,000,000, from the largest size by the exponent
     assumption: str
+    machine: str = ''
 
 def grow(work: str, unit: str, sizes: Sequence[int], seconds: Sequence[float], assumption: str) -> Growth:
     "Fit the exponent."
@@ -201,13 +203,22 @@ def keep_rows(file: Path, kind: type, key: str, new: Sequence) -> list:
         pd.DataFrame([asdict(r) for r in rows]).to_csv(tmp, index=False, float_format='%.6g')
     return rows
 
-def write_benchmarks(folder: Path, header: str, rows: Sequence[BenchmarkRow] = (),
+def by_machine(rows: Sequence, table: Callable[[Sequence], str]) -> list[str]:
+    "One table per machine, under a line that names it."
+    machines = dict.fromkeys(r.machine for r in rows)                 # in order of appearance
+    return [f'{machine}:\n\n{table([r for r in rows if r.machine == machine])}' for machine in machines]
+
+def write_benchmarks(folder: Path,
+                     header: str,                          # what is said of all rows
+                     machine: str,                         # where the new rows were measured
+                     rows: Sequence[BenchmarkRow] = (),
                      growth: Sequence[Growth] = ()) -> None:
     """`benchmarks.csv` (comparisons), `benchmarks_growth.csv` and `benchmarks.md`, each whole or not at all.
 
-    Rows of parts that were measured before and not now are kept."""
+    Rows of parts that were measured before and not now are kept, with the machine that they are of."""
+    rows, growth = ([replace(r, machine=machine) for r in new] for new in (rows, growth))
     rows = keep_rows(folder/'benchmarks.csv', BenchmarkRow, 'part', rows)
     growth = keep_rows(folder/'benchmarks_growth.csv', Growth, 'work', growth)
-    parts = ['# Benchmarks', header, '## Against peers', comparison_table(rows)]
-    if growth: parts += ['## Cost against size', growth_table(growth)]
+    parts = ['# Benchmarks', header, '## Against peers', *by_machine(rows, comparison_table)]
+    if growth: parts += ['## Cost against size', *by_machine(growth, growth_table)]
     with atomic_path(folder/'benchmarks.md') as tmp: tmp.write_text('\n\n'.join(parts) + '\n')
