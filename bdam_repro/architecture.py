@@ -94,13 +94,15 @@ _OF_PAIRS = ('align.image', 'align.text', 'weights', 'mixer', 'final', 'match') 
 @torch.no_grad()
 def trace(model: Model) -> Traced:
     "Run a model once as in training, and write down what its modules make. Leaves the model as it was."
-    boxes = {box: found for box, names in MODULES.items() if (found := find_modules(model, names))}
+    boxes = {box: find_modules(model, names) for box, names in MODULES.items()}
     made, hooks = {}, []
     for box, modules in boxes.items():
         def note(module, args, output, box=box): made[box] = tuple(output.shape)
-        hooks.append(modules[-1].register_forward_hook(note))
-    batch, training = random_batch(model), model.training
-    try: losses = batch_losses(forward(model.eval(), batch, model.config), batch, model.config)
+        if modules: hooks.append(modules[-1].register_forward_hook(note))
+    c, training, batch = model.config, model.training, random_batch(model)
+    try:
+        outputs = forward(model.eval(), batch, c)
+        losses = batch_losses(outputs, batch, c)
     finally:
         for hook in hooks: hook.remove()
         model.train(training)

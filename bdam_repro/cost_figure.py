@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['INNER', 'AXES', 'FORMAT', 'UNIT', 'FUSION_MARKS', 'LINE', 'HEADS', 'PAPER_LENGTH', 'PANELS', 'axis_ends', 'radius',
-           'digits', 'si', 'corner', 'draw_radar', 'draw_values', 'value_text', 'draw_cost', 'seeds_of',
-           'figure5_caption', 'plot_efficiency']
+           'digits', 'si', 'corner', 'draw_ring', 'draw_axis', 'draw_radar', 'value_text', 'best_text', 'draw_values',
+           'ticks_between', 'draw_cost', 'seeds_of', 'cost_machine', 'left_out_words', 'figure5_caption',
+           'plot_efficiency']
 
 # %% ../nbs/76_cost_figure.ipynb #405fe502
 import math
@@ -24,139 +25,202 @@ from .config import make_config
 # %% ../nbs/76_cost_figure.ipynb #5eafa82e
 INNER = .22                                   # radius of the inner ring
 # column, which end is good
-AXES = {'Params': ('params', min), 'FLOPs': ('flops', min), 'Memory': ('memory', min), 'mAP': ('mAP', max),
-        'Speed': ('speed', max)}
+AXES = {
+    'Params': ('params', min),
+    'FLOPs': ('flops', min),
+    'Memory': ('memory', min),
+    'mAP': ('mAP', max),
+    'Speed': ('speed', max)}
 
 def axis_ends(v: pd.Series, name: str) -> tuple[float, float]:   # of the inner ring, of the rim
     "The values at both ends of an axis; NaN where there is none."
     v = v.dropna()
     if not len(v): return float('nan'), float('nan')
-    if name == 'mAP': return min(v.min(), v.max() - 10), v.max()
-    return (v.max(), v.min()) if AXES[name][1] is min else (v.min(), v.max())
+    low, high = v.min(), v.max()
+    if name == 'mAP': return min(low, high - 10), high
+    _, best = AXES[name]
+    return (high, low) if best is min else (low, high)
 
 def radius(x: float, inner: float, rim: float, log: bool) -> float:   # INNER … 1
     "Where on its axis a value lies; at the rim where all are equal."
     if log: x, inner, rim = np.log([x, inner, rim])
-    return 1. if inner == rim else INNER + (1 - INNER)*(x - inner)/(rim - inner)
+    if inner == rim: return 1.
+    share = (1 - INNER)*(x - inner)/(rim - inner)
+    return INNER + share
 
 # %% ../nbs/76_cost_figure.ipynb #400e3163
 def digits(x: float) -> str:
     "Three digits, without an exponent."
-    return f'{x:.0f}' if x >= 99.95 else f'{x:.1f}' if x >= 9.995 else f'{x:.2f}'
+    if x >= 99.95: return f'{x:.0f}'
+    if x >= 9.995: return f'{x:.1f}'
+    return f'{x:.2f}'
 
 def si(x: float) -> str:
     "With k, M or G."
-    f, unit = next(((f, u) for f, u in ((1e9, ' G'), (1e6, ' M'), (1e3, ' k')) if x >= .9995*f), (1, ''))
-    return digits(x/f) + unit if unit or x != int(x) else str(int(x))
+    for factor, unit in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+        if x >= .9995*factor: return f'{digits(x/factor)} {unit}'
+    return str(int(x)) if x == int(x) else digits(x)
 
-FORMAT = {'params': si, 'flops': si, 'memory': lambda x: digits(x/2**20), 'speed': si,
-          'mAP': lambda x: f'{x:.1f}'}
+FORMAT = {
+    'params': si,
+    'flops': si,
+    'memory': lambda x: digits(x/2**20),
+    'speed': si,
+    'mAP': lambda x: f'{x:.1f}'}
 UNIT = {'memory': ' MiB', 'mAP': ' %', 'speed': ' /s'}
 
 # %% ../nbs/76_cost_figure.ipynb #f6973eef
-FUSION_MARKS = {'Simple': dict(color='0.55', ls=':', marker='o', mfc='white'),
-        'Mamba (pooled)': dict(color=IDENTITY_COLOR, ls='-', marker='s', lw=1.6),
-        'Mamba (tokens)': dict(color=IDENTITY_COLOR, ls='-', marker='s', mfc='white'),
-        'Transformer ×1': dict(color='0.62', ls='--', marker='^'),
-        'Transformer ×2': dict(color='0.4', ls='--', marker='v', mfc='white'),
-        'Transformer ×4': dict(color='0.1', ls='--', marker='D', ms=3.2),
-        'Mamba': dict(color=IDENTITY_COLOR, ls='-', marker='s', lw=1.6),
-        'Transformer, plain attention': dict(color='0.1', ls='--', marker='D', ms=3.2),
-        'Transformer, fused attention': dict(color='0.5', ls='-.', marker='o', mfc='white')}
+FUSION_MARKS = {
+    'Simple': dict(color='0.55', ls=':', marker='o', mfc='white'),
+    'Mamba (pooled)': dict(color=IDENTITY_COLOR, ls='-', marker='s', lw=1.6),
+    'Mamba (tokens)': dict(color=IDENTITY_COLOR, ls='-', marker='s', mfc='white'),
+    'Transformer ×1': dict(color='0.62', ls='--', marker='^'),
+    'Transformer ×2': dict(color='0.4', ls='--', marker='v', mfc='white'),
+    'Transformer ×4': dict(color='0.1', ls='--', marker='D', ms=3.2),
+    'Mamba': dict(color=IDENTITY_COLOR, ls='-', marker='s', lw=1.6),
+    'Transformer, plain attention': dict(color='0.1', ls='--', marker='D', ms=3.2),
+    'Transformer, fused attention': dict(color='0.5', ls='-.', marker='o', mfc='white')}
 LINE = dict(lw=1., ms=3.8, mew=.8)
 
+# %% ../nbs/76_cost_figure.ipynb #301fccdb
 def corner(i: int, r: float = 1.) -> tuple[float, float]:
     "Point at radius r on axis i, the first upward, then clockwise."
-    a = np.pi/2 - 2*np.pi*i/len(AXES)
-    return r*np.cos(a), r*np.sin(a)
+    angle = np.pi/2 - 2*np.pi*i/len(AXES)
+    return r*np.cos(angle), r*np.sin(angle)
 
-# %% ../nbs/76_cost_figure.ipynb #301fccdb
+def draw_ring(ax, r: float) -> None:
+    "A pentagon at radius r."
+    from matplotlib.patches import Polygon
+    corners = [corner(i, r) for i in range(len(AXES))]
+    ax.add_patch(Polygon(corners, fill=False, edgecolor='0.8', linewidth=.6, zorder=0))
+
+def draw_axis(ax, i: int, name: str, ends: tuple[float, float]) -> None:
+    "Axis i with its name, and the values at both ends in its own unit."
+    column, _ = AXES[name]
+    inner, rim = ends
+    ax.plot(*zip(corner(i, INNER), corner(i)), color='0.8', lw=.6, zorder=0)
+    values = 'no run'
+    if not np.isnan(rim):
+        values = f'{FORMAT[column](inner)} … {FORMAT[column](rim)}' + UNIT.get(column, '')
+    x, y = corner(i)
+    lift = .1 if y > .9 else .17 if y > 0 else -.1            # upward needs less than its neighbors
+    ax.text(x*1.18, y + lift, f'{name}\n{values}', ha='center', va='bottom' if y > 0 else 'top', fontsize=7)
+
 def draw_radar(ax, table: pd.DataFrame) -> None:
     "The radar, each axis with its two ends in its own unit."
-    for r in (INNER, (1 + INNER)/2, 1): ax.add_patch(_polygon([corner(i, r) for i in range(len(AXES))]))
-    radii = {}
+    for r in (INNER, (1 + INNER)/2, 1): draw_ring(ax, r)
+    points = []                                               # [axes, fusions, 2]
     for i, (name, (column, _)) in enumerate(AXES.items()):
         ends = axis_ends(table[column], name)
-        ax.plot(*zip(corner(i, INNER), corner(i)), color='0.8', lw=.6, zorder=0)
-        known = 'no run' if np.isnan(ends[1]) else ' … '.join(map(FORMAT[column], ends)) + UNIT.get(
-            column, '')
-        x, y = corner(i)
-        ax.text(x*1.18, y + (.1 if y > .9 else .17 if y > 0 else -.1), f'{name}\n{known}', ha='center',
-                va='bottom' if y > 0 else 'top', fontsize=7)
-        radii[name] = [radius(v, *ends, log=name != 'mAP') for v in table[column]]
+        draw_axis(ax, i, name, ends)
+        radii = [radius(value, *ends, log=name != 'mAP') for value in table[column]]
+        points.append([corner(i, r) for r in radii])
     for k, fusion in enumerate(table.index):
         # NaN where there is no value: the line stops there
-        points = np.array([corner(i, radii[name][k]) for i, name in enumerate(AXES)])
-        ax.plot(*np.vstack([points, points[:1]]).T, **LINE | FUSION_MARKS[fusion], clip_on=False)
-    ax.set(xlim=(-1.25, 1.25), ylim=(-1.15, 1.3), aspect='equal'); ax.axis('off')
-
-def _polygon(points):
-    from matplotlib.patches import Polygon
-    return Polygon(points, fill=False, edgecolor='0.8', linewidth=.6, zorder=0)
+        line = np.array([on_axis[k] for on_axis in points])
+        closed = np.vstack([line, line[:1]])
+        ax.plot(*closed.T, **LINE | FUSION_MARKS[fusion], clip_on=False)
+    ax.set(xlim=(-1.25, 1.25), ylim=(-1.15, 1.3), aspect='equal')
+    ax.axis('off')
 
 # %% ../nbs/76_cost_figure.ipynb #e0ebfc5a
 # head, right edge
-HEADS = {'params': ('Params', .455), 'flops': ('FLOPs', .58), 'memory': ('MiB', .685),
-         'speed': ('pairs/s', .81), 'mAP': ('mAP', 1)}
+HEADS = {
+    'params': ('Params', .455),
+    'flops': ('FLOPs', .58),
+    'memory': ('MiB', .685),
+    'speed': ('pairs/s', .81),
+    'mAP': ('mAP', 1)}
+
+def value_text(r: pd.Series, column: str) -> str:
+    "A value with its unit; mAP with its spread over seeds; a dash for none."
+    if pd.isna(r[column]): return '–'
+    text = FORMAT[column](r[column])
+    return f'{text} ± {r["sd"]:.1f}' if column == 'mAP' and r['n'] > 1 else text
+
+def best_text(table: pd.DataFrame, column: str) -> str | None:   # None: no run has a value
+    "The best value of a column as it is printed; what prints alike is equally good."
+    known = table[column].dropna()
+    if known.empty: return None
+    best = next(end for name, end in AXES.values() if name == column)
+    return FORMAT[column](best(known))
 
 def draw_values(ax, table: pd.DataFrame) -> None:
     "A small table: line, name, five values."
     for head, x in HEADS.values(): ax.text(x, 0, head, ha='right', va='center', fontsize=7.2)
     ax.plot([0, 1], [.55, .55], color='0.2', lw=.6)
-    for y, (name, r) in enumerate(table.iterrows(), 1):
+    for y, (name, row) in enumerate(table.iterrows(), 1):
         ax.plot([0, .035, .07], [y]*3, **LINE | FUSION_MARKS[name], markevery=[1])
         ax.text(.09, y, name, va='center', fontsize=7.2)
         for column, (_, x) in HEADS.items():
-            good = next(end for c, end in AXES.values() if c == column)
-            best = good(table[column].dropna(), default=math.nan)
-            bold = FORMAT[column](r[column]) == FORMAT[column](best) if pd.notna(r[column]) else False
-            ax.text(x, y, value_text(r, column), ha='right', va='center', fontsize=7.2,
-                    fontweight='bold' if bold else None)
-    ax.set(xlim=(0, 1), ylim=(len(table) + .6, -.6)); ax.axis('off')
-
-def value_text(r: pd.Series, column: str) -> str:
-    "A value with its unit; mAP with its spread over seeds; a dash for none."
-    if pd.isna(r[column]): return '–'
-    return FORMAT[column](r[column]) + (f' ± {r["sd"]:.1f}' if column == 'mAP' and r['n'] > 1 else '')
+            is_best = pd.notna(row[column]) and FORMAT[column](row[column]) == best_text(table, column)
+            ax.text(x, y, value_text(row, column), ha='right', va='center', fontsize=7.2,
+                    fontweight='bold' if is_best else None)
+    ax.set(xlim=(0, 1), ylim=(len(table) + .6, -.6))
+    ax.axis('off')
 
 # %% ../nbs/76_cost_figure.ipynb #6ae8bef0
 PAPER_LENGTH = 14*14 + 77      # vit-base-patch16-224, and our longest text
 
+def ticks_between(low: float, high: float) -> list[float]:
+    "1, 2 and 5 times the powers of ten."
+    all_ticks = [m*10.**e for e in range(-4, 6) for m in (1, 2, 5)]
+    return [t for t in all_ticks if low <= t <= high]
+
 def draw_cost(ax, costs: pd.DataFrame, what: str, scale: float, marks: dict[str, int]) -> None:
     "One cost of 1,000 tokens against the length of their sequences."
-    per = costs.assign(y=costs[what]/costs['length']*1000/scale).dropna(subset='y')
+    per_1000 = costs.assign(y=costs[what]/costs['length']*1000/scale).dropna(subset='y')
     for name in LAYER_KINDS:
-        t = per[per['layers'] == name]
-        if what != 'flops' or name != 'Transformer, fused attention':
-            ax.plot(t['length'], t['y'], **LINE | FUSION_MARKS[name], label=name)     # one count for both
-    L, low, high = sorted(set(costs['length'])), per['y'].min(), per['y'].max()
-    ticks = [t for t in (m*10.**e for e in range(-4, 6) for m in (1, 2, 5)) if low/1.6 <= t <= high*1.6]
+        if what == 'flops' and name == 'Transformer, fused attention': continue       # one count for both
+        t = per_1000[per_1000['layers'] == name]
+        ax.plot(t['length'], t['y'], **LINE | FUSION_MARKS[name], label=name)
     for name, length in marks.items():
         ax.axvline(length, color='0.5', lw=.6, ls=':', zorder=0)
         ax.annotate(name, (length, 1), (2, 0), xycoords=('data', 'axes fraction'), textcoords='offset points',
                     rotation=90, va='top', fontsize=7, color='0.35')
-    ax.set(xscale='log', yscale='log', xlabel='tokens in a sequence', xticks=L, xlim=(L[0]/1.2, L[-1]*1.2),
-           yticks=ticks, ylim=(low/1.6, high*1.6))
-    ax.set_xticklabels([
-        f'{v:,}' if i % 2 == 0 else '' for i, v in enumerate(L)]); ax.set_yticklabels([
-            f'{t:g}' for t in ticks]); ax.minorticks_off()
+
+    lengths = sorted(set(costs['length']))
+    low, high = per_1000['y'].min()/1.6, per_1000['y'].max()*1.6
+    ticks = ticks_between(low, high)
+    ax.set(xscale='log', yscale='log', xlabel='tokens in a sequence', xticks=lengths, yticks=ticks,
+           xlim=(lengths[0]/1.2, lengths[-1]*1.2), ylim=(low, high))
+    every_other = [f'{length:,}' if i % 2 == 0 else '' for i, length in enumerate(lengths)]
+    ax.set_xticklabels(every_other)
+    ax.set_yticklabels([f'{t:g}' for t in ticks])
+    ax.minorticks_off()
 
 # %% ../nbs/76_cost_figure.ipynb #8b161fa0
 def seeds_of(table: pd.DataFrame) -> str:
     "Which seeds the mAP is of; first those of most fusions, then the exceptions by name."
-    groups = sorted(table.groupby('seeds', sort=False).groups.items(), key=lambda g: (not g[0], -len(g[1])))
-    say = lambda s: 'no run yet' if not s else f'seed{"s" if " " in s else ""} {s.replace(" ", ", ")}'
-    return '; '.join(('' if k == 0 else ', '.join(names) + ': ') + say(s) for k,
-                     (s, names) in enumerate(groups))
+    def in_words(seeds):
+        if not seeds: return 'no run yet'
+        plural = 's' if ' ' in seeds else ''
+        return f'seed{plural} {seeds.replace(" ", ", ")}'
+
+    groups = table.groupby('seeds', sort=False).groups.items()            # seeds -> fusions
+    most_first = sorted(groups, key=lambda group: (not group[0], -len(group[1])))
+    (usual, _), *exceptions = most_first
+    parts = [in_words(usual)]
+    parts += [f'{", ".join(names)}: {in_words(seeds)}' for seeds, names in exceptions]
+    return '; '.join(parts)
 
 # %% ../nbs/76_cost_figure.ipynb #1371d683
+def cost_machine(device: torch.device) -> str:
+    "The device by name; on a CPU all is measured on one core."
+    name = device_name(device)
+    return name.rsplit(', ', 1)[0] + ', one core' if device.type == 'cpu' else name
+
+def left_out_words(costs: pd.DataFrame) -> str:
+    "From which length on a kind of layers was not measured; '' where all were."
+    first = costs[costs['seconds'].isna()].groupby('layers', sort=False)['length'].min()
+    if first.empty: return ''
+    return 'Left out for time: ' + '; '.join(f'{name} from {n:,} on' for name, n in first.items()) + '. '
+
 def figure5_caption(table: pd.DataFrame, costs: pd.DataFrame, p: ArtifactParameters,
                     device: torch.device) -> str:
     "The caption: dataset, preset, seeds, device, code version, what is shown and what was left out."
-    c, what = make_config('cuhk', 'paper'), ' (rendered; no photographs)' if p.dataset == 'synth' else ''
-    left_out = costs[costs['seconds'].isna()].groupby('layers', sort=False)['length'].min()
-    machine = device_name(device).rsplit(', ',
-                                         1)[0] + ', one core' if device.type == 'cpu' else device_name(device)
+    c = make_config('cuhk', 'paper')
+    rendered = ' (rendered; no photographs)' if p.dataset == 'synth' else ''
     code = ', '.join(dict.fromkeys(' '.join(table['code']).split())) or 'none'
     on_towers = ''
     if table['same_towers'].all():
@@ -164,17 +228,17 @@ def figure5_caption(table: pd.DataFrame, costs: pd.DataFrame, p: ArtifactParamet
     return (f'Figure 5. (a) At each axis: inner ring (worst) … rim (best), logarithmic but for mAP. FLOPs '
             f'of a pair and pairs/s: forward; MiB: peak of a training step of '
             f'{table["pairs"].iloc[0]} pairs. Transformer ×n: n layers; Mamba and Simple: '
-            f'{p.config.fusion_layers}. mAP (%): {DATASET_NAMES[p.dataset]}{what}, preset '
+            f'{p.config.fusion_layers}. mAP (%): {DATASET_NAMES[p.dataset]}{rendered}, preset '
             f'{p.config.preset}, test split, score fused, {on_towers}{seeds_of(table)}, '
             f'code of the runs {code}. (b–d) {c.fusion_layers} layers of the sizes of Sec. 4.2 (width '
             f'{c.fusion_dim}, state {c.d_state}, kernel {c.d_conv}), b, c: a training step, d: forward; a '
             f'level line is linear cost. '
-            + ('Left out for time: ' + '; '.join(f'{n} from {L:,} on' for n, L in left_out.items()) + '. '
-               if len(left_out) else '')
-            + f'Measured in float32 on {machine}, code {code_version()}.')
+            f'{left_out_words(costs)}Measured in float32 on {cost_machine(device)}, code {code_version()}.')
 
 # %% ../nbs/76_cost_figure.ipynb #5c6086ec
-PANELS = (('seconds', 1, '(b) Seconds per 1,000 tokens'), ('memory', 2**20, '(c) Peak MiB per 1,000 tokens'),
+# cost, unit, title
+PANELS = (('seconds', 1, '(b) Seconds per 1,000 tokens'),
+          ('memory', 2**20, '(c) Peak MiB per 1,000 tokens'),
           ('flops', 1e9, '(d) GFLOPs per 1,000 tokens'))
 
 def plot_efficiency(table: pd.DataFrame,       # of `measure_fusions`
@@ -190,16 +254,18 @@ def plot_efficiency(table: pd.DataFrame,       # of `measure_fusions`
     with plt.rc_context(CHART_STYLE):
         fig = plt.figure(figsize=(7, 5.6), dpi=dpi, layout='constrained')
         top, bottom = fig.subfigures(2, 1, height_ratios=[1.45, 1])
-        top.suptitle(f'(a) Six fusions at the sizes of preset {p.config.preset}', x=.01, ha='left',
-                     fontsize=8)
+        title = f'(a) Six fusions at the sizes of preset {p.config.preset}'
+        top.suptitle(title, x=.01, ha='left', fontsize=8)
         left, right = top.subplots(1, 2, width_ratios=[1, 1.45])
-        draw_radar(left, table); draw_values(right, table)
+        draw_radar(left, table)
+        draw_values(right, table)
+
         axes = bottom.subplots(1, 3)
         for ax, (what, scale, title) in zip(axes, PANELS):
             draw_cost(ax, costs, what, scale, marks)
             ax.set_title(title)
-        bottom.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3,
-                      frameon=False)
+        lines = axes[0].get_legend_handles_labels()
+        bottom.legend(*lines, loc='outside upper center', ncols=3, frameon=False)
         write_caption(fig, figure5_caption(table, costs, p, device))
     plt.close(fig)
     return fig

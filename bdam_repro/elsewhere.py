@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE_IMAGE', 'ELSEWHERE_CAPTION', 'OTHER_CAMERAS', 'OTHER_SCENES', 'OTHER_STYLES', 'OTHER_MENTIONED',
-           'OTHER_GOING', 'OTHER_WORDS', 'OTHER_WORDINGS', 'OTHER_ARRANGE', 'Camera', 'elsewhere_factors',
-           'scene_market', 'scene_underpass', 'scene_snow', 'scene_hall', 'draw_scene_elsewhere', 'expose_elsewhere',
-           'render_elsewhere', 'Witness', 'notice', 'radio', 'letter', 'questions', 'caption_elsewhere',
-           'captions_elsewhere', 'read_drawn']
+           'OTHER_GOING', 'OTHER_WORDS', 'OTHER_WORDINGS', 'QUESTION_TOPICS', 'OTHER_ARRANGE', 'Camera',
+           'elsewhere_factors', 'scene_market', 'scene_underpass', 'scene_snow', 'scene_hall', 'draw_scene_elsewhere',
+           'color_response', 'expose_elsewhere', 'render_elsewhere', 'Witness', 'notice', 'radio', 'letter',
+           'questions', 'caption_elsewhere', 'captions_elsewhere', 'read_drawn']
 
 # %% ../nbs/92_elsewhere.ipynb #2ebfb775
 import tempfile
@@ -43,10 +43,18 @@ class Camera:
     noise: tuple[int, ...]        # of each color by itself
 
 OTHER_CAMERAS = {
-    'market': Camera((184, 140, 96), (176, 150, 118), (286, 240, 176), 10, (.8, 1.3), (72, 96), (8, 14)),
-    'underpass': Camera((92, 96, 92), (70, 74, 72), (200, 268, 208), 14, (.5, .75), (64, 80), (14, 22)),
-    'snow': Camera((202, 212, 224), (228, 234, 240), (208, 246, 308), 48, (1.0, 1.4), (56, 80), (8, 14)),
-    'hall': Camera((150, 142, 156), (186, 178, 184), (280, 216, 268), 28, (.6, 1.0), (64, 96), (12, 18))}
+    'market': Camera(
+        wall=(184, 140, 96), ground=(176, 150, 118), gains=(286, 240, 176), veil=10,
+        light=(.8, 1.3), rows=(72, 96), noise=(8, 14)),
+    'underpass': Camera(
+        wall=(92, 96, 92), ground=(70, 74, 72), gains=(200, 268, 208), veil=14,
+        light=(.5, .75), rows=(64, 80), noise=(14, 22)),
+    'snow': Camera(
+        wall=(202, 212, 224), ground=(228, 234, 240), gains=(208, 246, 308), veil=48,
+        light=(1.0, 1.4), rows=(56, 80), noise=(8, 14)),
+    'hall': Camera(
+        wall=(150, 142, 156), ground=(186, 178, 184), gains=(280, 216, 268), veil=28,
+        light=(.6, 1.0), rows=(64, 96), noise=(12, 18))}
 
 # %% ../nbs/92_elsewhere.ipynb #45a8bd70
 def elsewhere_factors(seed: int, pid: int,   # the dataset's seed; the person
@@ -56,94 +64,134 @@ def elsewhere_factors(seed: int, pid: int,   # the dataset's seed; the person
     rng = stream(seed, ELSEWHERE_IMAGE, pid, k)
     name = pick(rng, tuple(OTHER_CAMERAS))
     camera = OTHER_CAMERAS[name]
-    f = dict(camera=name, light=between(rng, *camera.light), rows=pick(rng, camera.rows), blur=0,
-             noise=pick(rng, camera.noise), zoom=between(rng, .84, 1.),
-             shift_x=between(rng, -4.5, 4.5), shift_y=between(rng, -4, 3))
-    return image_factors(seed, pid, k) | f | dict(scene_seed=int(rng.integers(1 << 31)))
+    drawn_anew = dict(
+        camera=name,
+        light=between(rng, *camera.light),
+        rows=pick(rng, camera.rows),
+        blur=0,
+        noise=pick(rng, camera.noise),
+        zoom=between(rng, .84, 1.),
+        shift_x=between(rng, -4.5, 4.5),
+        shift_y=between(rng, -4, 3),
+        scene_seed=int(rng.integers(1 << 31)))
+    return image_factors(seed, pid, k) | drawn_anew
 
 # %% ../nbs/92_elsewhere.ipynb #e054112f
 def scene_market(pen, p, rng):
     "Stalls with striped awnings, and crates of fruit."
+    wood, cloth = (96, 72, 52), (238, 230, 212)
     for x in range(p.move - 46, 70, 36):
-        stall, color = pen.at(x, p.floor), any_color(rng)
-        for post in (1, 31): stall.box(post, -60, post + 2, 0, (96, 72, 52))
+        stall = pen.at(x, p.floor)
+        color = any_color(rng)
+        for post in (1, 31):
+            stall.box(post, -60, post + 2, 0, wood)
         stall.box(0, -24, 34, 0, shade(p.wall, .55))
         for j in range(5):
             fruit = pick(rng, ((206, 60, 44), (226, 160, 40), (120, 160, 50), (150, 80, 120)))
             stall.oval((4 + 6.5*j, -26), 3.4, 3.4, fruit)
         for j in range(6):
             left, top = 6*j - 1, 6*j + 1
-            slope = [(top, -66), (top + 5, -66), (left + 6, -50), (left, -50)]
-            stall.poly(slope, color if j % 2 else (238, 230, 212))
+            stripe = [(top, -66), (top + 5, -66), (left + 6, -50), (left, -50)]
+            stall.poly(stripe, color if j % 2 else cloth)
 
+# %% ../nbs/92_elsewhere.ipynb #a1992369
 def scene_underpass(pen, p, rng):
     "Concrete, a strip of lamps, a scribble, and puddles."
-    for y in range(p.floor % 24 - 24, p.floor, 24): pen.dash((35, y), 36, shade(p.wall, .7), .8)
-    for x in range(p.move - 24, 70, 32): pen.box(x, 0, x + 5, p.floor, shade(p.wall, .8))
+    seam, pillar = shade(p.wall, .7), shade(p.wall, .8)
+    for y in range(p.floor % 24 - 24, p.floor, 24):
+        pen.dash((35, y), 36, seam, .8)
+    for x in range(p.move - 24, 70, 32):
+        pen.box(x, 0, x + 5, p.floor, pillar)
     pen.box(0, 3, 70, 7, (60, 64, 62))
-    for x in range(p.move - 20, 70, 18): pen.box(x, 4, x + 11, 6.5, (236, 246, 222), 1)
-    y, color = p.floor - 34, any_color(rng)
-    scribble = [(p.move + 5*j, y + rng.random()*16) for j in range(7)]
+    for x in range(p.move - 20, 70, 18):
+        pen.box(x, 4, x + 11, 6.5, (236, 246, 222), 1)
+
+    top, color = p.floor - 34, any_color(rng)
+    scribble = [(p.move + 5*j, top + rng.random()*16) for j in range(7)]
     pen.line(scribble, color, 1.8)
+    wet = shade(p.ground, 1.35)
     for _ in range(2):
-        pen.oval((rng.random()*64, p.floor + 8 + rng.random()*24), 9, 2, shade(p.ground, 1.35))
+        puddle = rng.random()*64, p.floor + 8 + rng.random()*24
+        pen.oval(puddle, 9, 2, wet)
 
 # %% ../nbs/92_elsewhere.ipynb #1c033964
 def scene_snow(pen, p, rng):
     "A pale sky, firs, a fence, and heaps of snow."
     pen.box(0, 0, 70, p.floor - 30, (214, 222, 232))
     for x in range(p.move - 30, 76, 21):
+        fir = pen.at(x, p.floor)
         height = 34 + rng.random()*24
         for j in range(3):
-            y, half = -height*(1 - .28*j), 4.5 + 3*j
-            pen.at(x, p.floor).poly([(0, y), (half, y + height*.42), (-half, y + height*.42)], (58, 84, 72))
-    for x in range(p.move % 8 - 8, 70, 8): pen.box(x, p.floor - 17, x + 4, p.floor, (122, 98, 78))
-    for y in (-14, -6): pen.box(0, p.floor + y, 70, p.floor + y + 2, (104, 84, 68))
-    for _ in range(4): pen.oval((rng.random()*70, p.floor + 2), 12, 3 + rng.random()*3, (240, 244, 250))
+            top, half = -height*(1 - .28*j), 4.5 + 3*j
+            bottom = top + height*.42
+            fir.poly([(0, top), (half, bottom), (-half, bottom)], (58, 84, 72))
 
+    for x in range(p.move % 8 - 8, 70, 8):
+        pen.box(x, p.floor - 17, x + 4, p.floor, (122, 98, 78))
+    for y in (-14, -6):
+        pen.box(0, p.floor + y, 70, p.floor + y + 2, (104, 84, 68))
+    for _ in range(4):
+        heap = rng.random()*70, p.floor + 2
+        pen.oval(heap, 12, 3 + rng.random()*3, (240, 244, 250))
+
+# %% ../nbs/92_elsewhere.ipynb #38c36602
 def scene_hall(pen, p, rng):
     "A front of glass, a board, seats, and a floor that shines."
     for x in range(p.move % 16 - 16, 70, 16):
         for y in range(p.floor % 22 - 22, p.floor - 14, 22):
-            pen.box(x + 1, y + 1, x + 15, y + 21, (176, 196, 214) if (x + y) % 3 else (196, 208, 216))
+            glass = (176, 196, 214) if (x + y) % 3 else (196, 208, 216)
+            pen.box(x + 1, y + 1, x + 15, y + 21, glass)
+
     board = pen.at(p.move*1.6 - 6, p.floor - 62)
     board.box(0, 0, 28, 15, (30, 34, 44))
-    for y in (3, 7, 11): board.dash((12 + rng.random()*4, y), 9, (240, 190, 70), 1.1)
-    for x in range(p.move - 34, 70, 13):
-        pen.box(x, p.floor - 14, x + 11, p.floor - 4, shade(p.wall, .5), 2)
-        pen.box(x + 5, p.floor - 4, x + 6.5, p.floor + 2, (70, 70, 76))
-    for x in range(p.move % 16 - 16, 70, 16): pen.box(x + 3, p.floor + 4, x + 9, 130, shade(p.ground, 1.14))
+    for y in (3, 7, 11):
+        board.dash((12 + rng.random()*4, y), 9, (240, 190, 70), 1.1)
 
-OTHER_SCENES = {'market': scene_market, 'underpass': scene_underpass, 'snow': scene_snow, 'hall': scene_hall}
+    seat, shine = shade(p.wall, .5), shade(p.ground, 1.14)
+    for x in range(p.move - 34, 70, 13):
+        pen.box(x, p.floor - 14, x + 11, p.floor - 4, seat, 2)
+        pen.box(x + 5, p.floor - 4, x + 6.5, p.floor + 2, (70, 70, 76))
+    for x in range(p.move % 16 - 16, 70, 16):
+        pen.box(x + 3, p.floor + 4, x + 9, 130, shine)
 
 # %% ../nbs/92_elsewhere.ipynb #e2fa06d3
+OTHER_SCENES = {'market': scene_market, 'underpass': scene_underpass, 'snow': scene_snow, 'hall': scene_hall}
+
 def draw_scene_elsewhere(pen: Pen, f: dict, rng: np.random.Generator):
     "Wall, ground, furniture, and somebody far off in three of ten pictures."
     def dyed(color): return tuple(c + int(rng.random()*40) - 20 for c in color)
     camera = OTHER_CAMERAS[f['camera']]
-    move, floor = int(rng.random()*24), 62 + int(rng.random()*26)
+    move = int(rng.random()*24)
+    floor = 62 + int(rng.random()*26)
     p = Place(f['camera'], move, floor, dyed(camera.wall), dyed(camera.ground))
     pen.box(-1, -1, 90, p.floor, p.wall)
     pen.box(-1, p.floor, 90, 130, p.ground)
     OTHER_SCENES[p.camera](pen, p, rng)
     if rng.random() < .3:
-        x, foot = -4 + 72*rng.random(), p.floor + 12 + 14*rng.random()
+        x = -4 + 72*rng.random()
+        foot = p.floor + 12 + 14*rng.random()
         draw_passer(pen, x, foot, any_color(rng), .55)
 
 # %% ../nbs/92_elsewhere.ipynb #df0cb1f8
+def color_response(camera: Camera, light: float) -> np.ndarray:    # [3, 256], of R, G and B
+    "What each of 256 brightnesses becomes in each color."
+    gains = [int(gain*light) for gain in camera.gains]                       # in 1/256
+    lit = np.minimum(255, np.outer(gains, np.arange(256)) >> 8)
+    return camera.veil + (lit*(255 - camera.veil) >> 8)
+
 def expose_elsewhere(img: Image.Image, f: dict, rng: np.random.Generator) -> Image.Image:
     "What another lens and sensor do: resolution, light, veil, color response, colored noise."
-    camera, width, height = OTHER_CAMERAS[f['camera']], *img.size
+    width, height = img.size
     fewer = max(1, width*f['rows']//128), max(1, height*f['rows']//128)
-    img = img.resize(fewer, Image.Resampling.BOX).resize((width, height), Image.Resampling.BILINEAR)
-    gains = [int(gain*f['light']) for gain in camera.gains]                            # in 1/256
-    lit = np.minimum(255, np.outer(gains, np.arange(256)) >> 8)                        # [3, 256]
-    response = camera.veil + (lit*(255 - camera.veil) >> 8)
+    coarse = img.resize(fewer, Image.Resampling.BOX)
+    img = coarse.resize((width, height), Image.Resampling.BILINEAR)
+    response = color_response(OTHER_CAMERAS[f['camera']], f['light'])
     img = img.point(response.ravel().tolist())
     noise = rng.integers(-f['noise'], f['noise'] + 1, (height, width, 3), dtype=np.int8)
     noisy = np.asarray(img, np.int16) + noise
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
+# %% ../nbs/92_elsewhere.ipynb #f25f22cc
 def render_elsewhere(f: dict,                       # as from `elsewhere_factors`
                      size: tuple[int, int] = SIZE   # height, width in pixels
                     ) -> Image.Image:               # RGB
@@ -159,44 +207,61 @@ def render_elsewhere(f: dict,                       # as from `elsewhere_factors
 
 # %% ../nbs/92_elsewhere.ipynb #bdbb6667
 OTHER_STYLES = (
-    Style('notice', .95), Style('radio', .85, articles=False, capital=False, stop=''),
-    Style('letter', .85), Style('questions', 1.))
+    Style('notice', .95),
+    Style('radio', .85, articles=False, capital=False, stop=''),
+    Style('letter', .85),
+    Style('questions', 1.))
 OTHER_MENTIONED = {
-    'age': .8, 'build': .75, 'height': .65, 'skin': .25, 'hair': .9, 'glasses': .9, 'beard': .9, 'upper': 1.,
-    'inner': .45, 'lower': .9, 'shoes': .45, 'bag': .85, 'hat': .9, 'scarf': .75, 'pattern': .7,
-    'color2': .45, 'view': .3}
-OTHER_GOING = {'front': 'coming toward us', 'back': 'with the back to us', 'left': 'on the way left',
-               'right': 'on the way right'}
+    'age': .8, 'build': .75, 'height': .65, 'skin': .25, 'hair': .9, 'glasses': .9, 'beard': .9,
+    'upper': 1., 'inner': .45, 'lower': .9, 'shoes': .45,
+    'bag': .85, 'hat': .9, 'scarf': .75,
+    'pattern': .7, 'color2': .45,
+    'view': .3}
+OTHER_GOING = {
+    'front': 'coming toward us',
+    'back': 'with the back to us',
+    'left': 'on the way left',
+    'right': 'on the way right'}
 
 # %% ../nbs/92_elsewhere.ipynb #a9d09574
 OTHER_WORDS = {
-    'man': ('man', 'fellow', 'male'), 'woman': ('woman', 'lady'), 'boy': ('boy', 'lad'),
-    'girl': ('girl', 'lass'), 'young': ('young', 'youngish'), 'middle-aged': ('middle-aged', 'mature'),
+    'man': ('man', 'fellow', 'male'), 'woman': ('woman', 'lady'),
+    'boy': ('boy', 'lad'), 'girl': ('girl', 'lass'),
+    'young': ('young', 'youngish'), 'middle-aged': ('middle-aged', 'mature'),
     'elderly': ('old', 'aged', 'elderly'), 'slim': ('slim', 'skinny', 'lean'),
-    'heavy': ('heavy', 'chubby', 'stout'), 'short': ('short', 'little'), 'gray': ('grey',),
-    'dark blue': ('navy', 'deep blue'), 'light blue': ('pale blue',), 'purple': ('violet', 'lilac'),
-    'beige': ('cream', 'sand'), 't-shirt': ('tee shirt', 'tee'), 'shirt': ('shirt', 'buttoned shirt'),
-    'sweater': ('jumper', 'knit top'), 'hoodie': ('hoodie', 'hooded top'), 'jacket': ('jacket', 'blazer'),
-    'coat': ('coat', 'trench coat', 'overcoat'), 'tank top': ('sleeveless top', 'vest'),
-    'dress': ('dress', 'gown'), 'trousers': ('pants', 'long pants'), 'jeans': ('jeans', 'denims'),
+    'heavy': ('heavy', 'chubby', 'stout'), 'short': ('short', 'little'),
+    'gray': ('grey',), 'dark blue': ('navy', 'deep blue'), 'light blue': ('pale blue',),
+    'purple': ('violet', 'lilac'), 'beige': ('cream', 'sand'),
+    't-shirt': ('tee shirt', 'tee'), 'shirt': ('shirt', 'buttoned shirt'),
+    'sweater': ('jumper', 'knit top'), 'hoodie': ('hoodie', 'hooded top'),
+    'jacket': ('jacket', 'blazer'), 'coat': ('coat', 'trench coat', 'overcoat'),
+    'tank top': ('sleeveless top', 'vest'), 'dress': ('dress', 'gown'),
+    'trousers': ('pants', 'long pants'), 'jeans': ('jeans', 'denims'),
     'shorts': ('shorts', 'cut pants'), 'skirt': ('skirt', 'swing skirt'),
     'leggings': ('tights', 'leggings'), 'sneakers': ('trainers', 'gym shoes'),
     'leather shoes': ('dress shoes', 'fine shoes'), 'boots': ('boots', 'high boots'),
-    'sandals': ('sandals', 'beach shoes'), 'backpack': ('rucksack', 'pack'),
-    'shoulder bag': ('messenger bag', 'sling'), 'handbag': ('purse', 'hand bag'),
-    'suitcase': ('suitcase', 'wheeled case'), 'plastic bag': ('shopping bag', 'carrier bag'),
+    'sandals': ('sandals', 'beach shoes'),
+    'backpack': ('rucksack', 'pack'), 'shoulder bag': ('messenger bag', 'sling'),
+    'handbag': ('purse', 'hand bag'), 'suitcase': ('suitcase', 'wheeled case'),
+    'plastic bag': ('shopping bag', 'carrier bag'),
     'cap': ('cap', 'peaked cap'), 'beanie': ('knit hat', 'wool hat'),
-    'brimmed hat': ('brimmed hat', 'sun hat'), 'glasses': ('spectacles', 'specs'),
-    'beard': ('beard', 'goatee'), 'scarf': ('scarf', 'shawl')}
+    'brimmed hat': ('brimmed hat', 'sun hat'),
+    'glasses': ('spectacles', 'specs'), 'beard': ('beard', 'goatee'), 'scarf': ('scarf', 'shawl')}
+
+# %% ../nbs/92_elsewhere.ipynb #48931efa
 OTHER_WORDINGS = {                                  # first wording at home -> two wordings here
-    'a bald head': ('a bald head', 'no hair'), 'short {} hair': ('short {} hair', 'trimmed {} hair'),
-    'curly {} hair': ('{} curls', 'wavy {} hair'), 'chin-length {} hair': ('a {} bob', 'half-long {} hair'),
+    'a bald head': ('a bald head', 'no hair'),
+    'short {} hair': ('short {} hair', 'trimmed {} hair'),
+    'curly {} hair': ('{} curls', 'wavy {} hair'),
+    'chin-length {} hair': ('a {} bob', 'half-long {} hair'),
     'long {} hair': ('long {} hair', 'flowing {} hair'),
     '{} hair in a ponytail': ('a {} ponytail', '{} hair tied back'),
-    '{} hair in a bun': ('a {} bun', '{} hair pinned up'), '{} stripes': ('{} stripes', '{} bands'),
+    '{} hair in a bun': ('a {} bun', '{} hair pinned up'),
+    '{} stripes': ('{} stripes', '{} bands'),
     'vertical {} stripes': ('{} stripes up and down', '{} pinstripes'),
     '{} checks': ('{} checks', '{} squares'),
-    '{} dots': ('{} dots', '{} spots'), 'a {} print on the chest': ('a {} print', 'a {} picture on it'),
+    '{} dots': ('{} dots', '{} spots'),
+    'a {} print on the chest': ('a {} print', 'a {} picture on it'),
     'a {} lower half': ('a {} lower part', 'a {} bottom half')}
 
 # %% ../nbs/92_elsewhere.ipynb #c978fac9
@@ -207,46 +272,70 @@ class Witness(Say):
     def habits(self) -> Style: return OTHER_STYLES[self.style]
 
     def told(self, topic: str) -> bool:
+        "Whether the topic is worth a mention; the upper garment always is."
         keep = 1 if topic == 'upper' else self.habits.keep
         return self.rng.random() < OTHER_MENTIONED[topic]*keep
 
     def word(self, concept: str) -> str:
+        "Mostly the annotator's favorite word."
         words = OTHER_WORDS.get(concept, (concept,))
         favorite = words[(self.style + len(concept)) % 3 % len(words)]     # of two words mostly the first
         return favorite if self.rng.random() < .8 else self.choose(*words)
 
-    def wording(self, pair: tuple[str, str]) -> str: return super().wording(OTHER_WORDINGS[pair[0]])
+    def wording(self, pair: tuple[str, str]) -> str:
+        "A phrase for a color, from the pair that home has for it."
+        return super().wording(OTHER_WORDINGS[pair[0]])
 
 # %% ../nbs/92_elsewhere.ipynb #5f0c63db
 def notice(say: Say, view: str) -> str:
-    parts = [f'Wanted: {an(say.who)}' + (f', {view}' if view else ''), say.clause('Look for {}', *BODY),
+    "“Wanted: …”"
+    person = f'Wanted: {an(say.who)}'
+    if view: person += f', {view}'
+    parts = [person,
+             say.clause('Look for {}', *BODY),
              say.clause('Last seen wearing {}', 'upper', 'lower', last=' over '),
              say.clause('Also {}', 'shoes', 'scarf', 'hat', 'bag')]
-    return '. '.join(part for part in parts if part)
+    return '. '.join(filter(None, parts))
 
 # %% ../nbs/92_elsewhere.ipynb #46e0cf37
 def radio(say: Say, view: str) -> str:
-    parts = ['we have here', say.who + (f' {view}' if view else ''),
-             say.clause('hat {}', 'hat'), say.clause('top {}', 'upper', 'scarf', last=' and '),
-             say.clause('legs {}', 'lower'), say.clause('shoes {}', 'shoes'), say.clause('holding {}', 'bag'),
+    "“we have here - …”"
+    person = say.who
+    if view: person += f' {view}'
+    parts = ['we have here', person,
+             say.clause('hat {}', 'hat'),
+             say.clause('top {}', 'upper', 'scarf', last=' and '),
+             say.clause('legs {}', 'lower'),
+             say.clause('shoes {}', 'shoes'),
+             say.clause('holding {}', 'bag'),
              say.clause('face {}', *BODY)]
     return ' - '.join(part.replace(',', ' and') for part in parts if part)
 
 # %% ../nbs/92_elsewhere.ipynb #0d127b96
 def letter(say: Say, view: str) -> str:
-    start = f'Today I saw {an(say.who)}' + (f' {view}' if view else '')
-    parts = [start, say.clause('I recall {}', *BODY, last=' and even '),
+    "“Today I saw …”"
+    person = f'Today I saw {an(say.who)}'
+    if view: person += f' {view}'
+    parts = [person,
+             say.clause('I recall {}', *BODY, last=' and even '),
              say.clause(f'What {say.he} wore was {{}}', 'lower', 'upper', 'shoes', last=' to go with '),
              say.clause('Not to forget {}', 'hat', 'scarf', 'bag')]
-    return '. '.join(part for part in parts if part)
+    return '. '.join(filter(None, parts))
 
 # %% ../nbs/92_elsewhere.ipynb #901d0344
+QUESTION_TOPICS = {
+    'Face?': BODY,
+    'Above?': ('hat', 'scarf', 'upper'),
+    'Below?': ('lower', 'shoes'),
+    'Bag?': ('bag',)}
+
 def questions(say: Say, view: str) -> str:
-    asked = {'Face?': BODY, 'Above?': ('hat', 'scarf', 'upper'), 'Below?': ('lower', 'shoes'),
-             'Bag?': ('bag',)}
-    parts = [f'Who? {cap(an(say.who))}'] + ([f'Where? {cap(view)}'] if view else [])
-    parts += [f'{question} {cap(told)}' for question, topics in asked.items()
-              if (told := say.clause('{}', *topics, last=' plus '))]
+    "“Who? … Where? …”"
+    parts = [f'Who? {cap(an(say.who))}']
+    if view: parts.append(f'Where? {cap(view)}')
+    for question, topics in QUESTION_TOPICS.items():
+        answer = say.clause('{}', *topics, last=' plus ')
+        if answer: parts.append(f'{question} {cap(answer)}')
     return '. '.join(parts)
 
 OTHER_ARRANGE = (notice, radio, letter, questions)       # in the order of `OTHER_STYLES`
@@ -257,15 +346,18 @@ def caption_elsewhere(f: dict, style: int,               # all factors of a pict
                       witness: type[Say] = Witness       # one that listens, for the ceiling
                      ) -> tuple[str, Say]:
     "What an annotator elsewhere writes about a picture."
-    say = witness(mistaken(visible(f), rng, mistakes, plausible=True), style, rng)
-    arrange = pick(rng, OTHER_ARRANGE) if rng.random() < .05 else OTHER_ARRANGE[style]
+    seen = mistaken(visible(f), rng, mistakes, plausible=True)
+    say = witness(seen, style, rng)
+    arrange = OTHER_ARRANGE[style]
+    if rng.random() < .05: arrange = pick(rng, OTHER_ARRANGE)
     view = OTHER_GOING[f['view']] if say.told('view') else ''
     return finish_sentence(arrange(say, view), say.habits), say
 
 def captions_elsewhere(s: Spec, i: int, k: int,          # person, picture
                        witness: type[Say] = Witness) -> list[tuple[str, Say]]:
     "The captions of a picture, by different annotators."
-    rng, f = stream(s.seed, ELSEWHERE_CAPTION, i, k), image_factors(s.seed, i, k)
+    rng = stream(s.seed, ELSEWHERE_CAPTION, i, k)
+    f = image_factors(s.seed, i, k)
     styles = rng.permutation(len(OTHER_STYLES))[:s.captions_per_image]
     return [caption_elsewhere(f, int(style), rng, s.mistakes, witness) for style in styles]
 

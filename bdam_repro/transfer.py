@@ -48,8 +48,11 @@ from .elsewhere import (Witness, captions_elsewhere, elsewhere_factors, read_dra
                                   render_elsewhere)
 
 # %% ../nbs/93_transfer.ipynb #38c75ef1
-CELLS = {'home': ('home', 'home'), 'cameras': ('elsewhere', 'home'), 'annotators': ('home', 'elsewhere'),
-         'both': ('elsewhere', 'elsewhere')}              # cell -> world of its pictures, of its captions
+CELLS = {                                         # cell -> world of its pictures, of its captions
+    'home': ('home', 'home'),
+    'cameras': ('elsewhere', 'home'),
+    'annotators': ('home', 'elsewhere'),
+    'both': ('elsewhere', 'elsewhere')}
 
 @dataclass
 class TwoWorlds:
@@ -65,10 +68,11 @@ def people_of(s: Spec, split: str = 'test') -> list[int]:
 
 def drawing_code() -> str:
     "A hash of the modules that decide a picture."
-    h, here = hashlib.sha256(), Path(bdam_repro.__file__).parent
-    for name in ('people', 'drawing', 'rendering', 'elsewhere'): h.update((here/f'{name}.py').read_bytes())
+    package, h = Path(bdam_repro.__file__).parent, hashlib.sha256()
+    for name in ('people', 'drawing', 'rendering', 'elsewhere'): h.update((package/f'{name}.py').read_bytes())
     return h.hexdigest()
 
+# %% ../nbs/93_transfer.ipynb #6c867baf
 def draw_worlds(c: Config,            # of the runs
                 split: str = 'test',
                 people: int | None = None,     # only the first ones; None: all
@@ -77,16 +81,16 @@ def draw_worlds(c: Config,            # of the runs
     "Draw and describe the people of a split in both worlds; the home one is that of the dataset."
     s = spec_of(c, c.clothes_change)
     size, chosen = (s.height, s.width), people_of(s, split)[:people]
-    rows = [row for i in chosen for row in picture_rows(s, i)]
-    numbers = [(i, k) for i in chosen for k in range(s.images_per_id)]
-    away = [[text for text, _ in captions_elsewhere(s, i, k)] for i, k in numbers]
+    rows = [row for i in chosen for row in picture_rows(s, i)]               # of the pictures at home
+    numbers = [(i, k) for i in chosen for k in range(s.images_per_id)]       # person, which picture
     def draw():
-        seen = (render_elsewhere(elsewhere_factors(s.seed, i, k), size) for i, k in numbers)
-        return {'home': read_drawn((render(row['factors'], size) for row in rows), c),
-                'elsewhere': read_drawn(seen, c)}
+        at_home = (render(row['factors'], size) for row in rows)
+        away = (render_elsewhere(elsewhere_factors(s.seed, i, k), size) for i, k in numbers)
+        return {'home': read_drawn(at_home, c), 'elsewhere': read_drawn(away, c)}
+
     made_of = [asdict(s), chosen, c.image_height, c.image_width, c.columns, drawing_code()]
     texts = {'home': [text for row in rows for text in row['captions']],
-             'elsewhere': [text for texts in away for text in texts]}
+             'elsewhere': [text for i, k in numbers for text, _ in captions_elsewhere(s, i, k)]}
     pids = np.array([row['pid'] for row in rows])
     return TwoWorlds(remember(memory, made_of, draw), texts, pids, pids.repeat(s.captions_per_image))
 
@@ -140,13 +144,16 @@ class HeardWitness(Heard, Witness):
 def readers(c: Config) -> dict[str, RetrievalResult]:   # world of the captions -> results
     "What a reader of factors makes of the captions of both worlds, on all test people."
     s = spec_of(c, c.clothes_change)
-    rows = [row for i in people_of(s) for row in picture_rows(s, i)]
-    heard = [mentioned(say) for i in people_of(s) for k in range(s.images_per_id)
-             for _, say in captions_elsewhere(s, i, k, HeardWitness)]
-    pids, truth = np.array([row['pid'] for row in rows]), [row['factors'] for row in rows]
-    asked = pids.repeat(s.captions_per_image)
-    return {world: metrics_from_scores(agreement(named, truth), asked, pids)
-            for world, named in (('home', captions_heard(s)), ('elsewhere', heard))}
+    heard, rows = [], []
+    for i in people_of(s):
+        rows += picture_rows(s, i)
+        for k in range(s.images_per_id):
+            heard += [mentioned(say) for _, say in captions_elsewhere(s, i, k, HeardWitness)]
+    truth = [row['factors'] for row in rows]
+    pids = np.array([row['pid'] for row in rows])
+    q_pids = pids.repeat(s.captions_per_image)
+    named = {'home': captions_heard(s), 'elsewhere': heard}
+    return {world: metrics_from_scores(agreement(x, truth), q_pids, pids) for world, x in named.items()}
 
 # %% ../nbs/93_transfer.ipynb #4e21b057
 TRANSFER_COLUMNS = ['variant', 'seed', 'cell', 'pictures', 'captions', 'score', *METRICS, 'recorded_R1',
@@ -208,20 +215,23 @@ def ask_run(folder: Path, w: TwoWorlds) -> tuple[list[dict[str, Any]], list[dict
             row |= {m: round(v, 4) for m, v in result.summary().items()}
             if cell == 'home': row['recorded_R1'] = round(recorded[score]['R1'], 4)
             rows.append(row | about)
+
         own = results.get('fused', results['dual'])
         for metric in ('R1', 'mAP'):
             values = by_person(getattr(own, METRICS[metric]), w.q_pids)
-            people.append(head | dict(cell=cell, metric=metric) | {str(i): v for i, v in enumerate(values)})
+            numbered = {str(i): v for i, v in enumerate(values)}
+            people.append(head | dict(cell=cell, metric=metric) | numbered)
     return rows, people
 
 def reader_rows(c: Config) -> list[dict[str, Any]]:
     "What the captions of each world allow."
-    def row(world, result):
-        cell = dict(home='home', elsewhere='annotators')[world]
-        about = dict(variant=READER, seed=0, cell=cell, pictures='home', captions=world, score='factors')
-        about |= dict(weights='', run_code='', device='', code=code_version())
-        return about | {m: round(v, 4) for m, v in result.summary().items()}
-    return [row(world, result) for world, result in readers(c).items()]
+    cell_of = dict(home='home', elsewhere='annotators')         # whoever needs no eyes is in no other cell
+    rows = []
+    for world, result in readers(c).items():
+        row = dict(variant=READER, seed=0, cell=cell_of[world], pictures='home', captions=world,
+                   score='factors', weights='', run_code='', device='', code=code_version())
+        rows.append(row | {m: round(v, 4) for m, v in result.summary().items()})
+    return rows
 
 # %% ../nbs/93_transfer.ipynb #650e4170
 TRANSFER_PAIRS = [('full', 'baseline_described'),                  # was asked beforehand
@@ -260,24 +270,25 @@ def transfer_row(quantity: str, variant: str, rival: str, cell: str, metric: str
 # %% ../nbs/93_transfer.ipynb #42163a55
 def transfer_differences(people: pd.DataFrame) -> pd.DataFrame:
     "Losses of single models, and the pairs: levels in each cell, and what is kept."
-    rows, answers = [], answers_by_cell(people)
+    answers = answers_by_cell(people)
     quantities = {LEVEL: answers, KEPT: change_from_home(answers)}
-    def estimated(d, spread, weights):
-        return estimate(d.to_numpy(float), np.arange(d.shape[1]), spread, weights)
+    rows = []
+    def add(quantity, variant, rival, d, spread, weights):       # d: seeds × people
+        e = estimate(d.to_numpy(float), np.arange(d.shape[1]), spread, weights)
+        rows.append(transfer_row(quantity, variant, rival, cell, metric, e, d.index))
+
     for metric, cell in product(('R1', 'mAP'), CELLS):
         spreads = {name: seeds_spread(x, cell, metric) for name, x in quantities.items()}
-        for variant in dict.fromkeys(people['variant']):
-            if cell == 'home': continue
-            d = -quantities[KEPT][variant, cell, metric]
-            e = estimated(d, spreads[KEPT], 1.)
-            rows.append(transfer_row(LOST, variant, '', cell, metric, e, d.index))
+        if cell != 'home':
+            for variant in dict.fromkeys(people['variant']):
+                lost = -quantities[KEPT][variant, cell, metric]
+                add(LOST, variant, '', lost, spreads[KEPT], 1.)
         for (variant, rival), (name, x) in product(TRANSFER_PAIRS, quantities.items()):
-            if (name, cell) == (KEPT, 'home'): continue
-            if not {(v, cell, metric) for v in (variant, rival)} <= set(x): continue
-            d = (x[variant, cell, metric] - x[rival, cell, metric]).dropna()       # seeds of both
-            if d.empty: continue
-            e = estimated(d, spreads[name], 2.)
-            rows.append(transfer_row(name, variant, rival, cell, metric, e, d.index))
+            if name == KEPT and cell == 'home': continue
+            mine, theirs = x.get((variant, cell, metric)), x.get((rival, cell, metric))
+            if mine is None or theirs is None: continue
+            d = (mine - theirs).dropna()                         # seeds of both
+            if not d.empty: add(name, variant, rival, d, spreads[name], 2.)
     return pd.DataFrame(rows)
 
 # %% ../nbs/93_transfer.ipynb #8666a391
@@ -285,9 +296,12 @@ CELL_NAMES = {'home': 'home', 'cameras': 'other cameras', 'annotators': 'other a
 
 def with_ends(r) -> str:   # a row of `transfer_differences`
     "A difference, its interval and verdict."
-    text = f'{r.value:+.1f}' + ('' if np.isnan(r.lo) else f' [{r.lo:+.1f}, {r.hi:+.1f}]')
-    return text.replace('-', '−') + (f', {r.verdict}' if r.verdict else '')
+    text = f'{r.value:+.1f}'
+    if not np.isnan(r.lo): text += f' [{r.lo:+.1f}, {r.hi:+.1f}]'
+    text = text.replace('-', '−')
+    return f'{text}, {r.verdict}' if r.verdict else text
 
+# %% ../nbs/93_transfer.ipynb #c185ff73
 def levels_table(t: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
     "R-1 (mAP) by model and cell, and what is lost."
     head = f'| Model | seeds | {" | ".join(CELL_NAMES.values())} | lost, both |'
@@ -298,8 +312,9 @@ def levels_table(t: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
         if 'fused' in set(own.score): own = own[own.score == 'fused']
         mean = own.groupby('cell')[['R1', 'mAP']].mean()
         cells = [f'{mean.R1[k]:.1f} ({mean.mAP[k]:.1f})' if k in mean.index else '' for k in CELLS]
-        name, seeds, last = READER, '', ''
-        if variant == READER: cells[1], cells[3] = cells[0], cells[2]          # who needs no eyes
+        if variant == READER:
+            home, _, annotators, _ = cells                                     # who needs no eyes
+            name, seeds, last, cells = READER, '', '', [home, home, annotators, annotators]
         else:
             name, seeds = f'`{variant}`', own.seed.nunique()
             last = with_ends(lost[lost.variant == variant].iloc[0]).replace('+', '')
@@ -308,16 +323,16 @@ def levels_table(t: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
 
 def kept_table(differences: pd.DataFrame) -> list[str]:
     "The pairs in R-1: levels, and what is kept."
-    shown = differences[(differences.rival != '') & (differences.metric == 'R1')]
+    shown = rows_where(differences[differences.rival != ''], metric='R1')
     lines = [f'| R-1 | {" | ".join(CELL_NAMES.values())} |', '| --- |' + ' ---: |'*4]
-    words = {LEVEL: '{} − {}', KEPT: '{} keeps more than {}'}
+    words = {LEVEL: '`{}` − `{}`', KEPT: '`{}` keeps more than `{}`'}
     for variant, rival in TRANSFER_PAIRS:
         for quantity, name in words.items():
             own = rows_where(shown, variant=variant, rival=rival, quantity=quantity)
             if own.empty: continue
-            own = {r.cell: with_ends(r) for r in own.itertuples()}
-            cells = ' | '.join(own.get(k, '') for k in CELLS)
-            lines.append(f'| {name.format(f"`{variant}`", f"`{rival}`")} | {cells} |')
+            by_cell = {r.cell: with_ends(r) for r in own.itertuples()}
+            cells = ' | '.join(by_cell.get(k, '') for k in CELLS)
+            lines.append(f'| {name.format(variant, rival)} | {cells} |')
     return lines
 
 # %% ../nbs/93_transfer.ipynb #5ff4cbe3
