@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXICON_PATTERNS', 'spoken_of', 'noun_side', 'slot_of',
            'Word', 'is_color', 'parsed_words', 'leads_to_noun', 'goes_on', 'colors_end', 'stands_apart', 'ends_phrase',
-           'begins_phrase', 'first_modifier', 'adjectives_end', 'Phrase', 'find_phrases', 'Item', 'CaptionItems']
+           'begins_phrase', 'first_modifier', 'adjectives_end', 'Phrase', 'find_phrases']
 
 # %% ../nbs/20_lexicon.ipynb #617e3b55
 import functools
@@ -395,55 +395,3 @@ def find_phrases(words: list[Word]) -> dict[int, Phrase]:
         found.append(Phrase(side, start, head + 1, head))
         i = head + 1
     return {phrase.start: phrase for phrase in found}
-
-# %% ../nbs/20_lexicon.ipynb #c16ccf90
-@dataclass
-class Item:
-    "A stretch of a caption that speaks of one garment or one trait."
-    side: str         # that of its phrase
-    verb: str         # of a garment: 'wears', 'carries', 'holds', …
-    phrase: Phrase
-    end: int          # exclusive; the phrase ends earlier where more is said
-    tail: int         # where the words behind the phrase begin
-    said: tuple[int, int] = (0, 0)     # the adjectives of "her hair is LONG AND BLACK"
-    of: 'Item | None' = None           # for "the shirt has stripes": the shirt said before
-    known: bool = True                 # its noun is in the lexicon
-
-@dataclass
-class CaptionItems:
-    "A caption while it is read."
-    words: list[Word]
-    phrases: dict[int, Phrase]
-    items: list[Item]
-    people: list[Phrase]
-    traits: list[str]             # adjectives of the person: tall, bald
-    open: Item | None = None      # the item that may still be stretched
-    verb: str = ''                # 'wears', a form of carrying, 'has', 'scene', 'not' or ''
-    clause: bool = False          # inside "that …", "which …" of the open item
-    other: int = -1               # the end of the phrase that names another person, who is spoken of now
-    others_clause: bool = False   # inside "… who is wearing" of that person
-    unsure: bool = False          # "a man or a woman"
-
-    def close(self, verb: str | None = None):
-        self.open, self.clause = None, False
-        if verb is not None: self.verb = verb
-
-    def begin(self, side: str, verb: str, phrase: Phrase, **more) -> Item:
-        self.clause = False
-        self.open = Item(side, verb, phrase, phrase.end, phrase.end, **more)
-        self.items.append(self.open)
-        return self.open
-
-    def tell(self, at: int):
-        "Stretch the open item over *is*, *is worn*, *is held*, which are not told again."
-        self.words[at].silent = True
-        self.open.end = at + 1
-        if self.low(at + 1) in ('worn', 'carried', 'held', 'seen'):
-            self.words[at + 1].silent = True
-            self.open.end += 1
-
-    def gap(self, at: int) -> list[str]:
-        "The words between the open item and here."
-        return [word.low for word in self.words[self.open.end:at]] if self.open else []
-
-    def low(self, at: int) -> str: return self.words[at].low if 0 <= at < len(self.words) else ''
