@@ -5,26 +5,23 @@
 # %% auto #0
 __all__ = ['garments_and_traits']
 
-# %% ../nbs/22_details.ipynb #bcd9d2c3
+# %% ../nbs/22_details.ipynb #347125d5
 from .words import (BE_VERBS, CARRIED, CARRY_VERBS, COMPANY, DETERMINERS, GARMENT_VERBS, HAIRED,
                               HAIR_DONE, HAIR_ENDS, HANGING, HAVE_VERBS, LISTS, LOOSE_ENDS, LOOSE_WORDS,
-                              NO_ENDS, OF_SCENE, ON_IT, OVER_WORDS, PART_NOUNS, POSTURE, REACHING,
-                              SCENE_VERBS, SEPARATORS, TAIL_WORDS, THEIRS, TRAIT_WORDS, WEAR_VERBS)
-from .lexicon import Phrase, Word, adjectives_end, is_color, noun_side
-from .items import (CaptionItems, after_be, ask_rules, read_items, reads, same_garment, tell_again,
-                              worn_or_carried)
+                              NOT_A_PART, NO_ENDS, OF_SCENE, ON_IT, OVER_WORDS, PART_NOUNS, POSTURE,
+                              REACHING, SCENE_VERBS, SEPARATORS, SLOTS_OF_PARTS, TAIL_WORDS, THEIRS,
+                              TRAIT_WORDS, WEAR_VERBS)
+from .lexicon import (Phrase, Word, adjectives_end, hangs_on, is_color, is_of_thing, noun_side,
+                                slot_of)
+from .items import (CaptionItems, Item, after_be, ask_rules, read_items, reads, same_garment,
+                              tell_again, worn_or_carried)
 
-# %% ../nbs/22_details.ipynb #f86442d6
+# %% ../nbs/22_details.ipynb #ee232cbb
 def _hangs_on_open(r: CaptionItems, at: int) -> bool:
-    "By the parser: does the word hang on one of the open item's words, directly or through others?"
-    for _ in range(6):
-        if r.open.phrase.start <= at < r.open.end: return True
-        head = r.words[at].head
-        if head == at or head < r.open.phrase.start: return False
-        at = head
-    return False
+    "By the parser: does the word hang on one of the open item's words?"
+    return hangs_on(r.words, at, r.open.phrase.start, r.open.end)
 
-# %% ../nbs/22_details.ipynb #da776ba7
+# %% ../nbs/22_details.ipynb #b7d559a5
 @reads('part')
 def _part(r: CaptionItems, phrase: Phrase) -> int:
     return phrase.end if r.opened('hair') else r.leave(phrase.end)
@@ -52,7 +49,7 @@ def _part_of_garment(r: CaptionItems, phrase: Phrase) -> int | None:
     end = _end_with_number(r, phrase)
     return r.stretch(end) if listed or r.clause else r.leave(end)
 
-# %% ../nbs/22_details.ipynb #10fe1483
+# %% ../nbs/22_details.ipynb #564167c9
 @reads('part')
 def _the_picture(r: CaptionItems, phrase: Phrase) -> int | None:
     "'THE PICTURE shows …': the photograph."
@@ -75,7 +72,43 @@ def _in_color(r: CaptionItems, phrase: Phrase) -> int | None:
     "'tan in COLOR'"
     if r.gap(phrase.start) == ['in'] and r.low(phrase.start) in ('color', 'colour'): return phrase.end
 
-# %% ../nbs/22_details.ipynb #66bf939c
+# %% ../nbs/22_details.ipynb #783c88fc
+_WHOSE_PART = THEIRS | {'the', 'its', 'whose'}
+
+def _garment_with(r: CaptionItems, phrase: Phrase) -> Item | None:
+    "The last garment that has such a part."
+    slots = SLOTS_OF_PARTS.get(r.low(phrase.head))
+    garments = (item for item in reversed(r.items) if item.side == item.phrase.side == 'garment')
+    fitting = (item for item in garments if not slots or slot_of(r.low(item.phrase.head)) in slots)
+    found = next(fitting, None)
+    return found and (found.of or found)
+
+def _adjectives_of_part(r: CaptionItems, end: int) -> tuple[int, int]:
+    "Where they stand behind a part that ends here: 'are LONG', and with no verb 'the buttons GOLD'."
+    at = after_be(r, end)
+    told = adjectives_end(r.words, at or end)
+    bare = not at and (not is_color(r.low(told - 1)) or r.low(told) not in (',', '.', 'and', ''))
+    ends = told == (at or end) or r.low(told - 1) == 'visible' or (r.words[told:] and r.words[told].noun)
+    return (0, 0) if bare or ends else (at or end, told)
+
+# %% ../nbs/22_details.ipynb #9b1a9e19
+@reads('part')
+def _part_is(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'THE SLEEVES are long', 'a bag WHOSE STRAP is red', 'THE BOTTOM of his shoes is green'."
+    first, before = r.low(phrase.start), r.low(phrase.start - 1)
+    of = r.phrases.get(phrase.end + 1) if r.low(phrase.end) == 'of' else None
+    opens = before in ('', '.', ';', ',', 'and') or first == 'whose'
+    if r.other >= 0 or not opens or first not in _WHOSE_PART: return None
+    if of.side != 'garment' if of else r.low(phrase.head) in NOT_A_PART: return None
+    said = _adjectives_of_part(r, of.end if of else phrase.end)
+    garment = same_garment(r, of) if of else _garment_with(r, phrase)
+    if not said[1] or not (of or garment): return None
+    if not garment: garment = r.begin('garment', worn_or_carried(r.low(of.head)), of)
+    item = r.begin('garment', garment.verb, phrase, of=garment.of or garment)
+    item.said, item.tail = said, phrase.start + 1
+    return r.stretch(said[1])
+
+# %% ../nbs/22_details.ipynb #f4481aaf
 def _leads_there(r: CaptionItems, phrase: Phrase) -> bool:
     "'a bag ON HER SHOULDER', 'a bag slung HIGH OVER HIS BACK', 'a scarf covering HER NECK'."
     gap, last = r.gap(phrase.start), r.words[r.open.end - 1]
@@ -96,7 +129,7 @@ def _hangs_there(r: CaptionItems, phrase: Phrase) -> bool:
     joined = 'and' in gap and not gap & TAIL_WORDS
     return bool(gap - {',', 'and'}) and not joined and _hangs_on_open(r, r.open.end)
 
-# %% ../nbs/22_details.ipynb #5c10b697
+# %% ../nbs/22_details.ipynb #dbe9e027
 def _is_part(r: CaptionItems, phrase: Phrase) -> bool:
     "'a shirt with BLACK ARMS', 'a coat with A ROUND NECK', 'a watch with A FACE'."
     low = r.low(phrase.head)
@@ -110,7 +143,7 @@ def _by_hand(r: CaptionItems, phrase: Phrase) -> bool:
     "'holds a bag with BOTH HANDS'"
     return r.open.verb in CARRY_VERBS.values() and r.low(phrase.head) in ('hand', 'hands', 'arm', 'arms')
 
-# %% ../nbs/22_details.ipynb #dcc0269d
+# %% ../nbs/22_details.ipynb #ce137df1
 @reads('body')
 def _body(r: CaptionItems, phrase: Phrase) -> int:
     if not (r.opened('garment') or r.opened('hair')): return r.leave(phrase.end)
@@ -124,7 +157,7 @@ def _bald_head(r: CaptionItems, phrase: Phrase) -> None:
     "'a BALD head'"
     r.traits += [w.low for w in r.words[phrase.start:phrase.head] if HAIRED.fullmatch(w.low)]
 
-# %% ../nbs/22_details.ipynb #67eb6fce
+# %% ../nbs/22_details.ipynb #7d137121
 @reads('other')
 def _thing(r: CaptionItems, phrase: Phrase) -> int: return r.leave(phrase.end)
 
@@ -151,7 +184,7 @@ def _tells_of_hair(r: CaptionItems, phrase: Phrase) -> int | None:
     styled = gap == ['in'] and low in ('cut', 'style', 'updo', 'knot', 'fashion')
     if r.opened('hair') and (styled or (gap == ['with'] and low in HAIR_ENDS)): return r.stretch(phrase.end)
 
-# %% ../nbs/22_details.ipynb #9a4ab51e
+# %% ../nbs/22_details.ipynb #5804fbfb
 def _hangs_as_thing(r: CaptionItems, phrase: Phrase) -> bool:
     "'a pattern IN BLOCK FORM'; by the parser, and not 'in A PARK'."
     gap, item = r.gap(phrase.start), r.open
@@ -176,7 +209,7 @@ def _listed_thing(r: CaptionItems, phrase: Phrase) -> int | None:
     if not listed or r.low(phrase.start) in DETERMINERS or r.lows(phrase) & COMPANY: return None
     if r.words[phrase.head].head in range(item.tail, item.end): return r.stretch(phrase.end)
 
-# %% ../nbs/22_details.ipynb #872eb932
+# %% ../nbs/22_details.ipynb #290d4344
 @reads('part', 'other')
 def _part_of_next(r: CaptionItems, phrase: Phrase) -> int | None:
     "'There is A PICTURE on her shirt': told with the garment behind it."
@@ -195,7 +228,7 @@ def _part_of_next(r: CaptionItems, phrase: Phrase) -> int | None:
         if not between: return None
         at = of.end if of else at + 1
 
-# %% ../nbs/22_details.ipynb #21d6fdd0
+# %% ../nbs/22_details.ipynb #5f4e97bc
 @reads('word')
 def _loose_end(r: CaptionItems, at: int) -> int | None:
     "'a shirt UNTUCKED', 'hair cut SHORT', 'a skirt LONG enough'."
@@ -218,15 +251,13 @@ def _left_or_right(r: CaptionItems, at: int) -> int | None:
     on_her = gap[:-1] == ['on'] and not r.words[at].modifier
     return r.stretch(at + 1) if on_her or r.low(at + 1) not in r.phrases else at + 1
 
-# %% ../nbs/22_details.ipynb #f137eb43
-def _is_verb_here(word: Word) -> bool: return word.verb or word.tag.startswith('VB') or word.tag == 'MD'
-
+# %% ../nbs/22_details.ipynb #cee2088c
 @reads('word')
 def _verb(r: CaptionItems, at: int) -> int | None:
-    if not _is_verb_here(r.words[at]): return None
+    word = r.words[at]
+    if not (word.verb or word.tag.startswith('VB') or word.tag == 'MD'): return None
     return at + 1 if r.low(at) in ('including', 'plus') else ask_rules('verb', r, at)
 
-# %% ../nbs/22_details.ipynb #73d95722
 def _is_denied_verb(r: CaptionItems, at: int) -> bool: return r.low(at - 1) in ('not', "n't")
 
 def _goes_on_in_clause(r: CaptionItems, at: int) -> bool:
@@ -239,7 +270,7 @@ def _goes_on_in_clause(r: CaptionItems, at: int) -> bool:
 def _scene(r: CaptionItems, at: int) -> int:
     return r.leave(at + 1, 'not' if _is_denied_verb(r, at) and not r.open else 'scene')
 
-# %% ../nbs/22_details.ipynb #84aca07c
+# %% ../nbs/22_details.ipynb #e5d26c41
 def _is_done(r: CaptionItems, at: int) -> bool:
     "'a bag SLUNG over …', 'hair PULLED back'."
     of_hair = r.words[at].low in HAIR_DONE
@@ -262,7 +293,7 @@ def _done_or_doing(r: CaptionItems, at: int) -> int | None:
     belongs = hair_falls or _goes_on_in_clause(r, at) or _is_done(r, at) or _is_doing(r, at)
     return r.stretch(at + 1) if belongs else None
 
-# %% ../nbs/22_details.ipynb #99d9fa09
+# %% ../nbs/22_details.ipynb #15e7fdfe
 def _is_said_of_open(r: CaptionItems, at: int) -> bool:
     "'a bag IS slung over his arm', 'a watch IS on her wrist': by the parser, the garment is the subject."
     item = r.opened('garment')
@@ -281,7 +312,7 @@ def _is_told(r: CaptionItems, at: int) -> int | None:
     for word in r.words[at:end]: word.silent = True
     return r.stretch(end)
 
-# %% ../nbs/22_details.ipynb #00b396d1
+# %% ../nbs/22_details.ipynb #152b12ca
 @reads('verb')
 def _has(r: CaptionItems, at: int) -> int | None:
     if r.low(at) not in HAVE_VERBS: return None
@@ -296,7 +327,8 @@ def _in_its_clause(r: CaptionItems, at: int) -> int | None:
 
 @reads('verb')
 def _carries(r: CaptionItems, at: int) -> int | None:
-    if r.low(at) not in CARRY_VERBS or (r.words[at].tag == 'VBN' and r.opened('garment')): return None
+    held = r.words[at].tag == 'VBN' and (r.opened('garment') or r.opened('hair'))     # "hair is HELD back"
+    if held or r.low(at) not in CARRY_VERBS: return None
     return r.leave(at + 1, 'not' if _is_denied_verb(r, at) else CARRY_VERBS[r.low(at)])
 
 @reads('verb')
@@ -307,11 +339,13 @@ def _wears(r: CaptionItems, at: int) -> int | None:
 
 @reads('verb')
 def _and_reaches(r: CaptionItems, at: int) -> int | None:
-    "'her pants are black AND REACH her knees'"
-    item = r.opened('garment')
-    if not item or not item.said[1] or r.low(at) not in GARMENT_VERBS or r.gap(at) != ['and']: return None
-    r.words[at - 1].silent = True
-    return r.stretch(at + 1)
+    "'her pants are black AND REACH her knees', 'her shirt is white AND APPEARS TO BE tucked in'."
+    item, behind = r.opened('garment'), after_be(r, at)
+    if not item or not item.said[1] or r.gap(at) != ['and']: return None
+    tucked = behind and r.words[behind:] and r.words[behind].tag == 'VBN'
+    if not tucked and r.low(at) not in GARMENT_VERBS: return None
+    for word in r.words[at - 1:behind if tucked else at]: word.silent = True
+    return r.stretch(behind if tucked else at + 1)
 
 @reads('verb')
 def _others_verb(r: CaptionItems, at: int) -> int | None:
@@ -321,19 +355,10 @@ def _others_verb(r: CaptionItems, at: int) -> int | None:
     if at == r.other and low in WEAR_VERBS: r.others_clause = True
     if r.others_clause and low in WEAR_VERBS | BE_VERBS | CARRY_VERBS.keys(): return at + 1
 
-# %% ../nbs/22_details.ipynb #e2ab94ac
-def _is_of_thing(r: CaptionItems, at: int) -> bool:
-    "Of hair or clothes: 'his hair is cut SHORT', 'they are SMALL'."
-    if r.low(at) not in ('short', 'small', 'large', 'big', 'thin', 'heavy'): return False
-    for i in range(at - 1, -1, -1):
-        low = r.low(i)
-        if low in ('.', 'he', 'she', 'who') or noun_side(low) == 'person': return False
-        if low in ('they', 'it') or noun_side(low) in ('hair', 'garment', 'glasses'): return True
-    return False
-
+# %% ../nbs/22_details.ipynb #bb24eae4
 def _is_said_of_person(r: CaptionItems, at: int) -> bool:
     "'is TALL and SLIM', 'a man, TALL': by the parser, the adjective hangs on *is* or on the person."
-    if r.low(at) not in TRAIT_WORDS or _is_of_thing(r, at) or r.low(at - 1) == 'years': return False
+    if r.low(at) not in TRAIT_WORDS or is_of_thing(r.words, at) or r.low(at - 1) == 'years': return False
     for _ in range(3):
         if r.low(at) in BE_VERBS or any(p.start <= at < p.end for p in r.people): return True
         at = r.words[at].head
@@ -347,7 +372,7 @@ def _trait_word(r: CaptionItems, at: int) -> int | None:
     r.traits.append(r.low(at))
     return at + 1
 
-# %% ../nbs/22_details.ipynb #01bfbf34
+# %% ../nbs/22_details.ipynb #45f2fbce
 @reads('word')
 def _that(r: CaptionItems, at: int) -> int | None:
     "'a coat THAT is long', 'a hat on THAT is red'."
@@ -371,7 +396,7 @@ def _he(r: CaptionItems, at: int) -> int | None:
     r.new_subject()
     return at + 1
 
-# %% ../nbs/22_details.ipynb #8a0aa746
+# %% ../nbs/22_details.ipynb #20c7b8f4
 @reads('word')
 def _it(r: CaptionItems, at: int) -> int | None:
     "'IT has a hood', 'IT is red', 'IT is tucked in', of the garment that was said last."
@@ -390,7 +415,7 @@ def _it(r: CaptionItems, at: int) -> int | None:
     last.said = (behind, end)
     return at + 1
 
-# %% ../nbs/22_details.ipynb #f8b46d18
+# %% ../nbs/22_details.ipynb #6e747a9b
 @reads('word')
 def _color(r: CaptionItems, at: int) -> int | None:
     "'stripes of white, GREEN and RED', 'a coat in RED', 'a dress that is long and RED'."
@@ -413,7 +438,7 @@ def _on_it(r: CaptionItems, at: int) -> int | None:
     behind = gap == ['behind'] or (gap == ['of'] and r.low(item.end - 1) == 'front')
     if on_it or (behind and r.words[at].tag == 'PRP'): return r.stretch(at + 1)
 
-# %% ../nbs/22_details.ipynb #236e21a3
+# %% ../nbs/22_details.ipynb #827715b1
 def garments_and_traits(words: list[Word]) -> CaptionItems:
     "The items of a caption, by all rules of both pages."
     return read_items(words)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXICON_PATTERNS', 'spoken_of', 'noun_side', 'slot_of',
            'Word', 'is_color', 'parsed_words', 'leads_to_noun', 'goes_on', 'colors_end', 'stands_apart', 'ends_phrase',
-           'begins_phrase', 'first_modifier', 'adjectives_end', 'Phrase', 'find_phrases']
+           'begins_phrase', 'first_modifier', 'adjectives_end', 'hangs_on', 'is_of_thing', 'Phrase', 'find_phrases']
 
 # %% ../nbs/20_lexicon.ipynb #617e3b55
 import functools
@@ -112,7 +112,7 @@ _HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?
                    r'|goatee|stubble|bob|(?:buzz|crew)-?cut|dreadlocks|afro|sideburns|mohawk|curls')
 _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sunglasses|cut-?offs'
                       r'|one-piece|sweats|camis?|bikini|swimsuit|leotard|sweatbands?|armbands?|watchband'
-                      r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap'
+                      r'|chain|sacks?|barrettes?|scrunch(?:y|ies?)|minis?|shrug|bodysuit|(?:sports|swim|under)wear|wrap'
                       r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees'
                       r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas'
                       r'|brogues|espadrilles|bodice|gear|panties|carry-on|towel|blanket|babushka'
@@ -330,6 +330,25 @@ def adjectives_end(words: list[Word], at: int) -> int:
         if plain: last = i
     return last
 
+# %% ../nbs/20_lexicon.ipynb #017e0bfa
+def hangs_on(words: list[Word], at: int, start: int, end: int) -> bool:
+    "By the parser: does the word at `at` hang on one of words[start:end], directly or through others?"
+    for _ in range(6):
+        if start <= at < end: return True
+        head = words[at].head
+        if head == at or head < start: return False
+        at = head
+    return False
+
+def is_of_thing(words: list[Word], at: int) -> bool:
+    "An adjective of hair or clothes, by what was named last: 'his hair is cut SHORT', 'they are SMALL'."
+    if words[at].low not in ('short', 'small', 'large', 'big', 'thin', 'heavy'): return False
+    for word in reversed(words[:at]):
+        side = noun_side(word.low)
+        if word.low in ('.', 'he', 'she', 'who') or side == 'person': return False
+        if word.low in ('they', 'it') or side in ('hair', 'garment', 'glasses'): return True
+    return False
+
 # %% ../nbs/20_lexicon.ipynb #0f943b7f
 class Phrase(NamedTuple):
     "A noun and the words before it."
@@ -348,6 +367,7 @@ def _phrase_side(words: list[Word], start: int, head: int) -> str:
     if low in ('top', 'bottom', 'bottoms'):
         before = words[start - 1].low if start else ''
         the_top = words[start].low == 'the' and start + 1 == head
+        the_top &= low != 'bottoms' or before not in ('', '.', ';')            # "THE BOTTOMS are gray"
         return 'part' if after == 'of' or the_top or (alone and before == 'on') else 'garment'
     side = noun_side(low)
     return 'part' if side == 'color' else side or 'other'
