@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['garments_and_traits']
 
-# %% ../nbs/22_details.ipynb #347125d5
+# %% ../nbs/22_details.ipynb #5807734a
 from .words import (BE_VERBS, CARRIED, CARRY_VERBS, COMPANY, DETERMINERS, GARMENT_VERBS, HAIRED,
                               HAIR_DONE, HAIR_ENDS, HANGING, HAVE_VERBS, LISTS, LOOSE_ENDS, LOOSE_WORDS,
                               NOT_A_PART, NO_ENDS, OF_SCENE, ON_IT, OVER_WORDS, PART_NOUNS, POSTURE,
@@ -16,12 +16,12 @@ from .lexicon import (Phrase, Word, adjectives_end, hangs_on, is_color, is_of_th
 from .items import (CaptionItems, Item, after_be, ask_rules, read_items, reads, same_garment,
                               tell_again, worn_or_carried)
 
-# %% ../nbs/22_details.ipynb #ee232cbb
+# %% ../nbs/22_details.ipynb #308466c7
 def _hangs_on_open(r: CaptionItems, at: int) -> bool:
     "By the parser: does the word hang on one of the open item's words?"
     return hangs_on(r.words, at, r.open.phrase.start, r.open.end)
 
-# %% ../nbs/22_details.ipynb #b7d559a5
+# %% ../nbs/22_details.ipynb #5e88a7b9
 @reads('part')
 def _part(r: CaptionItems, phrase: Phrase) -> int:
     return phrase.end if r.opened('hair') else r.leave(phrase.end)
@@ -49,7 +49,7 @@ def _part_of_garment(r: CaptionItems, phrase: Phrase) -> int | None:
     end = _end_with_number(r, phrase)
     return r.stretch(end) if listed or r.clause else r.leave(end)
 
-# %% ../nbs/22_details.ipynb #564167c9
+# %% ../nbs/22_details.ipynb #6577438b
 @reads('part')
 def _the_picture(r: CaptionItems, phrase: Phrase) -> int | None:
     "'THE PICTURE shows …': the photograph."
@@ -72,7 +72,7 @@ def _in_color(r: CaptionItems, phrase: Phrase) -> int | None:
     "'tan in COLOR'"
     if r.gap(phrase.start) == ['in'] and r.low(phrase.start) in ('color', 'colour'): return phrase.end
 
-# %% ../nbs/22_details.ipynb #783c88fc
+# %% ../nbs/22_details.ipynb #66fb453e
 _WHOSE_PART = THEIRS | {'the', 'its', 'whose'}
 
 def _garment_with(r: CaptionItems, phrase: Phrase) -> Item | None:
@@ -91,7 +91,7 @@ def _adjectives_of_part(r: CaptionItems, end: int) -> tuple[int, int]:
     ends = told == (at or end) or r.low(told - 1) == 'visible' or (r.words[told:] and r.words[told].noun)
     return (0, 0) if bare or ends else (at or end, told)
 
-# %% ../nbs/22_details.ipynb #9b1a9e19
+# %% ../nbs/22_details.ipynb #9fdcd8ec
 @reads('part')
 def _part_is(r: CaptionItems, phrase: Phrase) -> int | None:
     "'THE SLEEVES are long', 'a bag WHOSE STRAP is red', 'THE BOTTOM of his shoes is green'."
@@ -108,7 +108,7 @@ def _part_is(r: CaptionItems, phrase: Phrase) -> int | None:
     item.said, item.tail = said, phrase.start + 1
     return r.stretch(said[1])
 
-# %% ../nbs/22_details.ipynb #f4481aaf
+# %% ../nbs/22_details.ipynb #8324f33c
 def _leads_there(r: CaptionItems, phrase: Phrase) -> bool:
     "'a bag ON HER SHOULDER', 'a bag slung HIGH OVER HIS BACK', 'a scarf covering HER NECK'."
     gap, last = r.gap(phrase.start), r.words[r.open.end - 1]
@@ -129,7 +129,7 @@ def _hangs_there(r: CaptionItems, phrase: Phrase) -> bool:
     joined = 'and' in gap and not gap & TAIL_WORDS
     return bool(gap - {',', 'and'}) and not joined and _hangs_on_open(r, r.open.end)
 
-# %% ../nbs/22_details.ipynb #dbe9e027
+# %% ../nbs/22_details.ipynb #44c036f0
 def _is_part(r: CaptionItems, phrase: Phrase) -> bool:
     "'a shirt with BLACK ARMS', 'a coat with A ROUND NECK', 'a watch with A FACE'."
     low = r.low(phrase.head)
@@ -143,7 +143,7 @@ def _by_hand(r: CaptionItems, phrase: Phrase) -> bool:
     "'holds a bag with BOTH HANDS'"
     return r.open.verb in CARRY_VERBS.values() and r.low(phrase.head) in ('hand', 'hands', 'arm', 'arms')
 
-# %% ../nbs/22_details.ipynb #ce137df1
+# %% ../nbs/22_details.ipynb #f62f7336
 @reads('body')
 def _body(r: CaptionItems, phrase: Phrase) -> int:
     if not (r.opened('garment') or r.opened('hair')): return r.leave(phrase.end)
@@ -157,7 +157,7 @@ def _bald_head(r: CaptionItems, phrase: Phrase) -> None:
     "'a BALD head'"
     r.traits += [w.low for w in r.words[phrase.start:phrase.head] if HAIRED.fullmatch(w.low)]
 
-# %% ../nbs/22_details.ipynb #7d137121
+# %% ../nbs/22_details.ipynb #7e52ef61
 @reads('other')
 def _thing(r: CaptionItems, phrase: Phrase) -> int: return r.leave(phrase.end)
 
@@ -184,7 +184,7 @@ def _tells_of_hair(r: CaptionItems, phrase: Phrase) -> int | None:
     styled = gap == ['in'] and low in ('cut', 'style', 'updo', 'knot', 'fashion')
     if r.opened('hair') and (styled or (gap == ['with'] and low in HAIR_ENDS)): return r.stretch(phrase.end)
 
-# %% ../nbs/22_details.ipynb #5804fbfb
+# %% ../nbs/22_details.ipynb #2d140128
 def _hangs_as_thing(r: CaptionItems, phrase: Phrase) -> bool:
     "'a pattern IN BLOCK FORM'; by the parser, and not 'in A PARK'."
     gap, item = r.gap(phrase.start), r.open
@@ -209,7 +209,7 @@ def _listed_thing(r: CaptionItems, phrase: Phrase) -> int | None:
     if not listed or r.low(phrase.start) in DETERMINERS or r.lows(phrase) & COMPANY: return None
     if r.words[phrase.head].head in range(item.tail, item.end): return r.stretch(phrase.end)
 
-# %% ../nbs/22_details.ipynb #290d4344
+# %% ../nbs/22_details.ipynb #84968c73
 @reads('part', 'other')
 def _part_of_next(r: CaptionItems, phrase: Phrase) -> int | None:
     "'There is A PICTURE on her shirt': told with the garment behind it."
@@ -228,7 +228,7 @@ def _part_of_next(r: CaptionItems, phrase: Phrase) -> int | None:
         if not between: return None
         at = of.end if of else at + 1
 
-# %% ../nbs/22_details.ipynb #5f4e97bc
+# %% ../nbs/22_details.ipynb #f0db5306
 @reads('word')
 def _loose_end(r: CaptionItems, at: int) -> int | None:
     "'a shirt UNTUCKED', 'hair cut SHORT', 'a skirt LONG enough'."
@@ -251,7 +251,7 @@ def _left_or_right(r: CaptionItems, at: int) -> int | None:
     on_her = gap[:-1] == ['on'] and not r.words[at].modifier
     return r.stretch(at + 1) if on_her or r.low(at + 1) not in r.phrases else at + 1
 
-# %% ../nbs/22_details.ipynb #cee2088c
+# %% ../nbs/22_details.ipynb #55809e12
 @reads('word')
 def _verb(r: CaptionItems, at: int) -> int | None:
     word = r.words[at]
@@ -270,7 +270,7 @@ def _goes_on_in_clause(r: CaptionItems, at: int) -> bool:
 def _scene(r: CaptionItems, at: int) -> int:
     return r.leave(at + 1, 'not' if _is_denied_verb(r, at) and not r.open else 'scene')
 
-# %% ../nbs/22_details.ipynb #e5d26c41
+# %% ../nbs/22_details.ipynb #aa870033
 def _is_done(r: CaptionItems, at: int) -> bool:
     "'a bag SLUNG over …', 'hair PULLED back'."
     of_hair = r.words[at].low in HAIR_DONE
@@ -293,7 +293,7 @@ def _done_or_doing(r: CaptionItems, at: int) -> int | None:
     belongs = hair_falls or _goes_on_in_clause(r, at) or _is_done(r, at) or _is_doing(r, at)
     return r.stretch(at + 1) if belongs else None
 
-# %% ../nbs/22_details.ipynb #15e7fdfe
+# %% ../nbs/22_details.ipynb #d19f2390
 def _is_said_of_open(r: CaptionItems, at: int) -> bool:
     "'a bag IS slung over his arm', 'a watch IS on her wrist': by the parser, the garment is the subject."
     item = r.opened('garment')
@@ -312,7 +312,7 @@ def _is_told(r: CaptionItems, at: int) -> int | None:
     for word in r.words[at:end]: word.silent = True
     return r.stretch(end)
 
-# %% ../nbs/22_details.ipynb #152b12ca
+# %% ../nbs/22_details.ipynb #96978429
 @reads('verb')
 def _has(r: CaptionItems, at: int) -> int | None:
     if r.low(at) not in HAVE_VERBS: return None
@@ -355,7 +355,7 @@ def _others_verb(r: CaptionItems, at: int) -> int | None:
     if at == r.other and low in WEAR_VERBS: r.others_clause = True
     if r.others_clause and low in WEAR_VERBS | BE_VERBS | CARRY_VERBS.keys(): return at + 1
 
-# %% ../nbs/22_details.ipynb #bb24eae4
+# %% ../nbs/22_details.ipynb #b4b6a0c4
 def _is_said_of_person(r: CaptionItems, at: int) -> bool:
     "'is TALL and SLIM', 'a man, TALL': by the parser, the adjective hangs on *is* or on the person."
     if r.low(at) not in TRAIT_WORDS or is_of_thing(r.words, at) or r.low(at - 1) == 'years': return False
@@ -372,7 +372,7 @@ def _trait_word(r: CaptionItems, at: int) -> int | None:
     r.traits.append(r.low(at))
     return at + 1
 
-# %% ../nbs/22_details.ipynb #45f2fbce
+# %% ../nbs/22_details.ipynb #6dab78f8
 @reads('word')
 def _that(r: CaptionItems, at: int) -> int | None:
     "'a coat THAT is long', 'a hat on THAT is red'."
@@ -396,7 +396,7 @@ def _he(r: CaptionItems, at: int) -> int | None:
     r.new_subject()
     return at + 1
 
-# %% ../nbs/22_details.ipynb #20c7b8f4
+# %% ../nbs/22_details.ipynb #f061fe42
 @reads('word')
 def _it(r: CaptionItems, at: int) -> int | None:
     "'IT has a hood', 'IT is red', 'IT is tucked in', of the garment that was said last."
@@ -415,7 +415,7 @@ def _it(r: CaptionItems, at: int) -> int | None:
     last.said = (behind, end)
     return at + 1
 
-# %% ../nbs/22_details.ipynb #6e747a9b
+# %% ../nbs/22_details.ipynb #e9f0420c
 @reads('word')
 def _color(r: CaptionItems, at: int) -> int | None:
     "'stripes of white, GREEN and RED', 'a coat in RED', 'a dress that is long and RED'."
@@ -438,7 +438,7 @@ def _on_it(r: CaptionItems, at: int) -> int | None:
     behind = gap == ['behind'] or (gap == ['of'] and r.low(item.end - 1) == 'front')
     if on_it or (behind and r.words[at].tag == 'PRP'): return r.stretch(at + 1)
 
-# %% ../nbs/22_details.ipynb #827715b1
+# %% ../nbs/22_details.ipynb #55b956ca
 def garments_and_traits(words: list[Word]) -> CaptionItems:
     "The items of a caption, by all rules of both pages."
     return read_items(words)

@@ -15,7 +15,7 @@ from .words import (BEFORE_OTHERS, CARRIED, CARRY_VERBS, DETERMINERS, ELSEWHERE,
                               GENDER_OF, OVER_WORDS, PEOPLE_ONLY, SEPARATORS, TAIL_WORDS, THEIRS, set_of)
 from .lexicon import Phrase, Word, adjectives_end, find_phrases, is_color, noun_side, slot_of
 
-# %% ../nbs/21_items.ipynb #7cde4ac3
+# %% ../nbs/21_items.ipynb #7fbcee9d
 @dataclass
 class Item:
     "A stretch of a caption that speaks of one garment or one trait."
@@ -28,7 +28,7 @@ class Item:
     of: 'Item | None' = None           # for "the shirt has stripes": the shirt said before
     known: bool = True                 # its noun is in the lexicon
 
-# %% ../nbs/21_items.ipynb #502ff707
+# %% ../nbs/21_items.ipynb #83e3646e
 @dataclass
 class CaptionItems:
     "A caption while it is read."
@@ -80,7 +80,7 @@ class CaptionItems:
         "The open item, if it is of this side."
         return self.open if self.open and self.open.side == side else None
 
-# %% ../nbs/21_items.ipynb #e882dfc1
+# %% ../nbs/21_items.ipynb #a4f31164
 _RULES: dict[str, dict[str, Callable]] = {}   # the side of a phrase, 'verb' or 'word' -> rules by name
 
 def reads(*sides: str):
@@ -123,7 +123,7 @@ def _person(r: CaptionItems, phrase: Phrase) -> int:
     r.people.append(phrase)
     return phrase.end
 
-# %% ../nbs/21_items.ipynb #af102c75
+# %% ../nbs/21_items.ipynb #1bd59f97
 @reads('person')
 def _second_gender(r: CaptionItems, phrase: Phrase) -> int | None:
     "'A man in a coat. THE GIRL wears …'"
@@ -131,7 +131,7 @@ def _second_gender(r: CaptionItems, phrase: Phrase) -> int | None:
     genders = {GENDER_OF[low] for low in named if low in GENDER_OF}
     if r.low(phrase.start - 1) in ('.', ';') and len(genders) > 1: return len(r.words)
 
-# %% ../nbs/21_items.ipynb #9107dd66
+# %% ../nbs/21_items.ipynb #4673fccb
 @reads('person')
 def _another_person(r: CaptionItems, phrase: Phrase) -> int | None:
     "'walks with A FRIEND', 'carries A CHILD'."
@@ -150,7 +150,7 @@ def _kind_of_garment(r: CaptionItems, phrase: Phrase) -> int | None:
     for word in r.words[phrase.start:phrase.end + 1]: word.silent = True     # "a satchel or A MAN'S handbag"
     return phrase.end
 
-# %% ../nbs/21_items.ipynb #4039c1ef
+# %% ../nbs/21_items.ipynb #a7cea88a
 @reads('hair', 'glasses', 'build', 'skin')
 def _trait(r: CaptionItems, phrase: Phrase) -> int: return r.begin(phrase.side, '', phrase).end
 
@@ -171,7 +171,7 @@ def _hair_is(r: CaptionItems, phrase: Phrase) -> int | None:
     item.said, item.tail = (at, end), end
     return r.stretch(end)
 
-# %% ../nbs/21_items.ipynb #fab1d8b6
+# %% ../nbs/21_items.ipynb #67f9c4d5
 @reads('hair')
 def _tall_before_hair(r: CaptionItems, phrase: Phrase) -> None:
     "'male, TALL, SLIM, short hair': read as one phrase, said of the person."
@@ -239,7 +239,7 @@ def _garment_has(r: CaptionItems, phrase: Phrase) -> int | None:
     item.tail = r.stretch(phrase.end + 1)
     return item.end
 
-# %% ../nbs/21_items.ipynb #f10e8481
+# %% ../nbs/21_items.ipynb #f80eb649
 def _of_another(r: CaptionItems, phrase: Phrase) -> bool:
     "'talks to a woman in A RED DRESS'; what follows is hers too."
     next_to = r.other == phrase.start - 1 and r.low(phrase.start - 1) in ('in', 'wearing', 'with')
@@ -264,14 +264,14 @@ def _is_elsewhere(r: CaptionItems, phrase: Phrase) -> bool:
     passed = r.verb == 'scene' and r.low(phrase.start - 1) in ELSEWHERE and not lows & THEIRS
     return bool(one_of_two or passed or r.low(phrase.end) == ':')
 
-# %% ../nbs/21_items.ipynb #d602ea8d
+# %% ../nbs/21_items.ipynb #130f6df8
 @reads('garment')
 def _not_worn(r: CaptionItems, phrase: Phrase) -> int | None:
     denied = _of_another(r, phrase) or _on_a_heap(r, phrase) or _is_denied(r, phrase)
     heard = r.low(phrase.head).endswith('phones')                          # "listens to HEADPHONES"
     if denied or (not heard and _is_elsewhere(r, phrase)): return r.leave(phrase.end)
 
-# %% ../nbs/21_items.ipynb #d308f0a2
+# %% ../nbs/21_items.ipynb #1176338e
 _HEDGES = {',', 'maybe', 'perhaps', 'possibly', 'probably', 'a', 'an', "'s"} | GENDER_OF.keys()
 
 def _over_or_under(r: CaptionItems, phrase: Phrase) -> bool:
@@ -304,7 +304,7 @@ def _in_clause(r: CaptionItems, phrase: Phrase) -> bool:
     if not gap: return r.clause and noun_side(r.low(r.open.end - 1)) is None
     return r.clause and gap[-1] not in SEPARATORS and gap[-1] != 'with'
 
-# %% ../nbs/21_items.ipynb #8c51f382
+# %% ../nbs/21_items.ipynb #c2299132
 _TOGETHER = (_over_or_under, _with_ending, _underneath, _covered_with, _in_clause)
 
 @reads('garment')
@@ -313,7 +313,7 @@ def _goes_with_garment(r: CaptionItems, phrase: Phrase) -> int | None:
     goes = item and item.known and any(together(r, phrase) for together in _TOGETHER)
     return r.stretch(phrase.end) if goes else None
 
-# %% ../nbs/21_items.ipynb #35da823c
+# %% ../nbs/21_items.ipynb #a4f30316
 def _told_at(r: CaptionItems, phrase: Phrase) -> int:
     "The index behind *is*, as in 'her shoes are BLACK', else 0; not in 'the lining of HER COAT is pink'."
     return after_be(r, phrase.end) if r.low(phrase.start - 1) != 'of' else 0
@@ -369,7 +369,7 @@ def _garment_is(r: CaptionItems, phrase: Phrase) -> int | None:
     item.said, item.tail = (told.start, told.end), told.after
     return r.stretch(told.after)
 
-# %% ../nbs/21_items.ipynb #56b80ceb
+# %% ../nbs/21_items.ipynb #0d40c1af
 @reads('garment')
 def _vest_and_shoes_are(r: CaptionItems, phrase: Phrase) -> None:
     "'his VEST and SHOES are black': both are."
@@ -402,7 +402,7 @@ def _same_garment_is_tucked(r: CaptionItems, phrase: Phrase) -> int | None:
     told, same = _told(r, phrase), same_garment(r, phrase)
     return tell_again(r, same, told.start) if told and same and _opens_clause(r, phrase) else None
 
-# %% ../nbs/21_items.ipynb #449513f9
+# %% ../nbs/21_items.ipynb #6bc1eeda
 @reads('garment')
 def _garment_is_print(r: CaptionItems, phrase: Phrase) -> int | None:
     "'HER SKIRT is a floral print'"
@@ -421,7 +421,7 @@ def _garment_is_garment(r: CaptionItems, phrase: Phrase) -> int | None:
     at = _told_at(r, phrase)
     if at and at in r.phrases and r.phrases[at].side == 'garment': return r.leave(at)
 
-# %% ../nbs/21_items.ipynb #00371e44
+# %% ../nbs/21_items.ipynb #7c1b3fb7
 def _start_of_place(r: CaptionItems, phrase: Phrase) -> int | None:
     "'ON HIS BACK is a red bag.': where the place begins, None in other sentences."
     ends = r.low(phrase.end) in ('.', ',', 'and', '')

@@ -112,7 +112,8 @@ _HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?
                    r'|goatee|stubble|bob|(?:buzz|crew)-?cut|dreadlocks|afro|sideburns|mohawk|curls')
 _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sunglasses|cut-?offs'
                       r'|one-piece|sweats|camis?|bikini|swimsuit|leotard|sweatbands?|armbands?|watchband'
-                      r'|chain|sacks?|barrettes?|scrunch(?:y|ies?)|minis?|shrug|bodysuit|(?:sports|swim|under)wear|wrap'
+                      r'|chain|sacks?|barrettes?|scrunch(?:y|ies?)|minis?|shrug|bodysuit'
+                      r'|(?:sports|swim|under)wear|wrap'
                       r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees'
                       r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas'
                       r'|brogues|espadrilles|bodice|gear|panties|carry-on|towel|blanket|babushka'
@@ -330,7 +331,7 @@ def adjectives_end(words: list[Word], at: int) -> int:
         if plain: last = i
     return last
 
-# %% ../nbs/20_lexicon.ipynb #017e0bfa
+# %% ../nbs/20_lexicon.ipynb #bb0abc08
 def hangs_on(words: list[Word], at: int, start: int, end: int) -> bool:
     "By the parser: does the word at `at` hang on one of words[start:end], directly or through others?"
     for _ in range(6):

@@ -73,7 +73,7 @@ PART_NOUNS = set_of(
     ' stripe stripes striping strips swirls symbol tones hues waistline elastic tag tassel tassels text tint'
     ' toe toes trim trimming trimmings wheels word words writing yoke zip zipper zippers') | {'bottom', 'top'}
 
-# %% ../nbs/19_words.ipynb #9b121d5e
+# %% ../nbs/19_words.ipynb #258b1be5
 SLOTS_OF_PARTS = {noun: slots.split() for nouns, slots in {                # where a part can be
     'sleeve sleeves collar collars neckline cuffs hood': 'upper whole',
     'sole soles laces toe toes heel': 'shoes',
