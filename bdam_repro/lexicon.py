@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXICON_PATTERNS', 'spoken_of', 'noun_side', 'slot_of',
            'Word', 'is_color', 'parsed_words', 'leads_to_noun', 'goes_on', 'colors_end', 'stands_apart', 'ends_phrase',
-           'begins_phrase', 'first_modifier', 'adjectives_end', 'Phrase', 'find_phrases', 'Item', 'CaptionItems']
+           'begins_phrase', 'first_modifier', 'adjectives_end', 'hangs_on', 'is_of_thing', 'Phrase', 'find_phrases']
 
 # %% ../nbs/20_lexicon.ipynb #617e3b55
 import functools
@@ -112,7 +112,8 @@ _HAIR = re.compile(r'hair(?:cut|style|line|do)?|ponytails?|pigtails?|bun|braids?
                    r'|goatee|stubble|bob|(?:buzz|crew)-?cut|dreadlocks|afro|sideburns|mohawk|curls')
 _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|apparel|sunglasses|cut-?offs'
                       r'|one-piece|sweats|camis?|bikini|swimsuit|leotard|sweatbands?|armbands?|watchband'
-                      r'|chain|sacks?|barrettes?|scrunchie|shrug|bodysuit|(?:sports|swim|under)wear|wrap'
+                      r'|chain|sacks?|barrettes?|scrunch(?:y|ies?)|minis?|shrug|bodysuit'
+                      r'|(?:sports|swim|under)wear|wrap'
                       r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees'
                       r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas'
                       r'|brogues|espadrilles|bodice|gear|panties|carry-on|towel|blanket|babushka'
@@ -330,6 +331,25 @@ def adjectives_end(words: list[Word], at: int) -> int:
         if plain: last = i
     return last
 
+# %% ../nbs/20_lexicon.ipynb #bb0abc08
+def hangs_on(words: list[Word], at: int, start: int, end: int) -> bool:
+    "By the parser: does the word at `at` hang on one of words[start:end], directly or through others?"
+    for _ in range(6):
+        if start <= at < end: return True
+        head = words[at].head
+        if head == at or head < start: return False
+        at = head
+    return False
+
+def is_of_thing(words: list[Word], at: int) -> bool:
+    "An adjective of hair or clothes, by what was named last: 'his hair is cut SHORT', 'they are SMALL'."
+    if words[at].low not in ('short', 'small', 'large', 'big', 'thin', 'heavy'): return False
+    for word in reversed(words[:at]):
+        side = noun_side(word.low)
+        if word.low in ('.', 'he', 'she', 'who') or side == 'person': return False
+        if word.low in ('they', 'it') or side in ('hair', 'garment', 'glasses'): return True
+    return False
+
 # %% ../nbs/20_lexicon.ipynb #0f943b7f
 class Phrase(NamedTuple):
     "A noun and the words before it."
@@ -348,6 +368,7 @@ def _phrase_side(words: list[Word], start: int, head: int) -> str:
     if low in ('top', 'bottom', 'bottoms'):
         before = words[start - 1].low if start else ''
         the_top = words[start].low == 'the' and start + 1 == head
+        the_top &= low != 'bottoms' or before not in ('', '.', ';')            # "THE BOTTOMS are gray"
         return 'part' if after == 'of' or the_top or (alone and before == 'on') else 'garment'
     side = noun_side(low)
     return 'part' if side == 'color' else side or 'other'
@@ -395,55 +416,3 @@ def find_phrases(words: list[Word]) -> dict[int, Phrase]:
         found.append(Phrase(side, start, head + 1, head))
         i = head + 1
     return {phrase.start: phrase for phrase in found}
-
-# %% ../nbs/20_lexicon.ipynb #c16ccf90
-@dataclass
-class Item:
-    "A stretch of a caption that speaks of one garment or one trait."
-    side: str         # that of its phrase
-    verb: str         # of a garment: 'wears', 'carries', 'holds', …
-    phrase: Phrase
-    end: int          # exclusive; the phrase ends earlier where more is said
-    tail: int         # where the words behind the phrase begin
-    said: tuple[int, int] = (0, 0)     # the adjectives of "her hair is LONG AND BLACK"
-    of: 'Item | None' = None           # for "the shirt has stripes": the shirt said before
-    known: bool = True                 # its noun is in the lexicon
-
-@dataclass
-class CaptionItems:
-    "A caption while it is read."
-    words: list[Word]
-    phrases: dict[int, Phrase]
-    items: list[Item]
-    people: list[Phrase]
-    traits: list[str]             # adjectives of the person: tall, bald
-    open: Item | None = None      # the item that may still be stretched
-    verb: str = ''                # 'wears', a form of carrying, 'has', 'scene', 'not' or ''
-    clause: bool = False          # inside "that …", "which …" of the open item
-    other: int = -1               # the end of the phrase that names another person, who is spoken of now
-    others_clause: bool = False   # inside "… who is wearing" of that person
-    unsure: bool = False          # "a man or a woman"
-
-    def close(self, verb: str | None = None):
-        self.open, self.clause = None, False
-        if verb is not None: self.verb = verb
-
-    def begin(self, side: str, verb: str, phrase: Phrase, **more) -> Item:
-        self.clause = False
-        self.open = Item(side, verb, phrase, phrase.end, phrase.end, **more)
-        self.items.append(self.open)
-        return self.open
-
-    def tell(self, at: int):
-        "Stretch the open item over *is*, *is worn*, *is held*, which are not told again."
-        self.words[at].silent = True
-        self.open.end = at + 1
-        if self.low(at + 1) in ('worn', 'carried', 'held', 'seen'):
-            self.words[at + 1].silent = True
-            self.open.end += 1
-
-    def gap(self, at: int) -> list[str]:
-        "The words between the open item and here."
-        return [word.low for word in self.words[self.open.end:at]] if self.open else []
-
-    def low(self, at: int) -> str: return self.words[at].low if 0 <= at < len(self.words) else ''

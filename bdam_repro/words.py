@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GENDER_OF', 'PEOPLE_NOUNS', 'AGE_WORDS', 'HEIGHT_WORDS', 'SHAPE_WORDS', 'TRAIT_WORDS', 'HAIRED', 'WEAR_VERBS',
            'CARRY_VERBS', 'HAVE_VERBS', 'BE_VERBS', 'GARMENT_VERBS', 'SCENE_VERBS', 'CARRIED', 'VERB_OR_NOUN',
-           'BODY_NOUNS', 'PART_NOUNS', 'LISTS', 'TAIL_WORDS', 'OVER_WORDS', 'BEFORE_OTHERS', 'ELSEWHERE', 'NOT_WORN',
-           'SEPARATORS', 'THEIRS', 'ON_IT', 'HANGING', 'REACHING', 'FIT_WORDS', 'COMPANY', 'PEOPLE_ONLY', 'LOOSE_WORDS',
-           'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS', 'POSTURE', 'AMOUNTS', 'DETERMINERS', 'LOOSE_ENDS',
-           'MATERIAL', 'set_of']
+           'BODY_NOUNS', 'PART_NOUNS', 'SLOTS_OF_PARTS', 'NOT_A_PART', 'LISTS', 'TAIL_WORDS', 'OVER_WORDS',
+           'BEFORE_OTHERS', 'ELSEWHERE', 'NOT_WORN', 'SEPARATORS', 'THEIRS', 'ON_IT', 'HANGING', 'REACHING',
+           'FIT_WORDS', 'COMPANY', 'PEOPLE_ONLY', 'LOOSE_WORDS', 'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS',
+           'POSTURE', 'AMOUNTS', 'DETERMINERS', 'LOOSE_ENDS', 'MATERIAL', 'set_of']
 
 # %% ../nbs/19_words.ipynb #a0a81165
 import re
@@ -21,9 +21,9 @@ GENDER_OF = dict.fromkeys(set_of(
 GENDER_OF |= dict.fromkeys(set_of('woman women female females lady ladies girl girls'), 'woman')
 PEOPLE_NOUNS = set_of(
     'person individual pedestrian adult someone child kid teen teenager toddler baby youth subject student'
-    ' people') | GENDER_OF.keys()
+    ' people mother father mom dad wife husband daughter brother sister') | GENDER_OF.keys()
 AGE_WORDS = set_of(
-    'young younger old older elderly middle-aged mid-aged adult teenage teenaged little youthful senior')
+    'young younger old older elderly middle-aged mid-aged adult teenage teenaged teen little youthful senior')
 HEIGHT_WORDS = set_of('tall taller short shorter')
 SHAPE_WORDS = set_of(
     'thin slim skinny slender heavy heavyset heavy-set heavier large big stocky stout overweight petite fat'
@@ -70,8 +70,15 @@ PART_NOUNS = set_of(
     ' panels part parts patch patches pattern patterns picture piping pleats pocket pockets print'
     ' printing prints quilting ribbing ruffle ruffles seam seams section shade shades shapes sleeve'
     ' sleeves slit sole soles spot spots squares stain stains star stars stitching strap straps strip'
-    ' stripe stripes striping strips swirls symbol waistline elastic tag tassel tassels text tint'
+    ' stripe stripes striping strips swirls symbol tones hues waistline elastic tag tassel tassels text tint'
     ' toe toes trim trimming trimmings wheels word words writing yoke zip zipper zippers') | {'bottom', 'top'}
+
+# %% ../nbs/19_words.ipynb #258b1be5
+SLOTS_OF_PARTS = {noun: slots.split() for nouns, slots in {                # where a part can be
+    'sleeve sleeves collar collars neckline cuffs hood': 'upper whole',
+    'sole soles laces toe toes heel': 'shoes',
+    'button buttons zipper zip pocket pockets': 'upper whole lower bag'}.items() for noun in nouns.split()}
+NOT_A_PART = set_of('picture image color colour colors colours top bottom line number')   # of the photograph
 
 # %% ../nbs/19_words.ipynb #115ddcc2
 LISTS = (',', 'and', 'or')
