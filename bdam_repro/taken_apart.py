@@ -48,9 +48,10 @@ def part_runs() -> list[dict[str, Any]]:
     "Ours, each group alone, all of them, all but those that ruin, and what was asked afterwards."
     rest = [part for part in PRINTED_GROUPS if part not in RUINOUS]
     one_at_a_time = [part_run(part, part) for part in PRINTED_GROUPS]
-    faster = part_run('optimizer-faster', 'optimizer', lr=1e-3)
+    afterwards = [part_run('optimizer-faster', 'optimizer', lr=1e-3),
+                  part_run('optimizer-long', 'optimizer', epochs=6)]
     together = [part_run('all', *PRINTED_GROUPS), part_run('rest', *rest)]
-    return [part_run('none'), *one_at_a_time, *together, faster]
+    return [part_run('none'), *one_at_a_time, *together, *afterwards]
 
 # %% ../nbs/94_taken_apart.ipynb #4fae6042
 def part_rows(runs: str | Path      # the folder given as `--runs`
