@@ -6,6 +6,9 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from test_training import bits, cfg, names
 
 from bdam_repro import checkpoints, files, runs
 from bdam_repro import trainer as trainers
-from bdam_repro.config import UserError, run_dir
+from bdam_repro.config import UserError, make_config, run_dir
 from bdam_repro.files import read_tensors
 from bdam_repro.runs import finished, train
 
@@ -240,3 +243,28 @@ def test_the_history_goes_to_tensorboard_too(home, whole, tmp_path):
     assert [e.value for e in log.Scalars('loss_align')] == pytest.approx(table.loss_align.tolist(), rel=1e-6)
     assert [e.step for e in log.Scalars('loss_align')] == [4, 8, 12]
     assert bits(folder) == bits(whole)                             # the log changes no result
+
+
+def test_workers_of_a_list_end_with_the_process_that_started_them(home, tmp_path):
+    "Killed, it cannot tell them: each saves its run and goes, or the next start would train beside it."
+    code = ('import sys; from pathlib import Path; from bdam_repro.config import make_config\n'
+            'from bdam_repro.many import train_many\n'
+            'c = make_config(preset="smoke", data_root=sys.argv[1], epochs=2000)\n'
+            'train_many([c], Path(sys.argv[2]))')
+    parent = subprocess.Popen([sys.executable, '-c', code, str(home), str(tmp_path)])
+    folder = run_dir(make_config(preset='smoke'), tmp_path)
+    def wait_for(condition):
+        end = time.monotonic() + 300                      # of a machine that is busy
+        while not condition():
+            assert time.monotonic() < end and parent.poll() in (None, -signal.SIGKILL)
+            time.sleep(.05)
+    wait_for((folder/'history.csv').exists)
+    workers = [int(pid) for task in Path(f'/proc/{parent.pid}/task').iterdir()
+               for pid in (task/'children').read_text().split()]
+    running = [pid for pid in workers if b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+    assert running
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(Path(f'/proc/{pid}/cmdline').exists() for pid in running))
+    at_end = step_of(folder)
+    assert at_end > 0 and not (folder/'metrics.json').exists()
