@@ -194,10 +194,11 @@ def growth_table(rows: Sequence[Growth]) -> str:
     return markdown(pd.DataFrame(said))
 
 def keep_rows(file: Path, kind: type, key: str, new: Sequence) -> list:
-    "The new rows, after those of the file whose `key` is none of theirs; written to the file."
+    "The new rows, after the file's rows of another `key` or processor than theirs; written to the file."
+    def measured(key_value, machine): return key_value, machine.split(',')[0]
     old = pd.read_csv(file, keep_default_na=False).to_dict('records') if file.is_file() else []
-    fresh = {getattr(r, key) for r in new}
-    rows = [kind(**r) for r in old if r[key] not in fresh] + list(new)
+    fresh = {measured(getattr(r, key), r.machine) for r in new}
+    rows = [kind(**r) for r in old if measured(r[key], r['machine']) not in fresh] + list(new)
     if not rows: return rows                                          # nothing yet: no file
     with atomic_path(file) as tmp:
         pd.DataFrame([asdict(r) for r in rows]).to_csv(tmp, index=False, float_format='%.6g')
@@ -215,7 +216,7 @@ def write_benchmarks(folder: Path,
                      growth: Sequence[Growth] = ()) -> None:
     """`benchmarks.csv` (comparisons), `benchmarks_growth.csv` and `benchmarks.md`, each whole or not at all.
 
-    Rows of parts that were measured before and not now are kept, with the machine that they are of."""
+    Rows that were measured before, of other parts or on another processor, are kept."""
     rows, growth = ([replace(r, machine=machine) for r in new] for new in (rows, growth))
     rows = keep_rows(folder/'benchmarks.csv', BenchmarkRow, 'part', rows)
     growth = keep_rows(folder/'benchmarks_growth.csv', Growth, 'work', growth)
