@@ -17,7 +17,6 @@ import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -317,18 +316,18 @@ def load_pedes(name: str,                  # 'cuhk', 'icfg', 'rstp' or 'synth'
     base = Path(root).expanduser()/(folder or titles[name])
     path, path_key, _ = find_annotations(name, base)
     records, notes = read_annotations(path, path_key)
-    for mend in (partial(_below_imgs, base=base), _trainable):
-        records, note = mend(records)
-        notes += note
-    held = 0. if (records.split == 'val').any() else val_fraction
-    if held:
-        records, note = _hold_out(records, held, seed, titles[name])
-        notes.append(note)
-    ds = PedesDataset(name, base, records, notes, held)
+    records, repeated = _below_imgs(records, base)
+    ds = PedesDataset(name, base, records, notes + repeated, 0.)
     if name == 'synth': ds = _attach_factors(ds, base/'factors.jsonl')
     if descriptions == 'auto':
         descriptions = base/'descriptions.jsonl' if (base/'descriptions.jsonl').is_file() else None
     if descriptions is not None: ds = attach_descriptions(ds, descriptions)
+    records, notes = _trainable(ds.records)           # after the descriptions, which may be of any picture
+    held = 0. if (records.split == 'val').any() else val_fraction
+    if held:
+        records, note = _hold_out(records, held, seed, titles[name])
+        notes.append(note)
+    ds = replace(ds, records=records, notes=ds.notes + notes, val_fraction=held)
     return ds if split is None else ds.split(split)
 
 # %% ../nbs/10_pedes.ipynb #18423439

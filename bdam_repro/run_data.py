@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .config import ROOT, Config, UserError, make_config
-from .pedes import DATASETS, PedesDataset, attach_descriptions, find_annotations, load_pedes
+from .pedes import DATASETS, PedesDataset, find_annotations, load_pedes
 from .synth import make_synth
 from .images import KEEP
 from .batches import load_tokenizer, save_tokenizer, train_tokenizer
@@ -86,10 +86,12 @@ def load_data(config: Config, progress: bool = True) -> PedesDataset:
     if c.dataset == 'synth':
         draw_synth(c, progress)
         folder = synth_folder(c)
+    descriptions = None if c.descriptions == 'none' else c.descriptions
+    if c.descriptions not in ('auto', 'none'):                      # a path, from the dataset's folder
+        base = data_root(c)/(folder or DATASETS[c.dataset]['title'])
+        descriptions = base/Path(c.descriptions).expanduser()
     ds = load_pedes(c.dataset, data_root(c), folder=folder, val_fraction=c.val_fraction,
-                    descriptions='auto' if c.descriptions == 'auto' else None)
-    if c.descriptions not in ('auto', 'none'):
-        ds = attach_descriptions(ds, ds.root/Path(c.descriptions).expanduser())
+                    descriptions=descriptions)
     return first_people(ds, c.limit) if c.limit else ds
 
 # %% ../nbs/29_run_data.ipynb #0aabea1b

@@ -431,6 +431,22 @@ def line(image, identity='A tall man.', clothing='A red coat.', **kw):
     return {'image': image, 'identity': identity, 'clothing': clothing, **kw}
 
 
+def test_descriptions_of_training_images_without_captions(tmp_path):
+    rows = rows_of('rstp')
+    rows[1]['captions'] = []
+    write(tmp_path, 'rstp', rows)
+    described(tmp_path, [line('0000.jpg'), line('0001.jpg'), line('0002.jpg')])   # as servers do: of pictures
+    ds = load_pedes('rstp', tmp_path)
+    assert '0001.jpg' not in set(ds.records.file) and ds.records.id_text.notna().sum() == 2
+    assert ds.notes == ['descriptions: 3 of 14 images have both',
+                        'training images without a caption, left out: 1']
+    for row in rows:
+        if row['split'] == 'train': row['captions'] = []
+    write(tmp_path, 'rstp', rows)
+    with pytest.raises(UserError, match="'train' has pictures but no captions"):
+        load_pedes('rstp', tmp_path).split('train')
+
+
 def test_descriptions(tmp_path):
     write(tmp_path, 'rstp')
     path = described(tmp_path, [
