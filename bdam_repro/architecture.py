@@ -35,9 +35,9 @@ MODULES = {                                                 # box -> its modules
     'clo.proj': ('bdam.branches.proj_clo',),
     'clo.self': ('bdam.branches.self_clo',),
     'clo.cross': ('bdam.branches.cross_clo', 'bdam.branches.norm_clo'),
-    'gate': ('bdam.gate',), 'clo.text': ('proj_clo',),
+    'gate': ('bdam.gate',), 'clo.text': ('proj_clo',), 'match': ('fusion.match',),
     'align.image': ('fusion.align_img',), 'align.text': ('fusion.align_txt',), 'weights': ('fusion.gate',),
-    'mixer': ('fusion.layers',), 'final': ('fusion.norm', 'fusion.out'), 'match': ('fusion.match',)}
+    'mixer': ('fusion.layers', 'fusion.product'), 'final': ('fusion.norm', 'fusion.out')}
 
 def find_modules(model: Model, names: Iterable[str]) -> list[nn.Module]:
     "Those of some names that the model has; for a list of layers its layers."
@@ -354,8 +354,9 @@ _STACK = ('mixer', 'final', 'match')       # from the weighed features upwards
 def draw_fusion(page: Page, t: Traced, c: Config) -> None:
     "Alignment, weights and layers, up the right margin to the match head."
     right, bottom, first = COLUMN['right'], LANE['text'], LANE['id'] + .2
-    kind = dict(mamba='Mamba', simple='MLP', transformer='transf.').get(c.fusion_kind)
-    names = dict(mixer=f'{kind} ×{c.fusion_layers}', final='norm, lin.', match='match m')
+    kind = dict(mamba='Mamba', simple='MLP', transformer='transf.', cross='cross-att.').get(c.fusion_kind)
+    mixer = f'{kind} ×{c.fusion_layers}' if kind else 'product'
+    names = dict(mixer=mixer, final='norm, lin.', match='match m')
     stack = [k for k in _STACK if k in t.parts]
     title = 'Fusion  ' + weight_of(t, 'align', 'weights', *_STACK)
     draw_frame(page, 5.68, bottom - .3, 6.99, first + .57*len(stack) + .13, title)

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
+from typing import Annotated
 
 import openai
 import pandas as pd
@@ -29,7 +30,7 @@ from .config import UserError, atomic_path
 from .servers import Manner, count_answer, keep_client, most_prompt_tokens, request_body, run_sync
 from .journal import Journal, Report
 from .offline import rows_to_describe
-from .mllm import DescribeSettings, History, first_messages, image_url
+from .mllm import DescribeSettings, History, first_messages, image_url, whole_number
 from .describe import (UNREADABLE, DescribeRun, CostEstimate, OnlineSettings, advance_bar,
                                 as_sentence, book_answer,
                                  estimate_cost, print_estimate, probe_alone, record_image, start_run,
@@ -39,9 +40,9 @@ from .describe import (UNREADABLE, DescribeRun, CostEstimate, OnlineSettings, ad
 class BatchSettings(DescribeSettings):
     "The options of `describe_batch`."
     poll: float = 30.0              # seconds between two looks at the batches
-    breaker: int = 120              # looks in a row that may find nobody, once the provider has answered
+    breaker: Annotated[int, whole_number(1, 10**6)] = 120     # looks in a row that may find nobody
     max_bytes: int = 90_000_000     # of one batch file; providers allow 100 to 200 MB
-    max_requests: int = 50_000      # in one batch file
+    max_requests: Annotated[int, whole_number(1, 10**6)] = 50_000      # in one batch file
 
     def online(self) -> OnlineSettings:
         "The options of the first image, which is asked about at once."

@@ -63,7 +63,7 @@ class Branches(nn.Module):
                  depth: int,              # self-attention layers per branch
                  heads: int,              # attention heads
                  in_dim: int,             # width of the encoder's tokens
-                 cross: bool = True,      # cross-attention; off for Table 1's third ablation
+                 cross: bool = True,      # cross-attention; off for Table 1's "w/o Cross-Attn"
                  order: str = 'after',    # 'after' the stack, or 'between' its layers
                  dropout: float = 0.1,    # in the attention
                  mlp: float = 0.):        # see `Attention`

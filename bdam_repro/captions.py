@@ -174,7 +174,7 @@ class Annotator:
         return self.rng.random() < MENTIONED[topic]*keep
 
     def word(self, concept: str) -> str:
-        "The favorite word of this annotator, four times in five."
+        "The favorite word of this annotator four times in five, else any of its words."
         words = SYNONYMS.get(concept, (concept,))
         favorite = words[(self.style*5 + len(concept)) % len(words)]    # fixed for each annotator and concept
         return favorite if self.rng.random() < .8 else self.choose(*words)

@@ -69,10 +69,11 @@ def models_of_tables(dataset: str) -> dict[tuple[str, str], str]:   # variant, t
     return {key: ' '.join(numbers) for key, numbers in found.items()}
 
 def run_seconds(runs: pd.DataFrame, variant: str, tag: str) -> dict[str, Any]:
-    "Median seconds of the finished runs of a model on the device that most of them had."
+    "Median seconds of the finished runs of a model, on the device of most other models."
     own = runs[(runs['variant'] == variant) & (runs['tag'] == tag)].drop_duplicates('seed')
     if own.empty: return dict(seconds=np.nan, runs=0, device='')
-    device = own['device'].mode().iloc[0]
+    models = runs.drop_duplicates(['variant', 'tag', 'device'])['device'].value_counts()
+    device = max(own['device'].unique(), key=lambda name: (models[name], (own['device'] == name).sum()))
     here = own[own['device'] == device]
     return dict(seconds=here['seconds'].median(), runs=len(here), device=device)
 

@@ -173,7 +173,7 @@ class FusionOptions(Options):
     fusion_norm: bool = opt(True, 'a LayerNorm before each layer', 'none (3.4)')
     fusion_layers: int = opt(2, 'layers', '2 (4.2)', ge=1)
     fusion_dim: int = opt(256, 'width', '256 (4.2)', ge=8)
-    fusion_heads: int = opt(4, 'attention heads, where transformer', ge=1)
+    fusion_heads: int = opt(4, 'attention heads, where transformer or cross', ge=1)
     d_state: int = opt(16, "Mamba's state", '16 (4.2)', ge=1)
     d_conv: int = opt(4, "Mamba's convolution", '4 (4.2)', ge=2)
     fusion_gate: bool = opt(True, 'w = softmax(W[f_img; f_txt]); off: one half each', 'on (3.4)')

@@ -23,7 +23,7 @@ from typing import Annotated
 import openai
 import pandas as pd
 from PIL import Image
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 from tqdm import tqdm
 
@@ -92,15 +92,16 @@ class OnlineSettings(DescribeSettings):
     rpm: Annotated[int | None, whole_number(1, 10**9, optional=True)] = None    # requests per minute, at most
     tpm: Annotated[int | None, whole_number(1, 10**12, optional=True)] = None   # tokens per minute, at most
     timeout: float = 300.0       # seconds without a byte from the server, its queue included
-    grace: float = 60.0          # seconds that requests under way get at an early end
+    grace: Annotated[float, Field(ge=0)] = 60.0    # seconds that requests under way get at an early end
     backoff: float = 1.0         # seconds, the scale of the exponential backoff
-    breaker: int | None = None   # failures in a row that end the run; None: max(5, 4 × concurrency)
+    # failures in a row that end the run; None: max(5, 4 × concurrency)
+    breaker: Annotated[int | None, whole_number(1, 10**9, optional=True)] = None
     window: float = 60.0         # seconds that rpm and tpm count over
 
     @field_validator('timeout', 'window', mode='before')
     @classmethod
     def _some_time(cls, seconds, info):
-        if seconds > 0: return seconds
+        if isinstance(seconds, int | float) and seconds > 0: return seconds
         raise UserError(f'{info.field_name} is {seconds!r}: give a number of seconds above 0.')
 
 # %% ../nbs/24_describe.ipynb #7c7ef3c0
@@ -389,7 +390,8 @@ def estimate_cost(rows: Sequence[str], out: str | Path,   # the images; the JSON
                   **settings) -> CostEstimate:                # of `OnlineSettings`, all optional
     "Images, tokens, dollars and hours of a run. Nothing is sent."
     s, past = OnlineSettings.model_construct(**settings), read_journal(out)
-    n = len(set(rows) - set(past['image']))
+    done = past[past['status'] != 'failed'] if s.retry_failed else past
+    n = len(set(rows) - set(done['image']))
     measured = past.loc[[isinstance(t, dict) and t['prompt'] > 0 for t in past['tokens']]]
     longest_style = max(s.styles, key=lambda exemplars: sum(map(len, exemplars)), default=())
     prompt, completion = guess_tokens(first_messages(s.policy, longest_style, '')), min(200, s.max_tokens)
@@ -400,8 +402,10 @@ def estimate_cost(rows: Sequence[str], out: str | Path,   # the images; the JSON
     per_image = max(seconds / s.concurrency, 60 / (s.rpm or float('inf')),
                     60 * (prompt + completion) / (s.tpm or float('inf')))
     hours = 24 * (n > 0) if batch else n * per_image / 3600     # `per_image` is in seconds
-    guesses = f'guesses: four characters a token, 300 for the image, {seconds:g} s an answer'
-    basis = f'the mean of {len(measured)} described images' if len(measured) else guesses
+    guesses = (f'guesses: four characters a token, 300 for the image, {seconds:g} s an answer; '
+               'requests asked again come on top')
+    means_of = f'the mean of {len(measured)} described images, requests asked again included'
+    basis = means_of if len(measured) else guesses
     cost = s.cost(n * prompt, n * completion)
     return CostEstimate(n, round(n * prompt), round(n * completion), cost, hours, basis)
 
@@ -410,7 +414,7 @@ def print_estimate(e: CostEstimate) -> CostEstimate:
     money = 'unknown (give prices)' if e.cost is None else f'${e.cost:,.2f}'
     print(f'{e.images:,} images to describe: about {e.prompt_tokens:,} prompt and'
           f' {e.completion_tokens:,} completion tokens')
-    print(f'cost: {money}; time: about {e.hours:.2f} h; requests asked again come on top')
+    print(f'cost: {money}; time: about {e.hours:.2f} h')
     print(f'based on {e.basis}')
     return e
 

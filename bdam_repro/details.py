@@ -249,7 +249,7 @@ def _left_or_right(r: CaptionItems, at: int) -> int | None:
     gap = r.gap(at)
     if r.low(at) not in ('left', 'right') or not (r.opened('garment') and set(gap) & THEIRS): return None
     on_her = gap[:-1] == ['on'] and not r.words[at].modifier
-    return r.stretch(at + 1) if on_her or r.low(at + 1) not in r.phrases else at + 1
+    return r.stretch(at + 1) if on_her or at + 1 not in r.phrases else at + 1
 
 # %% ../nbs/22_details.ipynb #55809e12
 @reads('word')

@@ -43,7 +43,7 @@ NEGLIGIBLE, TOO_NOISY, ONE_SEED = 'negligible', 'too noisy', 'one seed'
 @dataclass(frozen=True)
 class Finding:
     "One row of the audit: what was compared, what came out, and what that says."
-    part: str                      # 'a' to 'e'
+    part: str                      # 'a' to 'f'
     item: int | str                # number of the open point, or name of the claim
     reading: str                   # what is compared; '' in the row with a claim's verdict
     metric: str = ''

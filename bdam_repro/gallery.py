@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'TABLE_SCHEMA', 'CHUNK', 'BATCH', 'LONG_PART', 'list_pictures', 'GalleryTable', 'GalleryFiles',
-           'filter_sql', 'plain_value', 'file_stamp', 'GalleryEncoder', 'GalleryWriter', 'GalleryKeeper', 'open_keeper',
+           'plain_value', 'filter_sql', 'file_stamp', 'GalleryEncoder', 'GalleryWriter', 'GalleryKeeper', 'open_keeper',
            'check_model']
 
 # %% ../nbs/59_gallery.ipynb #9fab6a21
@@ -83,6 +83,8 @@ class GalleryTable:
                     with db: yield db
                 else: yield db
         except sqlite3.DatabaseError as e:
+            busy = isinstance(e, (sqlite3.OperationalError, sqlite3.ProgrammingError))
+            if busy and 'no such' not in str(e): raise UserError(f'{path}: {e}') from None   # it may be whole
             raise UserError(f'{path} is no whole gallery ({e}): delete the folder, build again') from None
 
     @contextmanager
@@ -152,6 +154,11 @@ class GalleryFiles(GalleryTable):
         return table if len(table) else pd.DataFrame(columns=['file', 'identity'])
 
 # %% ../nbs/59_gallery.ipynb #f8fe5f8b
+def plain_value(value):
+    "A value of a table as JSON and SQLite know it."
+    if isinstance(value, np.generic): value = value.item()
+    return None if isinstance(value, float) and math.isnan(value) else value
+
 def filter_sql(where: dict | None) -> tuple[str, list]:
     "A filter as a condition and its parameters."
     conditions, values = ['1'], []
@@ -160,17 +167,13 @@ def filter_sql(where: dict | None) -> tuple[str, list]:
         if '?' in column: values.append(f'$."{name}"')
         if isinstance(wanted, tuple) and len(wanted) == 2:
             conditions.append(f'{column} between ? and ?')
-            values += list(wanted)
+            values += map(plain_value, wanted)
         else:
-            wanted = list(wanted) if isinstance(wanted, (list, set)) else [wanted]
+            several = isinstance(wanted, (list, set, tuple, range, np.ndarray, pd.Series))
+            wanted = [plain_value(value) for value in (wanted if several else [wanted])]
             conditions.append(f'{column} in ({", ".join("?"*len(wanted))})')
             values += wanted
     return ' and '.join(conditions), values
-
-def plain_value(value):
-    "A value of a table as JSON and SQLite know it."
-    if isinstance(value, np.generic): value = value.item()
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 # %% ../nbs/59_gallery.ipynb #f2c19454
 CHUNK, BATCH = 1024, 64        # pictures per write, and per call of the model

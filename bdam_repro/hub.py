@@ -56,7 +56,7 @@ def hub_folder(spec: str | Path,  # a hub name (`@revision` pins it), or a folde
                files: Sequence[str] = MODEL_FILES,  # patterns of the files to fetch
                ) -> Path:  # the folder that holds them
     "The local folder behind a name or a path. Raises `UserError` if there is none and no hub to ask."
-    path, name = Path(spec).expanduser(), HUB_NAMES.get(str(spec), str(spec))
+    path, name = Path(spec).expanduser(), str(spec)
     if path.is_dir(): return path
     if str(spec).startswith(SHIPPED): return shipped_folder(str(spec))
     is_path = path.is_absolute() or str(spec).startswith(('.', '~')) or name.count('/') > 1
@@ -64,6 +64,7 @@ def hub_folder(spec: str | Path,  # a hub name (`@revision` pins it), or a folde
         either = "a checkpoint's folder, or a name on the hub such as 'bert-base-uncased'"
         raise UserError(f'no folder {path}: give {either}')
     name, _, revision = name.partition('@')
+    name = HUB_NAMES.get(name, name)
     try: return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except (RepositoryNotFoundError, HFValidationError) as e:
         what = 'neither a folder here nor a public repository on the hub'

@@ -292,12 +292,12 @@ class Journal:
         self._lock = _LockFile(lock)
         if not self.path.exists(): self._lock.clear()      # a new file has cost nothing
         self.path.touch()
-        found = recover(self.path, self.images, self.stamps, self.retry_failed)
-        self.done, self.described, self.largest_prompt = found.done, found.described, found.largest_prompt
-        try: self.lost = self._lock.read()
+        try: self.lost = self._lock.read()         # before `recover` drops lines that cost something
         except ValueError:
             raise UserError(f'{lock}: damaged; it holds the dollars that have no line.'
                             ' Remove it to count from 0.') from None
+        found = recover(self.path, self.images, self.stamps, self.retry_failed)
+        self.done, self.described, self.largest_prompt = found.done, found.described, found.largest_prompt
         self.lose(found.dropped_cost)
         self.cost = found.cost + self.lost
         self._file = _AppendedFile(self.path)

@@ -81,4 +81,5 @@ def launch(c: Config, runs: str | Path | None, overwrite: bool, progress: bool) 
         if not status: return
         error = Path(options['error'])
         if error.exists(): raise UserError(error.read_text())
-    raise UserError(f'a process of {c.processes} ended with status {status}: see what is printed above')
+    raise UserError(f'a process of {c.processes} ended with status {status}: see what is printed above; '
+                    'where that is nothing, start it by torchrun (48_launch), which shows what each prints')

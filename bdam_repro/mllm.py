@@ -12,7 +12,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -107,9 +107,11 @@ def whole_number(low: int, high: int, optional: bool = False) -> BeforeValidator
 def check_styles(styles: Mapping | Sequence | None) -> list[list[str]]:
     "Styles as a list of lists of captions, whatever they came as. Raises `UserError`."
     if isinstance(styles, Mapping): styles = [styles[k] for k in sorted(styles)]
-    listed = list(styles or ())
+    if not isinstance(styles, Iterable | None):
+        raise UserError(f'styles is {styles!r}: give a list of example captions for each style.')
+    listed = [] if styles is None else list(styles)
     for i, exemplars in enumerate(listed):
-        empty = isinstance(exemplars, str) or not len(exemplars)
+        empty = isinstance(exemplars, str) or not isinstance(exemplars, Collection) or not len(exemplars)
         if empty or not all(isinstance(e, str) for e in exemplars):
             raise UserError(f'styles[{i}] is {exemplars!r}: give a list of example captions for each style.')
     return [list(e) for e in listed]
@@ -159,7 +161,9 @@ class DescribeOptions(BaseModel):
     @field_validator('prices', mode='before')
     @classmethod
     def _two_prices(cls, prices):
-        if prices is None or (len(prices) == 2 and min(prices) >= 0): return prices
+        pair = isinstance(prices, Sequence) and len(prices) == 2
+        fits = pair and all(isinstance(price, int | float) and price >= 0 for price in prices)
+        if prices is None or fits: return prices
         raise UserError(f'prices is {prices!r}: give (dollars per million prompt tokens,'
                         ' dollars per million completion tokens).')
 

@@ -50,16 +50,17 @@ def from_globals(names: dict[str, Any],     # the notebook's `globals()`
 
 # %% ../nbs/07_parameters.ipynb #1337acb8
 SYNTH_OPTIONS = ('synth_train_ids synth_val_ids synth_test_ids synth_images synth_seed synth_layout '
-                 'synth_error clothes_change')
+                 'synth_outfits synth_error clothes_change')
 BDAM_OPTIONS = 'bdam_depth bdam_heads bdam_mlp bdam_cross bdam_order bdam_gate keep_cls c_decouple c_clothing'
 FUSION_OPTIONS = ('fusion_kind fusion_input fusion_layers fusion_dim fusion_gate fusion_align fusion_text '
-                  'fusion_loss fusion_grad fusion_negatives rerank rerank_weight c_fusion')
-GRADNORM_OPTIONS = 'gradnorm_alpha gradnorm_lr gradnorm_every gradnorm_ref'
+                  'fusion_loss fusion_grad fusion_negatives fusion_norm fusion_order fusion_scan fusion_read '
+                  'fusion_start fusion_apart rerank rerank_weight c_fusion')
+GRADNORM_OPTIONS = 'gradnorm_every gradnorm_ref gradnorm_ema gradnorm_eps'
 
 def unmet_needs(c: Config) -> dict[str, str]:   # the condition that does not hold -> the options that need it
     "What this configuration leaves out, and the options that only matter there."
     has_triplet = c.align_loss == 'infonce' and c.c_triplet > 0
-    has_margin = has_triplet or c.align_loss == 'tal' or c.fusion_loss == 'triplet'
+    has_margin = has_triplet or c.align_loss == 'tal' or (c.fusion and c.fusion_loss == 'triplet')
     holds = {
         'dataset=synth': (c.dataset == 'synth', SYNTH_OPTIONS),
         'bdam=True': (c.bdam, BDAM_OPTIONS),
@@ -69,12 +70,17 @@ def unmet_needs(c: Config) -> dict[str, str]:   # the condition that does not ho
         'a triplet loss': (has_triplet, 'mining'),
         'a loss with a margin': (has_margin, 'margin'),
         'fusion_kind=mamba': (c.fusion and c.fusion_kind == 'mamba', 'd_state d_conv'),
-        'fusion_kind=transformer': (c.fusion and c.fusion_kind == 'transformer', 'fusion_heads'),
+        'fusion_kind=transformer or cross': (c.fusion and c.fusion_kind in ('transformer', 'cross'),
+                                             'fusion_heads'),
+        'fusion_input=tokens': (c.fusion and c.fusion_input == 'tokens',
+                                'fusion_order fusion_scan fusion_read'),
+        'fusion_grad=True': (c.fusion and c.fusion_grad, 'fusion_start'),
         'a clothing loss': (c.bdam and c.c_clothing > 0, 'clothing'),
         'clothing=literal or both': (c.bdam and c.clothing in ('literal', 'both'), 'p_pos'),
         'a decoupling loss': (c.bdam and c.c_decouple > 0, 'hsic_kernel'),
         'a gate': ((c.bdam and c.bdam_gate) or (c.fusion and c.fusion_gate), 'c_gate gate_reg'),
         'balance=gradnorm': (c.balance == 'gradnorm', GRADNORM_OPTIONS),
+        'balance=gradnorm or literal': (c.balance != 'fixed', 'gradnorm_alpha gradnorm_lr log_reg'),
         'optimizer=muon': (c.optimizer == 'muon', 'muon_lr'),
         'a random start of the text encoder': (isinstance(c.text, dict), 'vocab_size'),
     }

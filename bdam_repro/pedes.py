@@ -123,8 +123,9 @@ def read_annotations(path: Path,     # an official annotation file
     if not isinstance(rows, list) or not rows:
         raise UserError(f'{path}: expected a list with an object for each image')
     if isinstance(rows[0], dict) and 'split' not in rows[0]:
-        say = 'this file has no split, as caption_all.json of CUHK-PEDES has none, whatever it is called here'
-        raise UserError(f'{path}: {say}; take reid_raw.json of the same release ({DATASETS["cuhk"]["get"]})')
+        raise UserError(f'{path}: this file has no split. If it is caption_all.json of CUHK-PEDES, take '
+                        f'reid_raw.json of the same release ({DATASETS["cuhk"]["get"]}); in a set of your '
+                        f'own give each row a split: {", ".join(SPLITS)}')
     records, dirt, single = [], Counter(), 0
     for i, row in enumerate(rows):
         where = f'{path} row {i}'

@@ -17,7 +17,7 @@ from .pedes import DATASETS, find_annotations, read_annotations
 from .journal import read_journal
 from .generalize import embed_styles
 from .style import METHODS, style_descriptions
-from .run_data import data_root, draw_synth, synth_folder
+from .run_data import dataset_folder, draw_synth
 from .model import Model, build_model
 from .pretrained import from_pretrained
 from .runs import code_version, headline
@@ -55,8 +55,7 @@ def read_stage(c: Config) -> TextStage | None:   # None: the run reads no descri
     "How the descriptions of a run were written. Draws a SynthPEDES that is missing."
     if c.descriptions == 'none': return None
     if c.dataset == 'synth': draw_synth(c, progress=False)
-    name = synth_folder(c) if c.dataset == 'synth' else c.folder or DATASETS[c.dataset]['title']
-    base = data_root(c)/name
+    base = dataset_folder(c)
     file = base/('descriptions.jsonl' if c.descriptions == 'auto' else c.descriptions)
     if not file.exists(): return None
     try: path, key, _ = find_annotations(c.dataset, base)

@@ -264,8 +264,10 @@ def power_findings(e: Evidence) -> list[Finding]:
             continue
         see, settle = seeds_needed(SMALLEST_EFFECT, known, m), seeds_to_settle(SMALLEST_EFFECT, known, m)
         said = ', '.join(f'{of} {x:.1f}' for of, x in zip(('seed', 'person', 'rest'), known))
-        rule = f'with {m:,} people; negligible where nothing is there: {settle:g} seeds; sd of {said}'
-        out.append(Finding('f', 'power', name, metric, value=see, rule=rule, evidence='power_findings()'))
+        rule = (f'value: to see it; hi: to call it negligible where nothing is there; with {m:,} people; '
+                f'sd of {said}')
+        out.append(Finding('f', 'power', name, metric, value=see, hi=settle, rule=rule,
+                           evidence='power_findings()'))
     return out
 
 def part_f(e: Evidence) -> list[Finding]:
@@ -282,7 +284,8 @@ def seed_plan(t: pd.DataFrame,           # the audit
     rows = []
     for r in decided.itertuples():
         needs = power.loc[[r.reading]]
-        need = float(needs[needs['metric'].str.endswith(f' {r.metric}')]['value'].iloc[0])
+        of_metric = needs[needs['metric'].str.endswith(f' {r.metric}')].iloc[0]
+        need = of_metric[['value', 'hi']].astype(float).max()
         clear = r.verdict in ('for', 'against', NEGLIGIBLE)
         wanted = most if math.isnan(need) else need
         rows.append(dict(contrast=r.reading, metric=r.metric, verdict=r.verdict, now=r.seeds, needs=need,

@@ -21,7 +21,7 @@ import pandas as pd
 from .config import atomic_path
 from .deciding import SMALLEST_EFFECT
 from .paper import OPEN_POINTS
-from .grid import DATASET_NAMES
+from .grid import DATASET_NAMES, LONGER
 from .results import ArtifactParameters, write_csv
 from .tabular import number
 from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_RUN, NO_OPTION, ONE_SEED,
@@ -210,9 +210,9 @@ def claim_tables(t: pd.DataFrame) -> str:   # t: the audit
                         findings_table(b[~is_pair], 'b')])
 
 # %% ../nbs/86_report.ipynb #048d1259
-EPOCH_NOTE = ('All readings but `epochs=6` train for as many epochs as the default. An epoch passes every '
-          'identity once: with four images of each it is twice as long as with two, so compare '
-          '`images_per_id=4` with `epochs=6`.')
+EPOCH_NOTE = (f'All readings but `{LONGER}` train for as many epochs as the default. An epoch passes every '
+              'identity once: with four images of each it is twice as long as with two, so compare '
+              f'`images_per_id=4` with `{LONGER}`.')
 VERDICTS = (
     'Deciding findings were fixed before the runs, those of fusions on the same towers after one seed of '
     'each. They are *for* where the interval of what the claim says '
@@ -224,7 +224,7 @@ VERDICTS = (
 NULL_RUNS = (
     'Null runs differ only in what no gradient carries to their towers, so *too noisy* or *negligible* is '
     'right for them. The seeds of a contrast are those that see a true difference of '
-    f'{SMALLEST_EFFECT:g} points with a chance of 80 %.')
+    f'{SMALLEST_EFFECT:g} points with a chance of 80 %; beside them those that call none negligible.')
 CEILING = 'A perfect matcher of the factors that SynthPEDES was drawn from; no model.'
 
 def plan_table(t: pd.DataFrame) -> str:   # t: the audit

@@ -320,7 +320,7 @@ def _style_of(style, image: str, rng: np.random.Generator) -> int | None:
     whole = isinstance(number, int) and not isinstance(number, bool)
     if not whole or not 0 <= number < len(STYLES):
         known = f"0 to {len(STYLES) - 1}, 'random' or None"
-        raise UserError(f'describe_synth: the style of {image} is {known}, not {number!r}')
+        raise UserError(f'rewrite_descriptions: the style of {image} is {known}, not {number!r}')
     return number
 
 # %% ../nbs/15_synth.ipynb #48ee4888
@@ -335,10 +335,10 @@ def rewrite_descriptions(folder: str | Path,  # a SynthPEDES folder
     folder = Path(folder)
     out = Path(out or folder/'descriptions.jsonl')
     if not (folder/'factors.jsonl').exists():
-        raise UserError(f'describe_synth: {folder} has no factors.jsonl; make it with make_synth')
+        raise UserError(f'rewrite_descriptions: {folder} has no factors.jsonl; make it with make_synth')
     number = isinstance(error_rate, (int, float)) and not isinstance(error_rate, bool)
     if not number or not 0 <= error_rate <= 1:
-        raise UserError(f'describe_synth: error_rate is a probability from 0 to 1, not {error_rate!r}')
+        raise UserError(f'rewrite_descriptions: error_rate is a probability from 0 to 1, not {error_rate!r}')
     rows = [json.loads(line) for line in (folder/'factors.jsonl').read_text().splitlines()]
     styles = [_style_of(style, row['image'], stream(seed, STYLE, i)) for i, row in enumerate(rows)]
     with atomic_path(out) as hidden, open(hidden, 'w') as file:

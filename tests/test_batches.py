@@ -463,3 +463,15 @@ def test_a_window_in_the_middle_of_the_picture(tmp_path):
     whole = decode_image(tmp_path/'a.png', (20, 40))
     assert torch.equal(whole, torch.from_numpy(a).permute(2, 0, 1))
     assert torch.equal(whole, decode_image(tmp_path/'a.png', (20, 40), columns=1.))
+
+@pytest.mark.parametrize('spec, asked', [
+    ('vit-base-patch16-224', ('google/vit-base-patch16-224', None)),
+    ('vit-base-patch16-224@abc', ('google/vit-base-patch16-224', 'abc')),
+    ('someone/their-model@main', ('someone/their-model', 'main'))])
+def test_a_short_name_may_pin_a_revision(monkeypatch, tmp_path, spec, asked):
+    def download(name, revision, allow_patterns):
+        seen.append((name, revision))
+        return str(tmp_path)
+    seen = []
+    monkeypatch.setattr('bdam_repro.hub.snapshot_download', download)
+    assert hub_folder(spec) == tmp_path and seen == [asked]

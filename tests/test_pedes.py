@@ -152,7 +152,7 @@ def test_caption_all_alone_is_refused_and_reid_raw_wins(tmp_path):
     write(tmp_path, 'cuhk', rows, file='caption_all.json')
     with pytest.raises(UserError, match=r'no split.*take reid_raw\.json'): load_pedes('cuhk', tmp_path)
     (tmp_path / 'CUHK-PEDES/caption_all.json').rename(tmp_path / 'CUHK-PEDES/reid_raw.json')
-    with pytest.raises(UserError, match=r'as caption_all\.json of CUHK-PEDES'): load_pedes('cuhk', tmp_path)
+    with pytest.raises(UserError, match=r'is caption_all\.json of CUHK-PEDES'): load_pedes('cuhk', tmp_path)
     write(tmp_path, 'cuhk', images=False)
     assert len(load_pedes('cuhk', tmp_path)) == 14
 
