@@ -26,8 +26,8 @@ from .style import cluster_styles, eps_sweep
 from .metrics import Positives, RetrievalResult, per_query, rank_metrics
 from .grid import LOG_TEST, OPTIONS, READINGS, Reading, reading_reference, reading_run
 from .results import DIFFERENCES, read_csv
-from .findings import (BASELINE, FULL, NOT_HERE, NOT_RUN, NO_OPTION, VERDICT_MARKS, Evidence,
-                                 Finding, ModelQuestion, compare_runs, folder_source, judge,
+from .findings import (BASELINE, FULL, NOT_HERE, NOT_MEASURED, NOT_RUN, NO_OPTION, VERDICT_MARKS,
+                                 Evidence, Finding, ModelQuestion, compare_runs, folder_source, judge,
                                  model_findings, paired_interval, plot_intervals, query_people, run_source,
                                  runs_with_findings, seed_query_values, side_name)
 
@@ -281,5 +281,6 @@ def part_a(e: Evidence) -> list[Finding]:
     out += small_differences(e) + nested_gains(e) + style_readings(e)
     have = {f.item for f in out} | OTHER_PARTS
     for p in OPEN_POINTS:
-        if p.n not in have: out += [Finding('a', p.n, r, verdict=NO_OPTION) for r in p.readings]
+        verdict = NOT_MEASURED if p.options else NO_OPTION
+        if p.n not in have: out += [Finding('a', p.n, r, verdict=verdict) for r in p.readings]
     return sorted(out, key=lambda f: f.item)

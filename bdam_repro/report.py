@@ -24,9 +24,9 @@ from .paper import OPEN_POINTS
 from .grid import DATASET_NAMES, LONGER
 from .results import ArtifactParameters, write_csv
 from .tabular import number
-from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_RUN, NO_OPTION, ONE_SEED,
-                                 Evidence, Finding, ModelQuestion, claim_verdict, findings_frame, gather,
-                                 model_findings, read_audit, runs_with_findings, settle)
+from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_MEASURED, NOT_RUN, NO_OPTION,
+                                 ONE_SEED, Evidence, Finding, ModelQuestion, claim_verdict, findings_frame,
+                                 gather, model_findings, read_audit, runs_with_findings, settle)
 from .readings import HEAD, READING_RULE, TIES, part_a
 from .claims import (ALL_CLAIMS, GATE, GATE_WORTH, accuracy_claims, efficiency_claims,
                                factorial_claims, fusion_claims, gate_claims, region_claim, sota_claim,
@@ -143,7 +143,7 @@ def point_words(t: pd.DataFrame, n: int) -> str:
         unshown |= (rows['metric'] == 'dual R-1') & (rows['part'] == 'a')
     shown = rows[~unshown]
     verdicts = {*shown['verdict']}
-    if verdicts == {NO_OPTION}: return NO_OPTION
+    if verdicts in ({NO_OPTION}, {NOT_MEASURED}): return verdicts.pop()
     words = [reading_words(r) for r in shown.itertuples() if r.default != 'yes' or r.verdict == '']
     return '; '.join(words) or '; '.join(verdicts)
 

@@ -32,7 +32,8 @@ from bdam_repro.testing import demo_run
 
 CKA = ('full', 'hsic_kernel=cka')
 VERDICTS = {'', 'default', 'better', 'worse', *findings.JUDGED, findings.ONE_SEED, 'invalid', 'same epoch',
-            'holds', 'does not', findings.NOT_RUN, findings.NOT_HERE, findings.NO_OPTION}
+            'holds', 'does not', findings.NOT_RUN, findings.NOT_HERE, findings.NO_OPTION,
+            findings.NOT_MEASURED}
 
 
 @pytest.fixture(scope='module')
