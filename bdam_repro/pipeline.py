@@ -24,8 +24,9 @@ from .runs import code_version, headline
 from .results import ArtifactParameters
 from .figure_style import made_from, run_code
 from .pictures import finished_runs, saved_config
-from .architecture import (COLUMN, LANE, Page, Traced, caption2, draw_frame, plot_model, text_title,
-                                     trace, words_of)
+from .anatomy import Traced, trace
+from .architecture import (COLUMN, LANE, Page, caption2, draw_frame, plot_model, text_title,
+                                     words_of)
 
 # %% ../nbs/73_pipeline.ipynb #fa3dd8a5
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bdam_repro import architecture, figure_style, pictures, pipeline, testing
+from bdam_repro import anatomy, architecture, figure_style, pictures, pipeline, testing
 from bdam_repro.archive import keep_runs, restore_runs
 from bdam_repro.config import VARIANTS, UserError, config_hash, make_config
 from bdam_repro.figure_style import save_figure, small_texts
@@ -195,7 +195,7 @@ def test_the_model_is_shown_the_part_that_it_reads(pair):
 @pytest.fixture(scope='module')
 def traced():
     models = {v: smoke(v) for v in VARIANTS if not v.startswith('style_')}
-    return {v: (m, architecture.trace(m)) for v, m in models.items()}
+    return {v: (m, anatomy.trace(m)) for v, m in models.items()}
 
 
 def test_each_parameter_stands_in_one_box(traced):
@@ -217,7 +217,7 @@ def test_losses_and_boxes_follow_the_configuration(traced):
 
 
 def test_inputs_are_those_that_are_read(traced):
-    read = lambda **o: set(architecture.trace(smoke(**o)).inputs) - {'image', 'clothing'}
+    read = lambda **o: set(anatomy.trace(smoke(**o)).inputs) - {'image', 'clothing'}
     assert set(traced['full'][1].inputs) == {'image', 'caption', 'other', 'identity', 'clothing'}
     assert set(traced['baseline'][1].inputs) == {'image', 'caption', 'other'}
     assert read(two_captions=False) == {'caption', 'identity'}
@@ -227,7 +227,7 @@ def test_inputs_are_those_that_are_read(traced):
 def test_tracing_leaves_no_trace():
     m, c = smoke().train(), make_config('synth', 'smoke')
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in m.state_dict().items()}
-    architecture.trace(m)
+    anatomy.trace(m)
     assert m.training and m.config == c and torch.equal(before, torch.get_rng_state())
     assert not any(x._forward_hooks for x in m.modules())
     assert all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
@@ -244,7 +244,7 @@ READINGS = [dict(fusion_input='tokens', fusion_text='identity', id_text='both'),
 @pytest.mark.parametrize('options', READINGS, ids=lambda o: '-'.join(map(str, o.values())))
 def test_readings_are_drawn_without_collisions(options):
     m = smoke(**options)
-    assert architecture.collisions(architecture.plot_model(m, architecture.trace(m), 'words')) == []
+    assert architecture.collisions(architecture.plot_model(m, anatomy.trace(m), 'words')) == []
 
 
 DRAWN = 'full', 'baseline', 'bdam_no_cross', 'bdam_no_gate', 'fusion_no_gate', 'fusion_no_mamba', 'tal'
@@ -293,7 +293,7 @@ def test_what_stands_above_the_model_has_room(stage, variant, traced):
 
 def figures(made, pair):
     (runs, kept), (model, source) = pair, pipeline.running_model(made)
-    t, maps = architecture.trace(model), pictures.pair_maps(runs, kept)
+    t, maps = anatomy.trace(model), pictures.pair_maps(runs, kept)
     stage = pipeline.read_stage(model.config)
     yield 'fig1', 180, figure1(runs, kept, maps)
     yield 'fig2', 200, pipeline.plot_pipeline(model, t, stage, source)[0]
