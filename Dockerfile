@@ -2,7 +2,7 @@
 # docker build -t bdam-cuda --target cuda . GPU, with the CUDA kernels of Mamba
 # docker run --rm -it bdam make train       (GPU: --gpus all)
 FROM python:3.11-slim-bookworm AS cpu
-ARG TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+ARG TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc git libc6-dev libgomp1 make \
@@ -28,7 +28,7 @@ COPY --chown=reader . .
 RUN make venv PYTHON=python3 TORCH="torch==2.10.0" && rm -rf ~/.cache/pip
 ENV PATH="/opt/bdam/.venv/bin:$PATH"
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir "ninja==1.13.0" "packaging==25.0" && pip install --no-cache-dir --no-build-isolation ".[cuda]"
+RUN pip install --no-cache-dir "ninja==1.13.0" "packaging==25.0" && pip install --no-cache-dir --no-build-isolation -e ".[cuda]"
 CMD ["make", "help"]
 
 # `docker build .` without a target ends here

@@ -31,11 +31,15 @@ help:
 	@echo '              LOCK=requirements/lock.txt: exactly the versions that were tried'
 	@echo 'make clean    delete build and cache folders; .venv, runs and data stay'
 
-# PyTorch first: the build that is there stays when the package asks for torch
+# PyTorch first, where it is not there or asked for: the build stays when the package asks for torch
+GIVEN = $(filter command environment,$(origin TORCH) $(origin LOCK))
+ifneq ($(GIVEN),)
+.PHONY: $(STAMP)
+endif
 $(STAMP): pyproject.toml
-	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 venv'; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(EXACTLY) $(TORCH)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 venv'; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(if $(GIVEN),,$(BIN)/python -c 'import torch' 2>/dev/null ||) $(BIN)/python -m pip install --quiet $(EXACTLY) $(TORCH)
 	$(BIN)/python -m pip install --quiet $(EXACTLY) -e '.[dev]'
 	@touch $@
 
@@ -73,8 +77,8 @@ soak: $(STAMP)
 
 # Nothing is run and the package is not imported, so PyTorch is not needed. npm brings MathJax once
 docs:
-	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 docs'; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 docs'; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import myst_nb, sphinx_book_theme, sphinx_copybutton' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet $(EXACTLY) $$($(BIN)/python docs/build.py --needs)
 	$(BIN)/python docs/build.py
@@ -96,8 +100,9 @@ lab: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags=remove_input --TagRemovePreprocessor.remove_cell_tags=remove_cell \
-	  --stdout nbs/index.ipynb | cat -s | sed -E "s,\]\(\.\./,](,g; s,\]\(([0-9a-z_]+\.ipynb),](nbs/\1,g" > $(README).tmp
-	@mv $(README).tmp $(README)
+	  --stdout nbs/index.ipynb > $(README).raw
+	@cat -s $(README).raw | sed -E "s,\]\(\.\./,](,g; s,\]\(([0-9a-z_]+\.ipynb),](nbs/\1,g" > $(README).tmp
+	@mv $(README).tmp $(README) && rm $(README).raw
 
 # asks the index about every installed package: not a part of `make test`
 safety: $(STAMP)

@@ -54,7 +54,7 @@ def main():
     for method in a.methods:
         command = [sys.executable, __file__, str(a.n), '--one', method, '--dim',
                    str(a.dim)] + ['--as-written'] * a.as_written
-        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
         r = json.loads(done.stdout.splitlines()[-1])
         print(f'{method:14}' + ''.join(f'{r[name]:{form}}' for name, form in COLUMNS.items()), flush=True)
 

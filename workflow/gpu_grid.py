@@ -1,6 +1,6 @@
 """The runs of the tables, or of a list, on one GPU: several worker processes, each with its data in memory.
 
-    python workflow/gpu_grid.py --seeds 0,1,2 --processes 8         # what `make paper` trains, in its order
+    python workflow/gpu_grid.py --seeds 0,1,2 --processes 8         # the tables' runs (--layouts --audit: more)
     python workflow/gpu_grid.py --variants full,baseline --seeds 0-9 --minutes 15
     python workflow/gpu_grid.py --worth --plan runs.jsonl           # what is missing, most telling first
     python workflow/gpu_grid.py --list runs.jsonl --pack out/       # one run per line, as JSON
@@ -17,10 +17,11 @@ import time
 import zipfile
 from pathlib import Path
 
-from bdam_repro.archive import SMALL_FILES, keeps_rankings, kept_features, query_results
+from bdam_repro.archive import SMALL_FILES, keeps_rankings, kept_features, query_results, restore_runs
 from bdam_repro.config import UserError, atomic_path, run_dir
 from bdam_repro.grid import audit_grid, grid, grid_by_worth
 from bdam_repro.many import left_to_do, read_run_list, run_line, train_many
+from bdam_repro.run_data import dataset_folder
 from bdam_repro.runs import finished
 
 PART = 15*2**20      # bytes of a zip file
@@ -36,9 +37,11 @@ class Packer:
     "Copies finished runs into zip files, each run once."
     def __init__(self, folder: Path, runs: Path, configs):
         self.folder, self.runs = folder, runs
-        self.waiting = {run_dir(c, runs): c for c in configs}
         folder.mkdir(parents=True, exist_ok=True)
-        self.part = len(list(folder.glob('runs-*.zip')))
+        parts = sorted(folder.glob('runs-*.zip'))            # of this command before a break
+        packed = {runs/Path(name).parent for part in parts for name in zipfile.ZipFile(part).namelist()}
+        self.waiting = {f: c for c in configs if (f := run_dir(c, runs)) not in packed}
+        self.part = len(parts)
 
     def content(self, folder: Path, c) -> dict[str, bytes]:
         small = {f.name: f.read_bytes() for name in SMALL_FILES if (f := folder/name).exists()}
@@ -80,6 +83,7 @@ def main():
     p.add_argument('--threads', type=int, default=1, help='runs at once in each process')
     p.add_argument('--minutes', type=float, default=float('inf'), help='begin no run that would end later')
     p.add_argument('--pack', type=Path, help='folder for zip files of finished runs')
+    p.add_argument('--kept', type=Path, help='folder of kept-*.zip: what is in them is put back, not trained')
     p.add_argument('--options', default='', help='of every run, as name=value separated by commas')
     a = p.parse_args()
     options = dict(pair.split('=', 1) for pair in a.options.split(',') if pair)
@@ -88,8 +92,14 @@ def main():
     elif a.worth: configs = grid_by_worth(a.dataset, a.preset, layouts=a.layouts, **options)
     else:
         given = dict(dataset=a.dataset, preset=a.preset, seeds=a.seeds, **options)
-        configs = grid(layouts=a.layouts, variants=[v for v in a.variants.split(',') if v], **given)
+        configs = grid(styles=a.dataset == 'synth', layouts=a.layouts, variants=[v for v in a.variants.split(',') if v], **given)
         if a.audit: configs += audit_grid(**given)
+    for c in configs:
+        if c.dataset == 'synth' or c.descriptions == 'none': continue
+        texts = dataset_folder(c)/('descriptions.jsonl' if c.descriptions == 'auto' else c.descriptions)
+        say = f'{texts} is missing: papermill nbs/describe.ipynb -p dataset {c.dataset} writes it'
+        if not texts.is_file(): raise UserError(say)
+    if a.kept and (back := restore_runs(a.runs, a.kept, configs)): print(f'{len(back)} runs put back')
     if a.plan:
         missing = left_to_do(configs, a.runs)
         with atomic_path(a.plan) as tmp: tmp.write_text(''.join(f'{run_line(c)}\n' for c in missing))

@@ -60,6 +60,7 @@ def needed(names: list[str], have: set[str]) -> dict[str, str]:
 
 def pack(folder: Path, python: str, have: Path | None, options: list[str]) -> None:
     "Wheels and the plan."
+    folder = folder.resolve()                              # the plan is made from the repository's folder
     lines = have.read_text().splitlines() if have else []
     there = {plain(re.split(r'[\s=@<>~!;\[]', line.strip())[0]) for line in lines if line.strip()}
     packages = needed(['bdam-repro', *TESTS], there)

@@ -14,8 +14,11 @@ CONFIG  ?=
 REDO    ?=
 
 QUOTED = $(foreach c,$(CONFIG),'$(c)')
-PAPER_CONFIG = --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) 'seeds=[$(SEEDS)]' $(if $(REDO),redo=true) $(QUOTED)
-QUICK_CONFIG = --configfile workflow/quick.yaml --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) $(QUOTED)
+# snakemake takes the last --config alone
+OURS = $(if $(filter --config -C,$(ARGS)),$(error ARGS="--config ..." would replace DATASET, PRESET and SEEDS: use CONFIG="name=value"))
+PAPER_CONFIG = $(OURS)--config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) 'seeds=[$(SEEDS)]' $(if $(REDO),redo=true) $(QUOTED)
+QUICK_CONFIG = $(OURS)--configfile workflow/quick.yaml --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) \
+  $(if $(filter-out file,$(origin SEEDS)),'seeds=[$(SEEDS)]') $(if $(REDO),redo=true) $(QUOTED)
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE) $(if $(JOBS),$(if $(filter local,$(PROFILE)),--cores,--jobs) $(JOBS))
 # one at a time; who holds the lock may clear what a killed one has left
 ONE_PAPER = mkdir -p runs && flock -n runs/.paper.lock sh -c '"$$@" --unlock >/dev/null 2>&1; exec "$$@"' paper
@@ -33,7 +36,8 @@ paper-plan: $(STAMP)
 	@$(SNAKEMAKE) $(PAPER_CONFIG) --dry-run --quiet rules $(ARGS)
 
 paper-graph: $(STAMP)
-	@$(SNAKEMAKE) $(PAPER_CONFIG) --rulegraph --quiet all 2>/dev/null | $(BIN)/python workflow/graph.py workflow/graph.png
+	@set -e; graph=$$($(SNAKEMAKE) $(PAPER_CONFIG) --rulegraph --quiet all); printf '%s\n' "$$graph" | $(BIN)/python workflow/graph.py workflow/graph.png
 
 paper-gpu: $(STAMP)
-	$(BIN)/python workflow/gpu_grid.py --dataset $(DATASET) $(if $(PRESET),--preset $(PRESET)) --seeds $(SEEDS) $(if $(JOBS),--processes $(JOBS)) $(ARGS)
+	@$(if $(CONFIG)$(REDO),$(error paper-gpu knows DATASET PRESET SEEDS JOBS ARGS, not CONFIG and REDO)):
+	$(BIN)/python workflow/gpu_grid.py --dataset $(DATASET) $(if $(PRESET),--preset $(PRESET)) --seeds $(SEEDS) --kept tables $(if $(JOBS),--processes $(JOBS)) $(ARGS)

@@ -9,6 +9,7 @@ bin=${BIN:-$repo/.venv/bin}
 for tool in munged slurmctld slurmd sbatch "$bin/snakemake"; do
     command -v "$tool" >/dev/null || { echo "$tool is missing, see the head of this script"; exit 2; }
 done
+"$bin/python" -c 'import snakemake_executor_plugin_slurm' 2>/dev/null || { echo 'snakemake-executor-plugin-slurm is missing, see the head of this script'; exit 2; }
 [ "$(id -u)" = 0 ] || { echo 'slurmd starts jobs as root only'; exit 2; }
 [ ! -e /etc/slurm/slurm.conf ] || { echo 'this machine has a SLURM of its own (/etc/slurm/slurm.conf)'; exit 2; }
 

@@ -1,4 +1,4 @@
-"""Half an hour of training in one process: memory, open files, threads and processes stay what they were.
+"""Forty minutes of training in one process: memory, open files, threads and processes stay what they were.
 
 `make soak`, or `SOAK_SECONDS=20 make soak` for a first look: pictures in memory for three times as long, then
 loader processes, which start and end with each epoch."""
