@@ -12,13 +12,17 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from .config import UserError
 from .batches import Batch
 from .model import ImageFeatures, Outputs, TextFeatures
 
 # %% ../nbs/45_accumulate.ipynb #8d4a8a14
 def parts_of(batch: Batch, n: int) -> list[Batch]:
-    "The batch in `n` equal parts."
+    "The batch in `n` equal parts. Raises `UserError` where it does not split."
     size = len(batch)//n
+    if not size or len(batch) % n:
+        raise UserError(f'accumulate={n}: the {len(batch)} images of a process do not split into equal '
+                        'parts; take another accumulate, or another number of processes')
     def cut(i): return {name: t if t is None else t[i*size:(i + 1)*size] for name, t in vars(batch).items()}
     return [Batch(**cut(i)) for i in range(n)]
 

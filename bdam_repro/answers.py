@@ -197,7 +197,7 @@ def read_reply(completion: dict) -> Reply:
     choice, message = _message_of(completion)
     content, usage = message.get('content'), completion.get('usage')
     written = _content_text(content) or _tool_text(message) or _misplaced_text(message)
-    text = without_reasoning(written)
+    text = without_reasoning(written).encode('utf-8', 'replace').decode()    # no half of a UTF-16 pair
     parts = content if isinstance(content, list) else []
     kinds = [part.get('type') for part in parts if isinstance(part, dict)]
     finish = str(choice.get('finish_reason') or choice.get('stop_reason') or '').lower()
@@ -205,7 +205,7 @@ def read_reply(completion: dict) -> Reply:
     return Reply(
         text=text, cut=finish in CUT,
         refused=bool(message.get('refusal')) or 'refusal' in kinds or finish in FILTERED,
-        reasoned=text != written.strip() or 'thinking' in kinds
+        reasoned=without_reasoning(written) != written.strip() or 'thinking' in kinds
             or any(message.get(name) for name in ('reasoning_content', 'reasoning', 'thinking')),
         prompt_tokens=token_count(usage.get('prompt_tokens')),
         completion_tokens=token_count(usage.get('completion_tokens')))

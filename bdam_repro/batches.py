@@ -424,13 +424,14 @@ def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256
                   images: ImageStore | None = None,  # a store from an earlier call, to decode only once
                   columns: float = 1.,  # see `decode_image`
                   share: tuple[int, int] = (0, 1),  # (rank, world): every world-th batch, from the rank-th on
+                  budget: int = 2**30,  # bytes of memory that decoded images may take
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]
     "The gallery: every image of a split once, in order, without any text."
     rows, (rank, world) = split_rows(dataset, split), share
     if images is None and getattr(dataset, 'memory', None) is not None:
-        images = kept(dataset, ('gallery', split, size, columns),
+        images = kept(dataset, ('gallery', hash(rows.tobytes()), size, columns),
                       lambda: ImageStore(dataset, size, rows, cache=True, columns=columns, show=False))
-    images = images or ImageStore(dataset, size, rows, columns=columns, show=False)
+    images = images or ImageStore(dataset, size, rows, budget=budget, columns=columns, show=False)
     parts = np.split(rows, range(batch, len(rows), batch))
     for part in parts[rank::world]: yield torch.from_numpy(part), images[part]
 

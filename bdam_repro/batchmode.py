@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AWAY', 'BatchSettings', 'BatchPart', 'BatchState', 'state_path', 'load_state', 'BatchRun', 'batch_line',
-           'submit_batch', 'find_lost_batches', 'judge_result', 'collect_batch', 'collect_finished',
+           'submit_batch', 'delete_files', 'find_lost_batches', 'judge_result', 'collect_batch', 'collect_finished',
            'describe_batch_async', 'describe_batch']
 
 # %% ../nbs/25_batchmode.ipynb #2298dbdb
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from .answers import NoAnswer, Reply, completion_of, error_words, json_value, read_reply, redact
 from .config import UserError, atomic_path
+from .picture_files import check_place
 from .servers import Manner, count_answer, keep_client, most_prompt_tokens, request_body, run_sync
 from .journal import Journal, Report
 from .offline import rows_to_describe
@@ -54,6 +55,7 @@ class BatchPart(BaseModel):
     "One batch under way."
     name: str                       # ours, known before the provider's id
     batch_id: str | None = None     # the provider's, once the batch is created
+    input_file_id: str | None = None    # of the uploaded requests
     images: list[str]
     price: float = 0.0              # dollars that it may cost at most
 
@@ -108,9 +110,13 @@ class BatchRun:
 def batch_line(b: BatchRun, image: str) -> tuple[bytes | None, float]:  # the request, its highest price
     "One request of a batch file; None, and a failed line in the journal, where the image cannot be read."
     s, history = b.settings, b.state.history.get(image, History())
-    try: url = image_url(s.images_dir/image, s.max_side)
+    try:
+        url = image_url(s.images_dir/image, s.max_side)
+        check_place(s.images_dir/image, s.images_dir)
     except UNREADABLE as e:
-        record_image(b.run, image, None, unreadable(image, e), History(), cost=0.0, latency=0.0)
+        cost = s.cost(history.prompt_tokens, history.completion_tokens) or 0.0       # of earlier rounds
+        record_image(b.run, image, None, unreadable(image, e), history, cost, latency=0.0)
+        b.state.history.pop(image, None)
         return None, 0.0
     messages = history.messages(first_messages(s.policy, s.style_of(image)[1], url))
     body = request_body(b.run.server.form, b.run.server.manner, messages)
@@ -153,6 +159,7 @@ async def _create_batch(b: BatchRun, part: BatchPart, file) -> None:
     client = b.run.server.client
     file.seek(0)
     uploaded = await client.files.create(file=('requests.jsonl', file), purpose='batch')
+    part.input_file_id = uploaded.id
     b.state.parts.append(part)
     b.state.created += 1
     b.save()
@@ -161,6 +168,13 @@ async def _create_batch(b: BatchRun, part: BatchPart, file) -> None:
     part.batch_id = batch.id
     b.save()
 
+async def delete_files(b: BatchRun, names: Iterable[str | None]) -> None:
+    "Files at the provider that are needed no more: they show people."
+    for name in filter(None, names):
+        try: await b.run.server.client.files.delete(name)
+        except openai.APIError:
+            b.run.report.notes.append(f'file {name} is still at the provider: it could not be deleted')
+
 async def find_lost_batches(b: BatchRun) -> None:
     "Parts noted without an id: the provider knows if they were created; if not, they are sent anew."
     if not any(part.batch_id is None for part in b.state.parts): return
@@ -168,8 +182,10 @@ async def find_lost_batches(b: BatchRun) -> None:
     async for batch in b.run.server.client.batches.list(limit=100):
         known[(batch.metadata or {}).get('part')] = batch.id
     for part in b.state.parts: part.batch_id = part.batch_id or known.get(part.name)
+    lost = [part.input_file_id for part in b.state.parts if not part.batch_id]
     b.state.parts = [part for part in b.state.parts if part.batch_id]
     b.save()
+    await delete_files(b, lost)
 
 # %% ../nbs/25_batchmode.ipynb #1e8f206f
 def _batch_reply(result: dict | None) -> Reply:
@@ -214,10 +230,7 @@ async def collect_batch(b: BatchRun, part: BatchPart, batch) -> None:
         judge_result(b, image, answers.get(image))
     b.state.parts.remove(part)
     b.save()
-    for name in filter(None, (batch.input_file_id, batch.output_file_id, batch.error_file_id)):
-        try: await client.files.delete(name)
-        except openai.APIError:
-            b.run.report.notes.append(f'file {name} is still at the provider: it could not be deleted')
+    await delete_files(b, (batch.input_file_id, batch.output_file_id, batch.error_file_id))
 
 async def collect_finished(b: BatchRun) -> int:
     "Collect the batches that are over. Returns how many. Raises `UserError` for a refused one."

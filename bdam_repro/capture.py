@@ -130,8 +130,9 @@ class StepParts:
         tau, batch = self.now[-1], data.batch()
         c = c.model_copy(update={'tau': tau, 'tau_decay': c.tau_end/tau})
         self.model.fixed = True
-        with self.amp(): self.terms = batch_losses(forward(self.model, batch, c), batch, c, fixed=True)
-        self.model.fixed = False
+        try:
+            with self.amp(): self.terms = batch_losses(forward(self.model, batch, c), batch, c, fixed=True)
+        finally: self.model.fixed = False                  # where it fails, plain steps go on
         self.stacked = torch.stack([self.terms[name].float() for name in self.weights.names])
         this = torch.arange(len(self.losses), device=self.device)[:, None] == data.at                # [S, 1]
         self.losses.copy_(torch.where(this, self.stacked.detach(), self.losses))   # an index would be checked
@@ -215,10 +216,11 @@ class StaticStep(StepParts):
         with torch.cuda.stream(self.stream):
             back = remember_step(self)
             self.load(0)
-            for _ in range(3):                         # libraries choose kernels, optimizers make their state
-                self.data.at.zero_()
-                for name in parts: getattr(self, name)()
-            back()
+            try:
+                for _ in range(3):                     # libraries choose kernels, optimizers make their state
+                    self.data.at.zero_()
+                    for name in parts: getattr(self, name)()
+            finally: back()
         for opt in self.opts: opt.zero_grad(set_to_none=True)
         for name in parts:
             graph = torch.cuda.CUDAGraph()
@@ -235,6 +237,7 @@ def why_not_static(c: Config, loader: Loader, device: torch.device) -> str:   # 
                f'amp={c.amp}': c.amp == 'fp16',
                f'mining={c.mining}': c.mining == 'random',
                'grad_checkpoint': c.grad_checkpoint,
+               f'dropout={c.dropout}': c.dropout > 0,      # a resumed epoch would drop other units
                'shuffle_captions': c.shuffle_captions,
                f'fusion_start={c.fusion_start}': c.fusion_grad and c.fusion_start > 0,
                'the images do not fit in cache_gb': not loader.data.images.cached}

@@ -32,7 +32,7 @@ from .archive import ON_CPU
 from .gates import WORTH, gate_worth
 from .features import branch_silhouettes, centered, pick_people, unit_rows, untrained
 from .efficiency import fusion_configs, fusion_flops, growth, layer_costs, one_core, sizes
-from .findings import (FULL, NOT_RUN, Evidence, Finding, ModelQuestion, compare_runs,
+from .findings import (FULL, NOT_RUN, ONE_SEED, Evidence, Finding, ModelQuestion, compare_runs,
                                  folder_source, interval_columns, judge, model_findings,
                                  paired_interval, query_people, run_source, runs_with_findings,
                                  seed_query_values, side_name)
@@ -302,7 +302,9 @@ def balance_claim(e: Evidence) -> list[Finding]:
     lo, hi = found.interval()                          # NaN with one seed: not near
     near = abs(lo - 50) < NEAR and abs(hi - 50) < NEAR
     spread = w.std()
-    def judged(yes, rule): return dict(verdict='for' if yes else 'against', rule=rule, decides=True, **source)
+    def judged(yes, rule):
+        verdict = ONE_SEED if math.isnan(lo) else 'for' if yes else 'against'
+        return dict(verdict=verdict, rule=rule, decides=True, **source)
     return [Finding('b', 'balance', 'image weight on right pairs', 'mean, %', value=found.diff, lo=lo, hi=hi,
                     **judged(near, f'for where all of the interval is within {NEAR:g} of 50, else against')),
             Finding('b', 'balance', 'image weight over right pairs', 'sd, %', value=spread,

@@ -28,7 +28,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from tqdm import tqdm
 
 from .config import UserError
-from .picture_files import ImageError
+from .picture_files import ImageError, check_place
 from .servers import (Answer, Hopeless, Refused, Server, Transient, ask_server, guess_tokens,
                                 is_about_pictures, keep_client, most_prompt_tokens, run_sync)
 from .answers import Description
@@ -252,6 +252,7 @@ async def describe_image(run: DescribeRun, image: str) -> None:
     try:
         read = partial(image_url, s.images_dir/image, s.max_side)
         small = (s.images_dir/image).stat().st_size <= 50_000    # a thread would take longer than reading it
+        check_place(s.images_dir/image, s.images_dir)            # a link may lead to what nobody may send
         url = read() if small else await asyncio.to_thread(read)
         first = first_messages(s.policy, s.style_of(image)[1], url)
         while description is None and history.tries <= s.retries:

@@ -58,7 +58,8 @@ OTHER_CAMERAS = {
 
 # %% ../nbs/92_elsewhere.ipynb #45a8bd70
 def elsewhere_factors(seed: int, pid: int,   # the dataset's seed; the person
-                      k: int                 # which of the person's pictures
+                      k: int,                # which of the person's pictures
+                      **clothes              # `clothes_change` and `outfits`, as of `image_factors`
                      ) -> dict:
     "Picture `k` of a person as another camera takes it."
     rng = stream(seed, ELSEWHERE_IMAGE, pid, k)
@@ -74,7 +75,7 @@ def elsewhere_factors(seed: int, pid: int,   # the dataset's seed; the person
         shift_x=between(rng, -4.5, 4.5),
         shift_y=between(rng, -4, 3),
         scene_seed=int(rng.integers(1 << 31)))
-    return image_factors(seed, pid, k) | drawn_anew
+    return image_factors(seed, pid, k, **clothes) | drawn_anew
 
 # %% ../nbs/92_elsewhere.ipynb #e054112f
 def scene_market(pen, p, rng):
@@ -357,7 +358,7 @@ def captions_elsewhere(s: Spec, i: int, k: int,          # person, picture
                        witness: type[Say] = Witness) -> list[tuple[str, Say]]:
     "The captions of a picture, by different annotators."
     rng = stream(s.seed, ELSEWHERE_CAPTION, i, k)
-    f = image_factors(s.seed, i, k)
+    f = image_factors(s.seed, i, k, s.clothes_change, s.outfits)
     styles = rng.permutation(len(OTHER_STYLES))[:s.captions_per_image]
     return [caption_elsewhere(f, int(style), rng, s.mistakes, witness) for style in styles]
 

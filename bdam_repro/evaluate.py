@@ -67,8 +67,8 @@ def embed_images(model: Model, dataset: PedesDataset, split: str,
     "Every image of a split as a gallery entry."
     c, device = model.config, next(model.parameters()).device
     size, share = (c.image_height, c.image_width), (world.rank, world.size)
-    parts = []
-    for rows, images in image_batches(dataset, size, batch, split, columns=c.columns, share=share):
+    parts, given = [], dict(columns=c.columns, share=share, budget=int(c.cache_gb*2**30))
+    for rows, images in image_batches(dataset, size, batch, split, **given):
         g = model.encode_image(images.to(device))
         if c.fusion_input != 'tokens': g.patches = g.patches[:, :0]        # keep none
         parts.append((rows, g.map(Tensor.float)))

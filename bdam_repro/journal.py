@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -101,7 +102,8 @@ def _scan(path: Path) -> Iterator[ScannedLine]:
         for number, raw in enumerate(f, 1):
             line = ScannedLine(number, _parse_line(raw), f.tell(), raw)
             is_last = line.end == size
-            if line.record == 'no JSON' and is_last and _is_fragment(raw): return
+            is_whole = raw.endswith(b'\n')                 # a killed writer left no end of line
+            if line.record == 'no JSON' and is_last and not is_whole and _is_fragment(raw): return
             yield line
 
 # %% ../nbs/21_journal.ipynb #8926077c
@@ -307,6 +309,7 @@ class Journal:
         if line.image in self.done: raise AssertionError(f'{line.image} is described already')
         try: self._file.append(line.to_json().encode(errors='replace') + b'\n')
         except OSError as e:
+            with suppress(OSError): self.lose(line.cost or 0.)       # paid for, and in no line
             raise UserError(f'{self.path}: cannot be written ({e.strerror}); '
                             f'{len(self.done)} lines are safe. Make room and run again.') from None
         self.done.add(line.image)

@@ -56,7 +56,7 @@ def read_run_list(path: Path, **options   # of every run, over those in the file
 # %% ../nbs/79_many.ipynb #f862e81d
 def data_key(c: Config) -> tuple:
     "Equal for runs that read the same dataset."
-    fields = ('dataset', 'data_root', 'folder', 'descriptions', 'val_fraction', 'clothes_change')
+    fields = ('dataset', 'data_root', 'folder', 'descriptions', 'val_fraction', 'clothes_change', 'limit')
     return *(getattr(c, name) for name in fields), *(value for name, value in c if name.startswith('synth_'))
 
 class SharedData:

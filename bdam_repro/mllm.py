@@ -24,7 +24,7 @@ from pydantic import (BaseModel, BeforeValidator, ConfigDict, SkipValidation, Va
 from .answers import (SCHEMA, Description, Policy, Rejected, Reply, is_refusal, parse_answer,
                                 redact)
 from .config import UserError
-from .picture_files import to_rgb
+from .picture_files import FORMATS, to_rgb
 from .checks import check_description
 from .servers import Answer, RequestForm
 
@@ -73,7 +73,7 @@ def image_url(path: Path,          # an image file
              ) -> str:             # a data URL
     "The image as the API wants it. Raises `OSError` or `ValueError` where the file cannot be decoded."
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as im:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as im:
         im.load()                           # a damaged file fails here
         as_it_is = im.mode == 'RGB' and max(im.size) <= max_side and not im.getexif()
         kind = {'JPEG': 'jpeg', 'PNG': 'png'}.get(im.format) if as_it_is else None
@@ -250,7 +250,8 @@ class History(BaseModel):
 
     def reject(self, reason: str, answer: str | None = None) -> None:
         "Count a try that brought nothing to keep."
-        self.tries, self.reason, self.answer = self.tries + 1, reason[:200], answer
+        reason = reason[:200].encode('utf-8', 'replace').decode()
+        self.tries, self.reason, self.answer = self.tries + 1, reason, answer
 
     def judge(self, answer: Answer, policy: Policy, key: str = '') -> Description | None:
         "Count an answer and judge it. None where it may not be kept: `reason` says why."

@@ -185,7 +185,8 @@ def dual(q: TextFeatures,   # Q queries
         ) -> Tensor:        # [Q, G] cosines
     "Cosine of text feature and v, the gated identity feature by default. Raises `TypeError` for other types."
     check_sides(q, g)
-    return F.normalize(q.t.float(), dim=-1) @ F.normalize(g.v.float(), dim=-1).T
+    with torch.autocast(q.t.device.type, enabled=False):       # it would multiply in half precision
+        return F.normalize(q.t.float(), dim=-1) @ F.normalize(g.v.float(), dim=-1).T
 
 # %% ../nbs/34_model.ipynb #47c68efa
 def fuse(model: Retriever,

@@ -69,7 +69,10 @@ def clothing_loss(out: Outputs, clo_ids: Tensor, c: Config) -> Tensor:   # clo_i
 # %% ../nbs/43_objective.ipynb #7077ed44
 def fusion_loss(out: Outputs, c: Config, fixed: bool = False) -> Tensor:
     "The loss of f_final (open point 4): the right image wins among the candidates, or Eq. 4 from the text."
-    if c.fusion_loss != 'triplet': return match_loss(out.cos/c.tau_end + c.rerank_weight*out.match)
+    if c.fusion_loss != 'triplet':
+        score = out.cos/c.tau_end + c.rerank_weight*out.match
+        return match_loss(score.masked_fill(~out.valid, -torch.inf))       # 0 · −inf is no number
+    if out.valid.shape[1] < 2: return 0*out.fused.sum()                    # one image has no wrong candidate
     f = F.normalize(out.fused.float(), dim=-1)                             # [B, 1+N, D]
     anchor = F.normalize(out.anchor.float(), dim=-1)                       # [B, D]
     has_wrong = out.valid[:, 1]                                            # [B]

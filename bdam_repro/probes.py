@@ -50,7 +50,8 @@ def spec_of(c: Config, clothes_change: bool) -> Spec:
     "What a SynthPEDES of this configuration is drawn from."
     n = c.synth_train_ids + c.synth_val_ids + c.synth_test_ids
     return Spec(layout=c.synth_layout, n_ids=n, images_per_id=c.synth_images, seed=c.synth_seed,
-                clothes_change=clothes_change, val_ids=c.synth_val_ids, test_ids=c.synth_test_ids,
+                clothes_change=clothes_change, outfits=1 if clothes_change else c.synth_outfits,
+                val_ids=c.synth_val_ids, test_ids=c.synth_test_ids,
                 captions_per_image=CAPTIONS[c.synth_layout])
 
 def gallery_rows(s: Spec) -> list[dict]:

@@ -23,7 +23,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import (ROOT, Config, Options, UserError, atomic_path, given_names, make_config,
+from .config import (NO_EFFECT, ROOT, Config, Options, UserError, atomic_path, given_names,
+                               make_config,
                                run_dir)
 from .files import read_tensors
 from .pedes import PedesDataset
@@ -100,8 +101,7 @@ def seed_values(runs: pd.DataFrame,       # of `read_runs`
     return rows_where(t, score=own).sort_values('seed')
 
 # %% ../nbs/66_results.ipynb #5027867f
-_NEVER_OWN = {'seed', 'tag', 'data_root', 'device', 'workers', 'cache_gb', 'grad_checkpoint', 'log_test',
-              'config_hash'}
+_NEVER_OWN = NO_EFFECT | {'seed', 'config_hash'}
 
 def own_options(folder: Path) -> dict[str, Any]:
     "The options of a run that neither its preset nor its variant nor its layout explains."

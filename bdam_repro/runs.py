@@ -146,12 +146,13 @@ def one_epoch(training: Training, bar: tqdm | NotebookBar,
              ) -> None:
     "Train, validate, keep the best, write history and checkpoint."
     c, trainer, state, start = training.c, training.trainer, training.state, time.perf_counter()
+    earlier = trainer.log.seconds if training.done else 0.       # of this epoch, before an interruption
     with single_threaded(trainer.model.second is not None):
         row = train_epoch(trainer, state.epoch, bar, training.done, after_step)
     number, training.done = state.epoch + 1, 0
     if number % c.eval_every == 0 or trainer.step == trainer.steps: row |= validate(training)
     state.epoch = number
-    state.seconds += time.perf_counter() - start
+    state.seconds += earlier + time.perf_counter() - start
     state.history.append(row)
     if training.log is not None: training.log.row(row, trainer.step)
     if not trainer.world.is_main: return
@@ -301,7 +302,6 @@ def resume(training: Training, progress: bool = True) -> None:
     if found is None: return
     training.state, path = found
     training.done = trainer.step - training.state.epoch*len(trainer.loader)
-    if training.done: training.state.seconds += trainer.log.seconds
     if not progress: return
     if path.name != LAST: print(f'{LAST} is not whole: taking {path.name}')
     print(f'resuming after step {trainer.step} of {trainer.steps}, epoch {training.state.epoch + 1}')
@@ -322,7 +322,9 @@ def after_step(training: Training, plan: SavePlan, request: StopRequest) -> None
     if not (number or due): return
     with plan.saving():
         if trainer.world.is_main: save_checkpoint(training.folder/LAST, trainer, training.state)
-    if number: raise StoppedBySignal(int(number))
+    if number:
+        trainer.world.barrier()                    # who ends before the file is whole may end the others too
+        raise StoppedBySignal(int(number))
 
 def note_progress(training: Training, bar: tqdm, minutes: EveryMinutes) -> None:
     "A line within a long epoch, for a log file: the bar alone is one line that is written over."
@@ -344,8 +346,8 @@ def all_epochs(training: Training, progress: bool) -> None:
         try:
             while training.state.epoch < epochs:
                 one_epoch(training, bar, after)
-                if request.number and training.state.epoch < epochs and trainer.world.size == 1:
-                    raise StoppedBySignal(request.number)
+                number = int(trainer.world.largest([request.number], trainer.device)[0])
+                if number and training.state.epoch < epochs: raise StoppedBySignal(number)
         except LossError as e:
             where = training.folder/'bad_step.json'
             if trainer.world.is_main: write_json(where, e.found)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -245,7 +246,9 @@ def existing_synth(target: Path, asked: dict) -> Path:
 def _remove_leftovers(target: Path):
     "Delete hidden folders of runs that were killed more than an hour ago."
     for old in target.parent.glob(f'.{target.name}.*.tmp'):
-        if time.time() - old.stat().st_mtime > 3600: shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):                     # another process was quicker
+            newest = max(p.stat().st_mtime for p in (old, *old.glob('part*.jsonl')))
+            if time.time() - newest > 3600: shutil.rmtree(old, ignore_errors=True)
 
 def _build(target: Path, s: Spec, workers: int, progress: bool) -> Path:
     "Draw into a hidden folder and rename it."

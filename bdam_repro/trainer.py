@@ -345,8 +345,9 @@ def steps_of(trainer: Trainer, bar: tqdm) -> Callable:   # `plain_steps` or `sta
                   'max_steps': c.max_steps > 0}
         why = why or next((name for name, holds in others.items() if holds), '')
         if not why:
-            static = trainer.static_step()
-            try: static.capture()
+            try:
+                static = trainer.static_step()
+                static.capture()
             except RuntimeError as e: why = str(e).splitlines()[0]
             else: trainer.static = static
         if why and (trainer.device.type == 'cuda' or c.graph == 'on'):

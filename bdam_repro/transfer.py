@@ -85,7 +85,8 @@ def draw_worlds(c: Config,            # of the runs
     numbers = [(i, k) for i in chosen for k in range(s.images_per_id)]       # person, which picture
     def draw():
         at_home = (render(row['factors'], size) for row in rows)
-        away = (render_elsewhere(elsewhere_factors(s.seed, i, k), size) for i, k in numbers)
+        clothes = dict(clothes_change=s.clothes_change, outfits=s.outfits)
+        away = (render_elsewhere(elsewhere_factors(s.seed, i, k, **clothes), size) for i, k in numbers)
         return {'home': read_drawn(at_home, c), 'elsewhere': read_drawn(away, c)}
 
     made_of = [asdict(s), chosen, c.image_height, c.image_width, c.columns, drawing_code()]

@@ -297,7 +297,7 @@ def main() -> None:
                '-c', str(REPO/'docs'), '-d', str(OUT/'doctrees'), str(SRC), str(HTML)]
     shutil.rmtree(HTML, ignore_errors=True)                  # pages of notebooks that have another name now
     done = subprocess.run(command, env=os.environ | {'PYTHONWARNINGS': 'ignore::DeprecationWarning'})
-    if done.returncode: shutil.rmtree(OUT/'doctrees', ignore_errors=True)    # so that the next build warns too
+    if done.returncode: shutil.rmtree(OUT/'doctrees', ignore_errors=True)   # so the next build warns
     problems = check.problems(HTML)
     print(*problems, sep='\n', end='\n' if problems else '')
     if done.returncode or problems:

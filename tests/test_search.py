@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -242,3 +243,62 @@ def test_the_same_features_in_a_vector_database(model, pictures, tmp_path):
     ours = gallery.search('a man with a bag').table
     assert [p.payload['file'] for p in found] == ours['file'].tolist()
     np.testing.assert_allclose([p.score for p in found], ours['score'], atol=1e-5)
+
+
+def small_gallery(model, pictures, home, n=5, table=None):
+    for i in range(n): shutil.copy(pictures/f'{i:02d}.png', home/f'{i:02d}.png')
+    return Gallery.build(model, home if table is None else table, home/'.gallery', progress=False)
+
+
+def test_pack_keeps_what_another_has_added(model, pictures, tmp_path):
+    one = small_gallery(model, pictures, tmp_path)
+    two = Gallery(model, tmp_path/'.gallery')
+    one.remove('00.png')
+    shutil.copy(pictures/'09.png', tmp_path/'09.png')
+    two.add([tmp_path/'09.png'], progress=False)          # `one` has not looked since
+    one.pack()
+    check_whole(one, {'01.png', '02.png', '03.png', '04.png', '09.png'})
+
+
+def test_an_index_is_of_what_is_there_now(model, pictures, tmp_path):
+    one = small_gallery(model, pictures, tmp_path, 12)
+    two = Gallery(model, tmp_path/'.gallery')
+    two.remove('00.png')
+    two.pack()
+    one.index('hnsw')
+    assert one.faiss.ntotal == one.total == 11
+
+
+def test_a_removal_during_a_search(model, pictures, tmp_path, monkeypatch):
+    one, two = small_gallery(model, pictures, tmp_path), Gallery(model, tmp_path/'.gallery')
+    nearest, removed = Gallery.nearest, []
+    def meanwhile(self, *args):
+        found = nearest(self, *args)
+        if not removed:
+            removed.append('02.png')
+            two.remove('02.png')
+        return found
+    monkeypatch.setattr(Gallery, 'nearest', meanwhile)
+    assert sorted(one.search('a man').table['file']) == ['00.png', '01.png', '03.png', '04.png']
+
+
+def test_one_file_in_two_spellings(model, pictures, tmp_path):
+    gallery = small_gallery(model, pictures, tmp_path)
+    shutil.copy(pictures/'09.png', tmp_path/'09.png')
+    gallery.add([f'{tmp_path}/09.png', f'{tmp_path}/./09.png'], progress=False)
+    check_whole(gallery, {'00.png', '01.png', '02.png', '03.png', '04.png', '09.png'})
+
+
+def test_columns_of_a_table_with_our_names_and_odd_values(model, pictures, tmp_path):
+    table = pd.DataFrame(dict(file=[str(pictures/f'{i:02d}.png') for i in range(3)], score=[1., 2., 3.],
+                              rank=[9, 8, 7], x=[1., np.inf, 2.],
+                              identity=pd.array([1, None, 2], 'Int64')))
+    hits = Gallery.build(model, table, tmp_path/'g', progress=False)
+    found = hits.search('a man').table
+    assert found['rank'].tolist() == [1, 2, 3] and found['score'].abs().max() <= 1
+    assert len(hits.search('a man', where={'x': (0, 5)}).table) == 2
+
+
+def test_a_name_that_is_no_utf8(pictures, tmp_path):
+    shutil.copy(pictures/'00.png', os.fsencode(tmp_path) + b'/caf\xe9.png')
+    with pytest.raises(UserError, match=r'caf\\udce9\.png.*rename it'): list_pictures(tmp_path)

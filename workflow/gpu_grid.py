@@ -1,6 +1,6 @@
 """The runs of the tables, or of a list, on one GPU: several worker processes, each with its data in memory.
 
-    python workflow/gpu_grid.py --seeds 0,1,2 --processes 8         # the tables' runs (--layouts --audit: more)
+    python workflow/gpu_grid.py --seeds 0,1,2 --processes 8    # runs of the tables (--layouts, --audit: more)
     python workflow/gpu_grid.py --variants full,baseline --seeds 0-9 --minutes 15
     python workflow/gpu_grid.py --worth --plan runs.jsonl           # what is missing, most telling first
     python workflow/gpu_grid.py --list runs.jsonl --pack out/       # one run per line, as JSON
@@ -92,7 +92,8 @@ def main():
     elif a.worth: configs = grid_by_worth(a.dataset, a.preset, layouts=a.layouts, **options)
     else:
         given = dict(dataset=a.dataset, preset=a.preset, seeds=a.seeds, **options)
-        configs = grid(styles=a.dataset == 'synth', layouts=a.layouts, variants=[v for v in a.variants.split(',') if v], **given)
+        variants = [v for v in a.variants.split(',') if v]
+        configs = grid(styles=a.dataset == 'synth', layouts=a.layouts, variants=variants, **given)
         if a.audit: configs += audit_grid(**given)
     for c in configs:
         if c.dataset == 'synth' or c.descriptions == 'none': continue
