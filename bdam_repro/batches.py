@@ -422,16 +422,15 @@ def train_batches(dataset: PedesDataset,
 # %% ../nbs/17_batches.ipynb #69960780
 def image_batches(dataset: PedesDataset, size: tuple[int, int], batch: int = 256, split: str = 'test',
                   images: ImageStore | None = None,  # a store from an earlier call, to decode only once
-                  columns: float = 1.,  # see `decode_image`
+                  columns: float = 1., budget: int = 2**30,  # see `ImageStore`
                   share: tuple[int, int] = (0, 1),  # (rank, world): every world-th batch, from the rank-th on
-                  budget: int = 2**30,  # bytes of memory that decoded images may take
                   ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # rows [B], images uint8 [B,3,H,W]
     "The gallery: every image of a split once, in order, without any text."
     rows, (rank, world) = split_rows(dataset, split), share
+    def store(**given): return ImageStore(dataset, size, rows, columns=columns, show=False, **given)
     if images is None and getattr(dataset, 'memory', None) is not None:
-        images = kept(dataset, ('gallery', hash(rows.tobytes()), size, columns),
-                      lambda: ImageStore(dataset, size, rows, cache=True, columns=columns, show=False))
-    images = images or ImageStore(dataset, size, rows, budget=budget, columns=columns, show=False)
+        images = kept(dataset, ('gallery', hash(rows.tobytes()), size, columns), lambda: store(cache=True))
+    images = images or store(budget=budget)
     parts = np.split(rows, range(batch, len(rows), batch))
     for part in parts[rank::world]: yield torch.from_numpy(part), images[part]
 
