@@ -41,7 +41,8 @@ from .describe import (UNREADABLE, DescribeRun, CostEstimate, OnlineSettings, ad
 class BatchSettings(DescribeSettings):
     "The options of `describe_batch`."
     poll: float = 30.0              # seconds between two looks at the batches
-    breaker: Annotated[int, whole_number(1, 10**6)] = 120     # looks in a row that may find nobody
+    # looks in a row that may find nobody, once the provider has answered
+    breaker: Annotated[int, whole_number(1, 10**6)] = 120
     max_bytes: int = 90_000_000     # of one batch file; providers allow 100 to 200 MB
     max_requests: Annotated[int, whole_number(1, 10**6)] = 50_000      # in one batch file
 

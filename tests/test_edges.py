@@ -1,4 +1,5 @@
 """What a reading of the code found: odd values, broken files, money, runs of another kind."""
+import asyncio
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from bdam_repro import trainer as trainer_module
 from bdam_repro.accumulate import parts_of
 from bdam_repro.answers import read_reply
 from bdam_repro.batches import image_batches
-from bdam_repro.batchmode import BatchRun, BatchSettings, BatchState, batch_line, find_lost_batches
+from bdam_repro.batchmode import BatchPart, BatchRun, BatchSettings, BatchState, batch_line, find_lost_batches
 from bdam_repro.checkpoints import save_checkpoint
 from bdam_repro.config import UserError, make_config
 from bdam_repro.describe import start_run
@@ -39,7 +40,7 @@ from bdam_repro.shell import run_options
 def test_none_may_be_a_value_on_the_command_line(name):
     c = run_options(['-p', 'dataset', 'synth', '-p', name, 'none'])['c']
     assert getattr(c, name) == 'none'
-    assert run_options(['-p', 'preset', 'none'])['c'].preset == 'tiny'
+    assert run_options(['-p', 'preset', 'None'])['c'].preset == 'tiny'
 
 
 def test_options_without_effect_are_no_options_of_a_run(tmp_path):
@@ -51,7 +52,7 @@ def test_options_without_effect_are_no_options_of_a_run(tmp_path):
 
 
 def line(image, cost):
-    return JournalLine(image, identity="A man.", clothing="A coat.", cost=cost, status="ok")
+    return JournalLine(image, identity='A man.', clothing='A coat.', cost=cost, status='ok')
 
 
 def test_a_whole_line_that_is_broken_is_not_thrown_away(tmp_path):
@@ -114,9 +115,6 @@ def test_a_link_that_leaves_the_folder_is_not_sent_and_its_money_is_booked(batch
 
 
 def test_an_upload_without_a_batch_is_deleted(batches):
-    import asyncio
-
-    from bdam_repro.batchmode import BatchPart
     batches.state.parts = [BatchPart(name='x-0', images=['b.png'], input_file_id='file-1')]
     asyncio.run(find_lost_batches(batches))
     assert (batches.deleted, batches.state.parts) == (['file-1'], [])
@@ -253,3 +251,23 @@ def test_a_signal_reaches_the_processes_and_is_waited_for(tmp_path):
     parent.send_signal(signal.SIGTERM)
     assert parent.wait(30) == -signal.SIGTERM
     assert [(tmp_path/rank).read_text() for rank in '01'] == ['saved']*2
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    "Who starts processes is killed: each gets SIGTERM, so that it saves."
+    child = ('import pathlib, signal, sys, threading, time\n'
+             'from bdam_repro.launch import end_with_parent\n'
+             f'def end(*_): pathlib.Path({str(tmp_path/"saved")!r}).write_text("saved"); sys.exit()\n'
+             'signal.signal(signal.SIGTERM, end)\n'
+             'threading.Thread(target=end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()\n'
+             'print("ready", flush=True)\n'
+             'time.sleep(60)\n')
+    start = ('import os, subprocess, sys\n'
+             f'subprocess.Popen([sys.executable, "-c", {child!r}, str(os.getpid())]).wait()\n')
+    parent = subprocess.Popen([sys.executable, '-c', start], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == 'ready\n'
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 60
+    while not (tmp_path/'saved').exists() and time.monotonic() < until: time.sleep(.1)
+    assert (tmp_path/'saved').exists()
