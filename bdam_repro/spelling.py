@@ -17,7 +17,8 @@ _WRITTEN = (     # "_" for a blank
     ' ca_mo=camo prse=purse cloths=clothes back_back=backpack eyeglass_frames=eyeglasses'
     ' specs=glasses broad_shouldered=broad-shouldered cow_boy=cowboy base_ball=baseball'
     ' sleeve_shift=sleeve_shirt middle_aged=middle-aged see_through=see-through see_thru=see-through'
-    ' pair_or=pair_of pair_off=pair_of shirtsleeve=short-sleeve anticked= unknown=')
+    ' pair_or=pair_of pair_off=pair_of pair_rof=pair_of hairs=hair shirtsleeve=short-sleeve'
+    ' a_air_of=a_pair_of sandles=sandals back_park=backpack pats=pants hand_held=handheld anticked= unknown=')
 _TYPOS = dict(pair.replace('_', ' ').split('=') for pair in _WRITTEN.split())
 _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (rf'\b(?:{"|".join(_TYPOS)})\b', lambda found: _TYPOS[found[0].lower()]),
@@ -41,7 +42,10 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\b(an?|open|long|short|white|black|gr[ae]y|blue|red|brown|tan|green|pink) over (coat|shirt)\b',
      r'\1 over\2'), (r'\b(blue|black|gr[ae]y|denim) (?:years|beans|means)\b', r'\1 jeans'),
     (r'\bwith ((?:an? )?(?:\w+ )?)col or(?=[.,]| and\b)', r'with \1collar'),
-    (r'\bcol or( ed)?\b', 'color'), (r'\bcol red\b', 'colored'),
+    (r'\b(sleeved?) short\b(?=[.,]| with\b| and\b)', r'\1 shirt'),
+    (r'\bjeans jacket', 'jean jacket'),
+    (r"\b(?:(?:wo)?men|ladies)(?:'s|'| s) (?=[a-z])", ''), (r'\bcol or( ed)?\b', 'color'),
+    (r'\bcol red\b', 'colored'),
     (r'\bon there (?=head|hand|arm|back|feet)', 'on their '),
     (r'\b(white|black|blue|red|gr[ae]y|green) the (?=shirt)', r'\1 tee '),
     (r'\b(?:t|tee)[ -]*sh[io]rt(s?)\b', r't-shirt\1'),
@@ -59,9 +63,17 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r"(?<=[a-z])(?-i: S )(?=[a-z])", "'s ")]]
 
 # %% ../nbs/20_spelling.ipynb #6196172f
+_ADJECTIVE = (r'(?:light|dark)(?: |-)colou?red|dark|light|bright|pale|tan|beige|loose|plain'
+          r'|(?:short|long)(?: |-)sleeved?|sleeveless'
+          r'|(?:\w+-)?(?:black|white|gr[ae]y|blue|red|green|yellow|brown|pink|purple|orange'
+          r'|maroon|teal|navy|khaki|olive|cream|gold|silver)')
+_ONE_GARMENT = r't-shirt|shirt|top|sweater|jacket|coat|blouse|dress|skirt|hat|cap|bag|backpack|purse'
 _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(button|zip|lace)[ -](down|up)\b(?=,? \w)', r'\1-\2'),
-    (r'\b(button|zip)p?ed[ -](down|up)\b(?= (?:\w+ )?(?:shirt|jacket|top|blouse|sweater))', r'\1-\2'),
+    (r'\b(button|zip)p?ed[ -](down|up)\b(?= (?:\w+ )?(?:shirt|jacket|top|blouse|sweater|sweatshirt'
+     r'|hoodie|coat|vest|polo|dress))', r'\1-\2'),
+    (r'\b(hoodie|sweatshirt|jacket|sweater) (zip|button)[ -]up\b', r'\2-up \1'),
+    (rf"(?<=\ba )((?:(?:{_ADJECTIVE}),? )*(?:{_ADJECTIVE})), (?={_ONE_GARMENT}\b)", r'\1 '),
     (r'\bpull (?=sweatshirt|sweater|shirt|top)', 'pullover '),
     (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'), (r'\bthree quarters?\b', 'three-quarter'),
     (r'\b(short|long|half|mid|three-quarter)[ -](sleeved?|length)\b', r'\1-\2'),
@@ -77,7 +89,9 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(washed|worn) out\b(?= \w+)', r'\1-out'),
     (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers|sleeves))', r'\1-up'),
     (r'\bover[ -](?:the[ -])?(shoulder|chest|body)(?= (?:\w+ )?(?:(?:hand)?bag|purse|tote|strap|backpack))',
-     r'over-the-\1'), (r'\b(open|peep|closed) (toed?)\b', r'\1-\2'), (r'\bcross[ -]body\b', 'crossbody'),
+     r'over-the-\1'),
+    (r'\b(open|peep|closed) (toed?|in(?= (?:shoe|sandal)s?))\b', r'\1-\2'),
+    (r'\bcross[ -]body\b', 'crossbody'),
     (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
     (r'\btucked in\b(?= *(?:[.,;]|and\b|with\b|$))', 'tucked'),
     (r'\btucked in (?=shirt|top|blouse)', 'tucked-in '),

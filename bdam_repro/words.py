@@ -76,6 +76,7 @@ PART_NOUNS = set_of(
 # %% ../nbs/19_words.ipynb #258b1be5
 SLOTS_OF_PARTS = {noun: slots.split() for nouns, slots in {                # where a part can be
     'sleeve sleeves collar collars neckline cuffs hood': 'upper whole',
+    'strap straps': 'upper whole bag shoes',
     'sole soles laces toe toes heel': 'shoes',
     'button buttons zipper zip pocket pockets': 'upper whole lower bag'}.items() for noun in nouns.split()}
 NOT_A_PART = set_of('picture image color colour colors colours top bottom line number')   # of the photograph
@@ -97,7 +98,7 @@ HANGING = set_of('hanging falling flowing reaching going coming')
 REACHING = set_of('ending reaching falling stopping covering')
 FIT_WORDS = set_of(
     'strapless backless snug baggy roomy plain sheer flowing flowy fluorescent stretchy shiny sparkly frilly'
-    ' puffy furry')
+    ' puffy furry shimmery lacy satiny silky ruffly gauzy fuzzy slouchy boxy glittery strappy')
 COMPANY = set_of(
     'friend friends companion dog dogs group baby stroller cart child others car camera bicycle bike')
 PEOPLE_ONLY = set_of(
