@@ -94,6 +94,9 @@ def idle_options(c: Config,
     for need, options in unmet_needs(c).items():
         for name in options.split():
             if name in given: idle.setdefault(name, need)
+    has_triplet = c.align_loss == 'infonce' and c.c_triplet > 0
+    if has_triplet and 'images_per_id' in given and c.images_per_id == 1:        # no positive in a batch
+        idle['c_triplet'] = 'images_per_id=2 or more'
     return idle
 
 # %% ../nbs/07_parameters.ipynb #c43fbc2b
