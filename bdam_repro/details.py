@@ -60,9 +60,9 @@ def _part_apart(r: CaptionItems, phrase: Phrase) -> int | None:
     return end
 
 @reads('part')
-def _strap_alone(r: CaptionItems, phrase: Phrase) -> int | None:
+def _strap_or_tag(r: CaptionItems, phrase: Phrase) -> int | None:
     "'A STRAP is draped over his shoulder', 'THE STRAPS cross …' of the bag said before."
-    mine = not r.open and r.other < 0 and r.low(phrase.head) in ('strap', 'straps')
+    mine = not r.open and r.other < 0 and r.low(phrase.head) in ('strap', 'straps', 'tag')
     if not mine or r.low(phrase.end) == 'of': return None
     bags = (i for i in reversed(r.items) if i.side == 'garment' and slot_of(r.low(i.phrase.head)) == 'bag')
     bag, at = next(bags, None), after_be(r, phrase.end)
@@ -119,7 +119,8 @@ def _part_is_done(r: CaptionItems, phrase: Phrase) -> int | None:
     at, garment = after_be(r, phrase.end), _garment_with(r, phrase)
     opens = r.low(phrase.start - 1) in ('', '.', ';') and r.low(phrase.start) in _WHOSE_PART
     done = at and opens and garment and r.other < 0 and r.words[at:] and r.words[at].tag == 'VBN'
-    if not done or r.low(phrase.head) not in SLOTS_OF_PARTS or adjectives_end(r.words, at) > at: return None
+    of_shirt = 'upper' in SLOTS_OF_PARTS.get(r.low(phrase.head), ())        # not "his heel is lifted"
+    if not done or not of_shirt or adjectives_end(r.words, at) > at: return None
     for word in r.words[phrase.end:at]: word.silent = True
     r.begin('garment', garment.verb, phrase, of=garment).tail = phrase.start + 1
     return r.stretch(at + 1)

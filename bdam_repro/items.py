@@ -224,12 +224,14 @@ def same_garment(r: CaptionItems, phrase: Phrase) -> Item | None:
     "The item that *the shirt* refers back to."
     bare = phrase.start == phrase.head and (
         r.low(phrase.start - 1) in ('of', 'to') or r.low(phrase.end) == 'has'     # "the center of dress"
-        or (r.low(phrase.start - 1) == '.' and after_be(r, phrase.end)))          # "Dress is covering …"
+        or (r.low(phrase.start - 1) in ('.', ';')                                 # "Dress is covering …"
+            and (after_be(r, phrase.end) or r.low(phrase.end) in GARMENT_VERBS)))
     owned = r.low(phrase.start) in ('the', 'his', 'her')
     if not (bare or owned): return None
     lows = {word.low for word in r.words[phrase.start + owned:phrase.end]}
     garments = [i for i in reversed(r.items) if i.side == 'garment']
-    named = (i for i in garments if lows <= {w.low for w in r.words[i.phrase.start:i.end]})
+    def said(i): return {low for w in r.words[i.phrase.start:i.end] for low in (w.low, w.low.split('-')[-1])}
+    named = (i for i in garments if lows <= said(i))                   # "a t-shirt … THE SHIRT"
     return next(named, None)
 
 @reads('garment')
@@ -283,13 +285,15 @@ _HEDGES = {',', 'maybe', 'perhaps', 'possibly', 'probably', 'a', 'an', "'s"} | G
 def _over_or_under(r: CaptionItems, phrase: Phrase) -> bool:
     "'a coat OVER A SHIRT', 'a coat OR A CAPE', 'a coat, or maybe A CAPE', 'a blouse AS A JACKET'."
     gap = r.gap(phrase.start)
-    if [low for low in gap if low not in _HEDGES] in (['or'], ['as']): return True
+    than = gap and gap[-1] == 'than'                                      # "a bag, larger THAN A PURSE"
+    if than or [low for low in gap if low not in _HEDGES] in (['or'], ['as']): return True
     return bool(gap and gap[-1] in OVER_WORDS | {'from'} and gap[0] not in SEPARATORS)
 
 def _with_ending(r: CaptionItems, phrase: Phrase) -> bool:
     "'boots WITH HIGH HEELS', 'a skirt WITH A WHITE BOTTOM'."
     slot, low = slot_of(r.low(r.open.phrase.head)), r.low(phrase.head)
-    fits = (low in ('heel', 'heels') and slot == 'shoes') or (low == 'bottom' and slot != 'upper')
+    of_shoes = slot == 'shoes' and low in ('heel', 'heels', 'bottoms')
+    fits = of_shoes or (low == 'bottom' and slot != 'upper')
     return r.gap(phrase.start) == ['with'] and fits
 
 def _underneath(r: CaptionItems, phrase: Phrase) -> bool:
@@ -342,7 +346,8 @@ def _told_at(r: CaptionItems, phrase: Phrase) -> int:
 def _garment_reaches(r: CaptionItems, phrase: Phrase) -> int | None:
     "'HER SKIRT reaches her ankles'"
     verb = phrase.end
-    if r.low(verb) not in GARMENT_VERBS or r.words[phrase.head].head != verb: return None
+    subject = r.words[phrase.head].head == verb or r.low(verb) == 'hangs'
+    if r.low(verb) not in GARMENT_VERBS or not subject: return None
     same = same_garment(r, phrase)
     item = (r.begin('garment', same.verb, same.phrase, of=same) if same
             else r.begin('garment', verb_for(r, phrase), phrase))

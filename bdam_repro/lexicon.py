@@ -173,7 +173,6 @@ class Word:
     silent: bool = False       # left out where the words are told again: "a bag IS slung over …"
 
 # %% ../nbs/20_lexicon.ipynb #91a2a1a6
-# "a LONG-SLEEVE shirt"
 _STYLES = '-sleeve', '-length', '-top', '-fitting', '-toe', '-style', '-leg', '-cut'
 
 @functools.cache
@@ -206,7 +205,8 @@ def _is_adjective(word: Word) -> bool:
     return word.tag in ('VBN', 'VBD') or word.low.endswith('ed')
 
 def parsed_words(doc) -> list[Word]:
-    words = [Word(t.text, t.lower_, t.tag_, t.head.i) for t in doc]
+    def tag(t): return 'JJR' if t.lower_ in ('darker', 'lighter') else t.tag_       # seen as a WRB
+    words = [Word(t.text, t.lower_, tag(t), t.head.i) for t in doc]
     for i, word in enumerate(words):
         following = words[i + 1:i + 3]
         styled = len(following) == 2 and (is_color(following[1].low) or following[1].low.endswith(_STYLES)
@@ -283,7 +283,7 @@ def stands_apart(first: str, second: str) -> bool:
     if first in GENDER_OF: return noun_side(second) != 'person'
     plural = first.endswith('s') and not first.endswith('ss')
     whole = noun_side(first) == 'garment' and (plural or first in _TOPS)
-    return whole and slot_of(first) not in ('bag', first, slot_of(second)) and second != 'suit'
+    return whole and slot_of(first) not in ('bag', first, slot_of(second)) and second not in ('suit', 'dress')
 
 def ends_phrase(low: str, after: Sequence[Word] = ()) -> bool:
     "Whether an adjective behind this noun begins another phrase."

@@ -75,7 +75,7 @@ def _joined(words: list[str]) -> str:
     text = re.sub(r'(\bhair) and either\b.*', r'\1', text)
     before = None
     while before != text: before, text = text, _LOOSE.sub('', text).strip(' ,-')
-    return text
+    return re.sub(r'\btucked-in\b(?! (?:shirt|top|blouse))', 'tucked in', text)
 
 # %% ../nbs/23_offline.ipynb #0b335d2f
 def _garment_words(r: CaptionItems, item: Item, whole: bool) -> str:

@@ -18,7 +18,8 @@ _WRITTEN = (     # "_" for a blank
     ' specs=glasses broad_shouldered=broad-shouldered cow_boy=cowboy base_ball=baseball'
     ' sleeve_shift=sleeve_shirt middle_aged=middle-aged see_through=see-through see_thru=see-through'
     ' pair_or=pair_of pair_off=pair_of pair_rof=pair_of hairs=hair shirtsleeve=short-sleeve'
-    ' a_air_of=a_pair_of sandles=sandals back_park=backpack pats=pants hand_held=handheld anticked= unknown=')
+    ' a_air_of=a_pair_of sandles=sandals back_park=backpack pats=pants hand_held=handheld'
+    ' slaves=sleeves den_in=denim anticked= unknown=')
 _TYPOS = dict(pair.replace('_', ' ').split('=') for pair in _WRITTEN.split())
 _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (rf'\b(?:{"|".join(_TYPOS)})\b', lambda found: _TYPOS[found[0].lower()]),
@@ -66,19 +67,21 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
 _ADJECTIVE = (r'(?:light|dark)(?: |-)colou?red|dark|light|bright|pale|tan|beige|loose|plain'
           r'|(?:short|long)(?: |-)sleeved?|sleeveless'
           r'|(?:\w+-)?(?:black|white|gr[ae]y|blue|red|green|yellow|brown|pink|purple|orange'
-          r'|maroon|teal|navy|khaki|olive|cream|gold|silver)')
-_ONE_GARMENT = r't-shirt|shirt|top|sweater|jacket|coat|blouse|dress|skirt|hat|cap|bag|backpack|purse'
+          r'|maroon|teal|navy|khaki|olive|cream|gold|silver|plastic|leather|cotton)')
+_ONE_GARMENT = (r't-shirt|shirt|top|sweater|jacket|coat|blouse|dress|skirt|hat|cap|backpack|purse'
+                r'|(?:(?:grocery|shopping|shoulder|tote) )?bag')
 _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(button|zip|lace)[ -](down|up)\b(?=,? \w)', r'\1-\2'),
     (r'\b(button|zip)p?ed[ -](down|up)\b(?= (?:\w+ )?(?:shirt|jacket|top|blouse|sweater|sweatshirt'
      r'|hoodie|coat|vest|polo|dress))', r'\1-\2'),
     (r'\b(hoodie|sweatshirt|jacket|sweater) (zip|button)[ -]up\b', r'\2-up \1'),
-    (rf"(?<=\ba )((?:(?:{_ADJECTIVE}),? )*(?:{_ADJECTIVE})), (?={_ONE_GARMENT}\b)", r'\1 '),
+    (rf"(?:(?<=\ba )|(?<=\ban ))"
+     rf"((?:(?:{_ADJECTIVE}),? )*(?:{_ADJECTIVE})), (?=(?:{_ONE_GARMENT})\b)", r'\1 '),
     (r'\bpull (?=sweatshirt|sweater|shirt|top)', 'pullover '),
     (r'\b(pull|slip)[ -](on|over)\b(?= \w)', r'\1-\2'), (r'\bthree quarters?\b', 'three-quarter'),
     (r'\b(short|long|half|mid|three-quarter)[ -](sleeved?|length)\b', r'\1-\2'),
     (r'\bcut ?off\b(?= (?:jeans?|shorts|pants|shirt|top|sleeves?|denim))', 'cut-off'),
-    (r'\b(knee|shoulder|ankle|elbow|waist|calf|thigh|chin|floor|medium)[ -](length|high)\b', r'\1-\2'),
+    (r'\b(knee|shoulder|ankle|elbow|waist|hip|calf|thigh|chin|floor|medium)[ -](length|high)\b', r'\1-\2'),
     (r'\b(dark|light|bright|pale|multi|medium|cream|tan|off|peach|orange|creme|khaki|olive|mustard|salmon'
      r'|gr[ae]y)[ -](colou?red|white)\b', r'\1-\2'),
     (r'\b(long|short)[ -](black|dark|brown|blonde?|gr[ae]y|wavy|curly|straight)[ -]haired\b',
@@ -93,8 +96,7 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(open|peep|closed) (toed?|in(?= (?:shoe|sandal)s?))\b', r'\1-\2'),
     (r'\bcross[ -]body\b', 'crossbody'),
     (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
-    (r'\btucked in\b(?= *(?:[.,;]|and\b|with\b|$))', 'tucked'),
-    (r'\btucked in (?=shirt|top|blouse)', 'tucked-in '),
+    (r'\btucked in\b(?= *(?:[.,;]|and\b|with\b|$| shirt| top| blouse))', 'tucked-in'),
     (r'\bstrap on\b(?= (?:\w+ )?(?:sandals|shoes|heels))', 'strap-on'),
     (r'\b(?:just )?(above|below) (knee-length)\b', r'\1-\2'),
     (r'\b(\w+) looking (?=hair|shirt|pants|shoes|jacket|bag|jeans|shorts|dress|top|skirt|coat|boots)',

@@ -52,7 +52,8 @@ CARRIED = re.compile(r'(?:hand|book-?)?bags?|backpacks?|packs?|purses?|satchels?
                      r'|luggage|(?:ruck|knap)?sacks?|pouch(?:es)?|wallets?|pocketbooks?|umbrellas?'
                      r'|duffel|messenger|carry-on')
 VERB_OR_NOUN = set_of(
-    'faces dress running walking looks looking steps runs worn carried held pull push hold cross face walk')
+    'faces dress running walking looks looking steps runs worn carried held pull pulls push hold cross'
+    ' face walk')
 
 # %% ../nbs/19_words.ipynb #46637b51
 BODY_NOUNS = set_of(
@@ -67,7 +68,7 @@ PART_NOUNS = set_of(
     ' flap flower flowers frills fringe front fur graphic graphics handle handles heart hearts heel hem'
     ' hole holes hood hoods image insignia lace laces lapel lapels leaves length letter lettering'
     ' letters level line lines lining logo logos markings material mesh neckline number outline panel'
-    ' panels part parts patch patches pattern patterns picture piping pleats pocket pockets print'
+    ' panels part parts patch patches pattern patterns picture piping pleats pocket pockets print pulls'
     ' printing prints quilting ribbing ruffle ruffles seam seams section shade shades shapes sleeve'
     ' sleeves slit sole soles spot spots squares stain stains star stars stitching strap straps strip'
     ' stripe stripes striping strips swirls symbol tones hues waistline elastic tag tassel tassels text tint'
@@ -115,6 +116,7 @@ AMOUNTS = set_of('pair pairs set type kind sort style lot couple bunch piece pie
 DETERMINERS = set_of(
     'a an the his her their its this that these those some both another each all one two three several')
 LOOSE_ENDS = set_of(
-    'up down back open unbuttoned underneath untucked tucked together loose short long straight backwards'
+    'up down back open unbuttoned underneath untucked tucked tucked-in together loose short long straight'
+    ' backwards'
     ' beneath')
 MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean')
