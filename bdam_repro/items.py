@@ -287,7 +287,7 @@ def _over_or_under(r: CaptionItems, phrase: Phrase) -> bool:
     gap = r.gap(phrase.start)
     than = gap and gap[-1] == 'than'                                      # "a bag, larger THAN A PURSE"
     if than or [low for low in gap if low not in _HEDGES] in (['or'], ['as']): return True
-    return bool(gap and gap[-1] in OVER_WORDS | {'from'} and gap[0] not in SEPARATORS)
+    return bool(gap and gap[-1] in OVER_WORDS | {'from', 'around'} and gap[0] not in SEPARATORS)
 
 def _with_ending(r: CaptionItems, phrase: Phrase) -> bool:
     "'boots WITH HIGH HEELS', 'a skirt WITH A WHITE BOTTOM'."

@@ -264,6 +264,7 @@ def _listed(parts: Sequence[str]) -> str:
     if len(parts) < 2: return ''.join(parts)
     last = parts[-2]                                                    # "in blue and green", "that is red"
     colors = re.search(' and | that is ', last) and is_color(last.split(' ')[-1])
+    colors = colors or (last.startswith('all ') and is_color(parts[-1].split(' ')[0]))
     inner = colors or re.search(' and |,', parts[-1]) or re.search(r' (?:with|that|over) .* and ', last)
     return f"{', '.join(parts[:-1])}{', and ' if inner else ' and '}{parts[-1]}"
 

@@ -19,7 +19,8 @@ _WRITTEN = (     # "_" for a blank
     ' sleeve_shift=sleeve_shirt middle_aged=middle-aged see_through=see-through see_thru=see-through'
     ' pair_or=pair_of pair_off=pair_of pair_rof=pair_of hairs=hair shirtsleeve=short-sleeve'
     ' a_air_of=a_pair_of sandles=sandals back_park=backpack pats=pants hand_held=handheld'
-    ' slaves=sleeves den_in=denim anticked= unknown=')
+    ' slaves=sleeves den_in=denim wear_inf=wearing tress=dress leg_gins=leggings sh_older=shoulder'
+    ' mess_anger=messenger pattered=patterned anticked= unknown=')
 _TYPOS = dict(pair.replace('_', ' ').split('=') for pair in _WRITTEN.split())
 _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (rf'\b(?:{"|".join(_TYPOS)})\b', lambda found: _TYPOS[found[0].lower()]),
@@ -68,7 +69,8 @@ _ADJECTIVE = (r'(?:light|dark)(?: |-)colou?red|dark|light|bright|pale|tan|beige|
           r'|(?:short|long)(?: |-)sleeved?|sleeveless'
           r'|(?:\w+-)?(?:black|white|gr[ae]y|blue|red|green|yellow|brown|pink|purple|orange'
           r'|maroon|teal|navy|khaki|olive|cream|gold|silver|plastic|leather|cotton)')
-_ONE_GARMENT = (r't-shirt|shirt|top|sweater|jacket|coat|blouse|dress|skirt|hat|cap|backpack|purse'
+_ONE_GARMENT = (r't-shirt|shirt|top|sweater|jacket|coat|blouse|(?:sun)?dress|skirt|suit|vest|hoodie|cardigan'
+                r'|hat|cap|backpack|purse'
                 r'|(?:(?:grocery|shopping|shoulder|tote) )?bag')
 _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\b(button|zip|lace)[ -](down|up)\b(?=,? \w)', r'\1-\2'),
@@ -94,7 +96,8 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
     (r'\bover[ -](?:the[ -])?(shoulder|chest|body)(?= (?:\w+ )?(?:(?:hand)?bag|purse|tote|strap|backpack))',
      r'over-the-\1'),
     (r'\b(open|peep|closed) (toed?|in(?= (?:shoe|sandal)s?))\b', r'\1-\2'),
-    (r'\bcross[ -]body\b', 'crossbody'),
+    (r'\bcross[ -]body\b', 'crossbody'), (r'\bsling[ -]?back(?= shoes| heels| sandals)', 'sling-back'),
+    (r'\blow[ -]cut\b', 'low-cut'),
     (r'\b(v|crew|boat|scoop|turtle) (neck(?:ed)?)\b', r'\1-\2'),
     (r'\btucked in\b(?= *(?:[.,;]|and\b|with\b|$| shirt| top| blouse))', 'tucked-in'),
     (r'\bstrap on\b(?= (?:\w+ )?(?:sandals|shoes|heels))', 'strap-on'),

@@ -212,7 +212,8 @@ def _color(r: CaptionItems, at: int) -> int | None:
     follows_color = is_color(r.low(item.end - 1)) and set(gap) <= SEPARATORS
     follows_color |= not gap and r.words[item.end - 1].tag == 'JJR'        # "lined in darker GRAY"
     with_it = gap == ['with'] and r.low(at + 1) in TAIL_WORDS              # "with GOLD on the shoulders"
-    of_color = gap in (['of'], ['in'], ['in', 'all'], ['including'], [',', 'including'])
+    of_color = gap == ['to'] and r.low(item.end - 1) == 'faded'
+    of_color |= gap in (['of'], ['in'], ['in', 'all'], ['including'], [',', 'including'])
     return r.stretch(at + 1) if follows_color or with_it or of_color else None
 
 @reads('word')

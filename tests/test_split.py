@@ -523,6 +523,21 @@ CASES = [
     ('A girl in a lighter sleeveless top. Her left heel is lifted off the ground.',
      'A girl.',
      'The person wears a lighter sleeveless top.'),
+    ('She is wearing all maroon. Her clogs are cream.',
+     'A woman.',
+     'The person wears all maroon, and cream clogs.'),
+    ('A girl in wide khakis with thick-sole, maroon, sling back shoes.',
+     'A girl.',
+     'The person wears wide khakis, and thick-sole, maroon, sling-back shoes.'),
+    ('The girl wears a maroon, sundress.',
+     'A girl.',
+     'The person wears a maroon sundress.'),
+    ('His jeans are faded to white.',
+     'A man.',
+     'The person wears jeans faded to white.'),
+    ('A man in a robe and a sash around his khakis.',
+     'A man.',
+     'The person wears a robe and a sash around their khakis.'),
 ]
 
 
