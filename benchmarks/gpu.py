@@ -255,6 +255,22 @@ def tiny(bench: Bench) -> None:
         bench.row(f'recorded, {threads} runs in threads', speed, 'images/s', n)
 
 
+def tiny_compiled(bench: Bench) -> None:
+    "One recorded run of `tiny`, its encoders and BDAM compiled beforehand."
+    setup = tiny_setup(bench.folder, bench.smoke)
+    plain, trainer = (tiny_trainer(*setup, bench.device) for _ in range(2))
+    backend, start = 'eager' if bench.smoke else 'inductor', time.perf_counter()
+    compile_parts(trainer.model, dynamic=False, backend=backend)
+    for one in (plain, trainer):
+        one.static = one.static_step()
+        if bench.cuda: one.static.capture()
+    bench.row('to compile and record a run', time.perf_counter() - start, 's', 64)
+    for name, one in (('recorded', plain), ('recorded, compiled', trainer)):
+        one.static.run(0)
+        bench.row(name, at_once([one], 1 if bench.smoke else 4), 'images/s', 64)
+    if bench.cuda: top_kernels(partial(trainer.static.run, 1), len(trainer.loader), bench)
+
+
 def tiny_process(folder: Path, smoke: bool, ready, results) -> None:
     "One of several processes: a recorded run, alone in its process; then two more beside it."
     warnings.filterwarnings('ignore')
@@ -513,7 +529,8 @@ def mamba(bench: Bench) -> None:
 
 
 SECTIONS = dict(whole=whole, correct=correct, tests=tests, shares=shares, processes=processes,
-                compiled=compiled, mamba=mamba, levers=levers, tiny=tiny, paper=paper)
+                tiny_compiled=tiny_compiled, compiled=compiled, mamba=mamba, levers=levers, tiny=tiny,
+                paper=paper)
 
 
 def order_of_worth(out: Path) -> list[str]:

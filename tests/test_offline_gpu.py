@@ -41,7 +41,7 @@ def test_nothing_is_trained_after_a_small_run_has_failed(offline, tmp_path, monk
     monkeypatch.setattr(offline.subprocess, 'Popen', call)
     monkeypatch.setattr(offline.shutil, 'which', lambda name: None)
     with pytest.raises(SystemExit, match='nothing else was begun'):
-        offline.run(tmp_path, tmp_path/'out', 9., 1, '', True)
+        offline.run(tmp_path, tmp_path/'out', 9., 1, '', 0., True)
     assert len(begun) == 1 and 'whole' in begun[0]
 
 

@@ -7,20 +7,23 @@ Here, with a network:
     writes .gpu/whl (what `bdam_repro` needs and the other machine lacks; never PyTorch, which it must have
     for its own CUDA), and .gpu/plan.jsonl (the runs that are missing beside the kept ones, the most telling
     first). packages.txt: names of the packages there, one per line, as `pip freeze` prints them there.
+    --towers 'runs/synth/tiny/baseline/seed*' copies trained weights: their fusions are measured there.
 
 There, with a copy of this repository and of .gpu:
 
     python3 workflow/offline.py run .gpu --out results --minutes 9
 
     installs the wheels aside, trains two small runs from start to test and stops if they fail, then trains
-    the plan with several processes on one card, through CUDA MPS where it is installed. results/ is complete
-    at any moment: gpu.csv, runs-*.zip (unzip them in runs/), grid.log. `--sections tests,shares` measures
-    sections of benchmarks/gpu.py besides, after the grid.
+    the plan with several processes on one card, through CUDA MPS where it works, and measures the fusions of
+    .gpu/towers beside it. results/ is complete at any moment: gpu.csv, runs-*.zip (unzip them in runs/),
+    grid.log, fusion.csv. `--sections tests,shares` measures sections of benchmarks/gpu.py besides, after the
+    grid, in the last `--bench-minutes`.
 """
 import argparse
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,8 +61,19 @@ def needed(names: list[str], have: set[str]) -> dict[str, str]:
     return found
 
 
-def pack(folder: Path, python: str, have: Path | None, options: list[str]) -> None:
-    "Wheels and the plan."
+def pack_towers(folder: Path, pattern: str) -> None:
+    "Copies of the weights of finished runs."
+    shutil.rmtree(folder, ignore_errors=True)
+    for weights in sorted(ROOT.glob(f'{pattern}/best.safetensors')):
+        run, target = weights.parent, folder.joinpath(*weights.parent.parts[-4:])
+        target.mkdir(parents=True)
+        for name in ('best.safetensors', 'config.json', 'metrics.json'): shutil.copy(run/name, target)
+        shutil.copytree(run/'tokenizer', target/'tokenizer')
+        print(target)
+
+
+def pack(folder: Path, python: str, have: Path | None, towers: str, options: list[str]) -> None:
+    "Wheels, weights and the plan."
     folder = folder.resolve()                              # the plan is made from the repository's folder
     lines = have.read_text().splitlines() if have else []
     there = {plain(re.split(r'[\s=@<>~!;\[]', line.strip())[0]) for line in lines if line.strip()}
@@ -76,6 +90,8 @@ def pack(folder: Path, python: str, have: Path | None, options: list[str]) -> No
     size = sum(f.stat().st_size for f in wheels.iterdir())/2**20
     print(f'{wheels}: {len(names)} packages, {size:.0f} MiB: {", ".join(packages)}')
 
+    if towers: pack_towers(folder/'towers', towers)
+
     from bdam_repro.archive import restore_kept
     from bdam_repro.results import ArtifactParameters
     restore_kept(ArtifactParameters())
@@ -84,16 +100,25 @@ def pack(folder: Path, python: str, have: Path | None, options: list[str]) -> No
 
 
 def start_mps(folder: Path, env: dict[str, str]) -> None:
-    "NVIDIA's server through which processes share a card, where it is installed."
+    "NVIDIA's server through which processes share a card, where it is installed and works."
     if not shutil.which('nvidia-cuda-mps-control'):
         return print('no nvidia-cuda-mps-control: processes take turns')
-    for name in ('PIPE', 'LOG'):
-        env[f'CUDA_MPS_{name}_DIRECTORY'] = str(folder/f'mps-{name.lower()}')
-        (folder/f'mps-{name.lower()}').mkdir()
+    names = [f'CUDA_MPS_{name}_DIRECTORY' for name in ('PIPE', 'LOG')]
+    for name in names:
+        env[name] = str(folder/name.lower())
+        Path(env[name]).mkdir()
     subprocess.run(['nvidia-cuda-mps-control', '-d'], env=env, start_new_session=True, check=False)
+    probe = [sys.executable, '-c', 'import torch; print(torch.ones(2, device="cuda").sum().item())']
+    try: good = subprocess.run(probe, env=env, check=False, timeout=60).returncode == 0
+    except subprocess.TimeoutExpired: good = False
+    print('CUDA MPS works' if good else 'CUDA MPS does not work here: processes take turns', flush=True)
+    if good: return
+    subprocess.run(['nvidia-cuda-mps-control'], env=env, input=b'quit\n', check=False, timeout=20)
+    for name in names: del env[name]
 
 
-def run(folder: Path, out: Path, minutes: float, processes: int, sections: str, smoke: bool) -> None:
+def run(folder: Path, out: Path, minutes: float, processes: int, sections: str, bench_minutes: float,
+        smoke: bool) -> None:
     "Install, try, train, measure."
     start, work = time.perf_counter(), Path(tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
@@ -114,17 +139,25 @@ def run(folder: Path, out: Path, minutes: float, processes: int, sections: str, 
         return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
 
     if bench('whole'): sys.exit('a small run from start to test has failed: nothing else was begun')
-    plan = folder/'plan.jsonl'
+    plan, towers, fusions = folder/'plan.jsonl', folder/'towers', None
+    many = processes//2 if towers.exists() else processes
+    def grid_minutes(): return f'{left() - .3 - (bench_minutes if sections else 0):.2f}'
+    def measure():
+        command = [sys.executable, 'workflow/fusion_grid.py', towers.resolve(), '--out', out/'fusion.csv']
+        command += ['--known', ROOT/'tables/fusion.csv', '--processes', str(processes - many)]
+        return subprocess.Popen([*command, '--minutes', grid_minutes()], cwd=ROOT, env=env)
     with (out/'grid.log').open('w') as log:
-        command = [sys.executable, 'workflow/gpu_grid.py', '--list', plan.resolve(), '--runs', work/'runs',
-                   '--processes', str(processes), '--pack', out, '--minutes', f'{left() - .3:.2f}']
+        command = [sys.executable, 'workflow/gpu_grid.py', '--list', plan.resolve(), '--runs', work/'runs']
+        command += ['--processes', str(many), '--pack', out, '--minutes', grid_minutes()]
         with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True) as grid:
             for line in grid.stdout:                       # at once: what is cut off has been seen
                 print(line, end='', flush=True)
                 log.write(line)
                 log.flush()
+                if ' of ' in line and towers.exists() and not fusions: fusions = measure()   # data are there
     bad = grid.returncode
+    if fusions: bad = fusions.wait() or bad
     if sections: bad = bench(sections) or bad
     sys.exit(bad)
 
@@ -136,17 +169,19 @@ def main():
     v.add_argument('folder', type=Path)
     v.add_argument('--python', default='3.12', help='the version there')
     v.add_argument('--have', type=Path, help='packages that are there, as `pip freeze` prints them')
-    v.add_argument('options', nargs='*', help='of gpu_grid.py, after --')
+    v.add_argument('--towers', default='', help='pattern of run folders whose fusions are to be measured')
+    v.add_argument('--grid', default='', help='options of gpu_grid.py, such as --grid=--layouts')
     v = verbs.add_parser('run', help='install, try, train, there')
     v.add_argument('folder', type=Path)
     v.add_argument('--out', type=Path, required=True)
     v.add_argument('--minutes', type=float, default=9., help='in all')
     v.add_argument('--processes', type=int, default=max(1, (os.cpu_count() or 2) - 1))
     v.add_argument('--sections', default='', help='of benchmarks/gpu.py, after the grid')
+    v.add_argument('--bench-minutes', type=float, default=3., help='of these minutes, for the sections')
     v.add_argument('--smoke', action='store_true', help='toy sizes in benchmarks/gpu.py')
     a = p.parse_args()
-    if a.verb == 'pack': pack(a.folder, a.python, a.have, a.options)
-    else: run(a.folder, a.out, a.minutes, a.processes, a.sections, a.smoke)
+    if a.verb == 'pack': pack(a.folder, a.python, a.have, a.towers, shlex.split(a.grid))
+    else: run(a.folder, a.out, a.minutes, a.processes, a.sections, a.bench_minutes, a.smoke)
 
 
 if __name__ == '__main__': main()
