@@ -61,12 +61,13 @@ def _part_apart(r: CaptionItems, phrase: Phrase) -> int | None:
 
 @reads('part')
 def _strap_or_tag(r: CaptionItems, phrase: Phrase) -> int | None:
-    "'A STRAP is draped over his shoulder', 'THE STRAPS cross …' of the bag said before."
+    "'A STRAP is draped over his shoulder', 'THE STRAPS cross …' of the bag said before, 'BACKPACK STRAPS'."
     mine = not r.open and r.other < 0 and r.low(phrase.head) in ('strap', 'straps', 'tag')
     if not mine or r.low(phrase.end) == 'of': return None
     bags = (i for i in reversed(r.items) if i.side == 'garment' and slot_of(r.low(i.phrase.head)) == 'bag')
     bag, at = next(bags, None), after_be(r, phrase.end)
     worn = r.verb in ('has', 'wears') and r.low(phrase.start - 1) != 'with'
+    worn |= any(slot_of(low) == 'bag' for low in r.lows(phrase))
     if not (bag or worn or (at and r.words[at].tag == 'VBN')): return None
     item = r.begin('garment', bag.verb if bag else 'wears', phrase, of=bag and (bag.of or bag))
     if bag: item.tail = phrase.start + (r.low(phrase.start) in THEIRS)
@@ -174,6 +175,15 @@ def _shaved_head(r: CaptionItems, phrase: Phrase) -> int | None:
     "'a SHAVED HEAD': his hair."
     shaved = r.low(phrase.head) == 'head' and {'shaved', 'shaven'} & r.lows(phrase)
     return r.begin('hair', '', phrase).end if shaved else None
+
+@reads('body', 'part')
+def _turtleneck(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'a hat, A TURTLE-NECK, …': a garment by itself."
+    alone = set(r.gap(phrase.start)) <= {',', 'and'} and r.low(phrase.start - 1) not in ('with', 'has', '')
+    worn = r.verb not in ('scene', 'not') and r.other < 0 and not r.clause
+    led = r.low(phrase.head) == 'turtle-neck' and r.low(phrase.start) in ('a', 'an')
+    if not (alone and worn and led): return None
+    return r.begin('garment', 'wears', phrase).end
 
 @reads('body', 'part')
 def _bald_head(r: CaptionItems, phrase: Phrase) -> None:

@@ -283,17 +283,20 @@ def _not_worn(r: CaptionItems, phrase: Phrase) -> int | None:
 _HEDGES = {',', 'maybe', 'perhaps', 'possibly', 'probably', 'a', 'an', "'s"} | GENDER_OF.keys()
 
 def _over_or_under(r: CaptionItems, phrase: Phrase) -> bool:
-    "'a coat OVER A SHIRT', 'a coat OR A CAPE', 'a coat, or maybe A CAPE', 'a blouse AS A JACKET'."
+    "'a coat OVER A SHIRT', 'a coat, OVER JEANS', 'a coat, or maybe A CAPE', 'a blouse AS A JACKET'."
     gap = r.gap(phrase.start)
+    if gap == [',', 'over'] and slot_of(r.low(r.open.phrase.head)) in ('upper', 'whole'): return True
     than = gap and gap[-1] == 'than'                                      # "a bag, larger THAN A PURSE"
     if than or [low for low in gap if low not in _HEDGES] in (['or'], ['as']): return True
     return bool(gap and gap[-1] in OVER_WORDS | {'from', 'around'} and gap[0] not in SEPARATORS)
 
 def _with_ending(r: CaptionItems, phrase: Phrase) -> bool:
-    "'boots WITH HIGH HEELS', 'a skirt WITH A WHITE BOTTOM'."
+    "'boots WITH HIGH HEELS', 'a skirt WITH A WHITE BOTTOM', 'a gown WITH A FULL SKIRT'."
     slot, low = slot_of(r.low(r.open.phrase.head)), r.low(phrase.head)
     of_shoes = slot == 'shoes' and low in ('heel', 'heels', 'bottoms')
-    fits = of_shoes or (low == 'bottom' and slot != 'upper')
+    of_dress = slot in ('upper', 'whole') and low == 'bow'
+    of_dress |= r.low(r.open.phrase.head) in ('gown', 'dress') and low == 'skirt'
+    fits = of_shoes or of_dress or (low == 'bottom' and slot != 'upper')
     return r.gap(phrase.start) == ['with'] and fits
 
 def _underneath(r: CaptionItems, phrase: Phrase) -> bool:

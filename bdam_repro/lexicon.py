@@ -173,7 +173,8 @@ class Word:
     silent: bool = False       # left out where the words are told again: "a bag IS slung over …"
 
 # %% ../nbs/20_lexicon.ipynb #91a2a1a6
-_STYLES = '-sleeve', '-length', '-top', '-fitting', '-toe', '-style', '-leg', '-cut', '-sole', '-back'
+_STYLES = ('-sleeve', '-length', '-top', '-fitting', '-toe', '-style', '-leg', '-cut', '-sole', '-back',
+           '-covering', '-hugging', '-reaching')
 
 @functools.cache
 def is_color(low: str) -> bool: return noun_side(low) == 'color'

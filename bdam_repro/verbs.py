@@ -19,6 +19,7 @@ def _loose_end(r: CaptionItems, at: int) -> int | None:
     "'a shirt UNTUCKED', 'hair cut SHORT', 'a skirt LONG enough'."
     gap, word = r.gap(at), r.words[at]
     if not (r.opened('garment') or r.opened('hair')) or ({',', 'and'} | SCENE_VERBS) & set(gap): return None
+    if word.low in ('up', 'down') and not gap and at + 1 in r.phrases: return None    # "UP some stairs"
     said = word.tag.startswith(('JJ', 'RB')) and word.low not in NO_ENDS and hangs_on_open(r, at)
     done_off = word.tag == 'RP' and not gap and r.words[at - 1].tag in ('VBN', 'VBD')      # "sleeves cut OFF"
     return r.stretch(at + 1) if said or done_off or word.low in LOOSE_ENDS else None

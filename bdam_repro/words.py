@@ -60,7 +60,7 @@ BODY_NOUNS = set_of(
     'hand hands arm arms shoulder shoulders head neck back wrist wrists foot feet leg legs knee knees ankle'
     ' ankles waist chest hip hips ear ears face body finger fingers thumb thumbs thigh thighs calf calves'
     ' buttocks breast breasts armpit armpits pits stomach belly elbow elbows forearm side sides lap'
-    ' torso shin shins middle eye eyes')
+    ' torso shin shins middle eye eyes blade blades')
 PART_NOUNS = set_of(
     'accent accents band bands beading block blocks border bow bows brim buckle button buttons'
     ' character check checks collar collars color colors colour colours compartment cuff cuffs design'

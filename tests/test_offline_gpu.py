@@ -1,25 +1,36 @@
 "A GPU machine without a network: what is packed for it, and that nothing begins after a failure."
 import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 
-from bdam_repro.config import make_config
+from bdam_repro.config import UserError, make_config
 from bdam_repro.many import run_line
+from bdam_repro.runs import train
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO/'workflow'/'offline.py'
 
 
-@pytest.fixture(scope='module')
-def offline():
-    spec = importlib.util.spec_from_file_location('offline_script', SCRIPT)
+def script(path):
+    spec = importlib.util.spec_from_file_location(f'{path.stem}_script', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope='module')
+def offline(): return script(SCRIPT)
+
+
+@pytest.fixture(scope='module')
+def fusion_grid(): return script(SCRIPT.with_name('fusion_grid.py'))
 
 
 def test_wheels_are_what_the_package_needs_and_the_machine_lacks(offline):
@@ -45,13 +56,54 @@ def test_nothing_is_trained_after_a_small_run_has_failed(offline, tmp_path, monk
     assert len(begun) == 1 and 'whole' in begun[0]
 
 
+def test_a_server_that_does_not_serve_is_left_out(offline, tmp_path, monkeypatch):
+    "Where CUDA MPS is installed and fails, processes are not sent to it."
+    begun = []
+    def call(command, **how):
+        begun.append(command[0])
+        return subprocess.CompletedProcess(command, int(command[0] == sys.executable))
+    monkeypatch.setattr(offline.shutil, 'which', lambda name: f'/usr/bin/{name}')
+    monkeypatch.setattr(offline.subprocess, 'run', call)
+    env = {}
+    offline.start_mps(tmp_path, env)
+    assert env == {} and begun == ['nvidia-cuda-mps-control', sys.executable, 'nvidia-cuda-mps-control']
+
+
+def test_a_full_card_is_waited_for(fusion_grid, monkeypatch):
+    waits, calls = [], []
+    monkeypatch.setattr(fusion_grid.time, 'sleep', waits.append)
+    def measure(n):
+        calls.append(n)
+        if len(calls) < n: raise torch.OutOfMemoryError('CUDA out of memory')
+        return 'done'
+    assert fusion_grid.patient(measure, 3) == 'done' and waits == [10, 20]
+    with pytest.raises(torch.OutOfMemoryError): fusion_grid.patient(measure, 1000)
+    assert len(calls) == 3 + 7
+
+
+def test_folders_of_towers(fusion_grid, tmp_path, monkeypatch):
+    for seed in (3, 1):
+        folder = tmp_path/'synth'/'tiny'/'baseline'/f'seed{seed}'
+        folder.mkdir(parents=True)
+        (folder/'best.safetensors').touch()
+    assert [f.name for f in fusion_grid.find_folders([str(tmp_path)])] == ['seed1', 'seed3']
+    monkeypatch.chdir(tmp_path)
+    assert [f.name for f in fusion_grid.find_folders(['synth/tiny/*/seed3'])] == ['seed3']
+    with pytest.raises(UserError, match='no finished run with its weights in nowhere'):
+        fusion_grid.find_folders(['nowhere'])
+
+
 @pytest.mark.soak
 def test_two_small_runs_then_the_list(tmp_path):
     c = make_config('synth', 'smoke', 'baseline', seed=1, data_root=str(tmp_path/'data'))
     (tmp_path/'plan.jsonl').write_text(run_line(c) + '\n')
-    command = [sys.executable, SCRIPT, 'run', tmp_path, '--out', tmp_path/'out', '--minutes', '30', '--smoke']
+    folder = train(c.model_copy(update=dict(seed=7)), tmp_path/'runs', progress=False)
+    shutil.copytree(folder, tmp_path/'towers'/'synth'/'smoke'/'baseline'/'seed7')
+    command = [sys.executable, SCRIPT, 'run', tmp_path, '--out', tmp_path/'out', '--minutes', '10', '--smoke']
     subprocess.run([str(x) for x in command], check=True, timeout=1800)
     assert '1 of 1 runs' in (tmp_path/'out'/'grid.log').read_text()
     assert (tmp_path/'out'/'gpu.csv').read_text().count('from start to test') == 2
     with zipfile.ZipFile(tmp_path/'out'/'runs-00.zip') as z: names = {Path(n).name for n in z.namelist()}
+    rows = pd.read_csv(tmp_path/'out'/'fusion.csv')
+    assert len(rows) and set(rows.towers) == {'synth/smoke/baseline'} and rows.seconds.min() > 0
     assert {'metrics.json', 'config.json', 'features.safetensors'} <= names

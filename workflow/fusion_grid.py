@@ -26,16 +26,27 @@ from bdam_repro.ranked import load_run
 KEY = ['run', 'fusion', 'reading', 'negatives', 'seed']
 
 
+def patient(f, *args):
+    "A call, again where others on the card have taken the memory: they end some time."
+    for wait in (10, 20, 30, 60, 60, 60, 0):
+        try: return f(*args)
+        except torch.OutOfMemoryError:
+            if not wait: raise
+        torch.cuda.empty_cache()
+        time.sleep(wait)
+
+
 def work(folder: Path, tokens: bool, jobs, rows, device: str | None, data_root: str | None) -> None:
     "Measure until there is no job: (entry, seed) -> a row, or what went wrong."
     torch.set_num_threads(1)
     parent, budget = multiprocessing.parent_process().pid, Budget()
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     try:
-        frozen = FrozenRun.of(load_run(folder, data_root, device, False), budget, tokens)
+        run = load_run(folder, data_root, device, False)
+        frozen = patient(FrozenRun.of, run, budget, tokens)
         while True:
             entry, seed = jobs.get_nowait()
-            rows.put(measure_entry(frozen, entry, seed, budget))
+            rows.put(patient(measure_entry, frozen, entry, seed, budget))
     except queue.Empty: rows.put(None)
     except Exception as e: rows.put(f'{folder}: {type(e).__name__}: {e}'.splitlines()[0])
 

@@ -7,8 +7,8 @@
 
 Complete runs are passed over, so the same command goes on after a break. `--minutes` begins no run that would
 end too late. With `--pack`, what the tables and figures read of each finished run is copied into zip files of
-at most 15 MiB, every 20 seconds; unzip them in the folder of the runs. If a CUDA MPS server runs already, the
-processes share the card through it.
+at most 15 MiB, every 20 seconds; `python -m zipfile -e FILE runs` puts them back (some unzip programs do
+not know their compression). If a CUDA MPS server runs already, the processes share the card through it.
 """
 import argparse
 import os

@@ -15,9 +15,9 @@ There, with a copy of this repository and of .gpu:
 
     installs the wheels aside, trains two small runs from start to test and stops if they fail, then trains
     the plan with several processes on one card, through CUDA MPS where it works, and measures the fusions of
-    .gpu/towers beside it. results/ is complete at any moment: gpu.csv, runs-*.zip (unzip them in runs/),
-    grid.log, fusion.csv. `--sections tests,shares` measures sections of benchmarks/gpu.py besides, after the
-    grid, in the last `--bench-minutes`.
+    .gpu/towers beside it. results/ is complete at any moment: gpu.csv, grid.log, fusion.csv and runs-*.zip,
+    which `python -m zipfile -e FILE runs` puts back. `--sections tests,shares` measures sections of
+    benchmarks/gpu.py besides, after the grid, in the last `--bench-minutes`.
 """
 import argparse
 import importlib.metadata
@@ -140,11 +140,11 @@ def run(folder: Path, out: Path, minutes: float, processes: int, sections: str, 
 
     if bench('whole'): sys.exit('a small run from start to test has failed: nothing else was begun')
     plan, towers, fusions = folder/'plan.jsonl', folder/'towers', None
-    many = processes//2 if towers.exists() else processes
+    many = max(1, processes//2) if towers.exists() else processes
     def grid_minutes(): return f'{left() - .3 - (bench_minutes if sections else 0):.2f}'
     def measure():
         command = [sys.executable, 'workflow/fusion_grid.py', towers.resolve(), '--out', out/'fusion.csv']
-        command += ['--known', ROOT/'tables/fusion.csv', '--processes', str(processes - many)]
+        command += ['--known', ROOT/'tables/fusion.csv', '--processes', str(max(1, processes - many))]
         return subprocess.Popen([*command, '--minutes', grid_minutes()], cwd=ROOT, env=env)
     with (out/'grid.log').open('w') as log:
         command = [sys.executable, 'workflow/gpu_grid.py', '--list', plan.resolve(), '--runs', work/'runs']
@@ -155,7 +155,8 @@ def run(folder: Path, out: Path, minutes: float, processes: int, sections: str, 
                 print(line, end='', flush=True)
                 log.write(line)
                 log.flush()
-                if ' of ' in line and towers.exists() and not fusions: fusions = measure()   # data are there
+                begun = re.match(r'\d+ of \d+ runs', line)                   # so the dataset is there
+                if begun and towers.exists() and not fusions: fusions = measure()
     bad = grid.returncode
     if fusions: bad = fusions.wait() or bad
     if sections: bad = bench(sections) or bad
