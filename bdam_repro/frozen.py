@@ -408,24 +408,25 @@ def fusion_table(measured: pd.DataFrame) -> pd.DataFrame:   # rows of `measure_f
     "One row per fusion and towers: its effect with an interval, λ, seconds and parameters."
     rows, names = [], ['towers', 'fusion', 'reading', 'negatives']
     for name, part in measured.groupby(names, sort=False):
-        unit = 'run' if part['run'].nunique() > 1 else 'seed'
-        row = dict(zip(names, name)) | dict(runs=part['run'].nunique(), seeds=part['seed'].nunique())
+        unit, seeds = 'run' if part['run'].nunique() > 1 else 'seed', part.groupby('run')['seed'].nunique()
+        counts = '–'.join(map(str, sorted({seeds.min(), seeds.max()})))
+        row = dict(zip(names, name)) | dict(runs=len(seeds), seeds=counts)
         for metric in ('R1', 'mAP'):
             row |= zip((metric, f'{metric}_low', f'{metric}_high'),
                        t_mean(part.groupby(unit)[f'gain_{metric}'].mean()))
         rows.append(row | dict(R1_at_1=part['gain_R1_at_1'].mean(), weight=part['weight'].median(),
-                               seconds=part['seconds'].median(), parameters=int(part['parameters'].iloc[0])))
+                               seconds=part.seconds.groupby(part.device.str[:3] != 'CPU').median().iloc[0],
+                               parameters=int(part['parameters'].iloc[0])))
     return pd.DataFrame(rows)
 
 def measured_on(part: pd.DataFrame) -> str:   # rows of one kind of towers
     "What a table of fusions was measured on."
-    dual, runs = part.groupby('run')['dual_R1'].first(), part['run'].nunique()
-    first, over = part.iloc[0], 'runs' if runs > 1 else 'seeds of the fusion'
+    dual, first = part.groupby('run')['dual_R1'].first(), part.iloc[0]
     return (f'Fusions trained on the frozen features of {first["towers"]}: what each adds to `dual`, in '
-            f'percentage points, mean and 95 % t interval over {over}. '
-            f'`dual` has R-1 {dual.mean():.1f} on {int(first["queries"]):,} captions of the test people; '
-            f'λ is chosen on validation. {int(first["steps"]):,} steps each on '
-            f'{"; ".join(sorted(set(part["device"])))}. Code {", ".join(sorted(set(part["code"])))}.')
+            f'percentage points, mean and 95 % t interval over {"runs" if len(dual) > 1 else "seeds"}. '
+            f'`dual` has R-1 {dual.mean():.1f} on {int(first["queries"]):,} captions; λ is chosen on '
+            f'validation. {int(first["steps"]):,} steps each on {"; ".join(sorted(set(part["device"])))}; '
+            f'seconds are of CPUs where there are such. Code {", ".join(sorted(set(part["code"])))}.')
 
 def fusion_lines(part: pd.DataFrame) -> list[str]:   # rows of one kind of towers
     "The Markdown lines of a table of fusions."
@@ -443,8 +444,7 @@ def fusion_lines(part: pd.DataFrame) -> list[str]:   # rows of one kind of tower
 
 def write_fusion_table(measured: pd.DataFrame, path: str | Path) -> Path:   # of the Markdown file
     "One table per kind of towers, with what it was measured on above it."
-    blocks = []
-    for _, part in measured.groupby('towers', sort=False):
-        blocks.append(measured_on(part) + '\n\n' + '\n'.join(fusion_lines(part)) + '\n')
+    parts = measured.groupby('towers', sort=False)
+    blocks = [measured_on(part) + '\n\n' + '\n'.join(fusion_lines(part)) + '\n' for _, part in parts]
     with atomic_path(path) as tmp: tmp.write_text('\n'.join(blocks))
     return Path(path)

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import Config, UserError
@@ -93,8 +93,11 @@ def single_threaded(on: bool) -> Iterator[None]:
 
 # %% ../nbs/52_trainer.ipynb #a3b3368d
 def compile_parts(model: Model, **how) -> None:      # `how`: arguments of `torch.compile`
-    "Have `torch.compile` compile the encoders and the BDAM, when they are first called."
-    for part in (model.vision.net, model.text.net, model.bdam): part.compile(**how)
+    "Have `torch.compile` compile the encoders and the BDAM, but no embedding, when they are first called."
+    for part in (model.vision.net, model.text.net, model.bdam):
+        for module in part.modules():                    # compiled, equal words are added one by one
+            if isinstance(module, nn.Embedding): module.forward = torch.compiler.disable(module.forward)
+        part.compile(**how)
 
 # %% ../nbs/52_trainer.ipynb #756dec60
 TEXT_FIELDS = [f'{text}_{kind}' for text in ('caption', 'other', 'id', 'clo') for kind in ('ids', 'mask')]
