@@ -72,7 +72,7 @@ test: $(STAMP)
 # the test is skipped without, and the grid is left out (see the heads of test_slurm.py and slurm/run.sh)
 soak: $(STAMP)
 	BDAM_KILLS=5 BDAM_SOAK=1 $(ONE_THREAD) $(BIN)/python -m pytest tests/test_resume.py tests/test_distributed.py
-	$(ONE_THREAD) $(BIN)/python -m pytest -m soak -rs tests/soak tests/test_slurm.py
+	$(ONE_THREAD) $(BIN)/python -m pytest -m soak -rs tests/soak tests/test_slurm.py tests/test_offline_gpu.py
 	if command -v slurmctld >/dev/null && [ "$$(id -u)" = 0 ]; then BIN=$(abspath $(BIN)) tests/slurm/run.sh; fi
 
 # Nothing is run and the package is not imported, so PyTorch is not needed. npm brings MathJax once

@@ -329,8 +329,7 @@ class FrozenRun:
 def find_runs(patterns: str   # folders with wildcards, by commas, relative to the repository
              ) -> list[Path]:
     "Finished runs. Raises `UserError` where there is none."
-    found = []
-    for pattern in patterns.split(','): found += map(Path, sorted(glob(str(ROOT/pattern.strip()))))
+    found = [Path(f) for p in patterns.split(',') for f in sorted(glob(str(ROOT/p.strip())))]
     done = [folder for folder in found if (folder/'metrics.json').is_file()]
     if not done: raise UserError(f'no finished run in {patterns}: train one first, see train.ipynb')
     return done
@@ -411,11 +410,12 @@ def fusion_table(measured: pd.DataFrame) -> pd.DataFrame:   # rows of `measure_f
         unit, seeds = 'run' if part['run'].nunique() > 1 else 'seed', part.groupby('run')['seed'].nunique()
         counts = '–'.join(map(str, sorted({seeds.min(), seeds.max()})))
         row = dict(zip(names, name)) | dict(runs=len(seeds), seeds=counts)
+        timed = part.seconds.groupby(part.device.str[:3] != 'CPU').median()        # of CPUs first
         for metric in ('R1', 'mAP'):
             row |= zip((metric, f'{metric}_low', f'{metric}_high'),
                        t_mean(part.groupby(unit)[f'gain_{metric}'].mean()))
         rows.append(row | dict(R1_at_1=part['gain_R1_at_1'].mean(), weight=part['weight'].median(),
-                               seconds=part.seconds.groupby(part.device.str[:3] != 'CPU').median().iloc[0],
+                               seconds=timed.iloc[0], on_gpu=timed.index[0],
                                parameters=int(part['parameters'].iloc[0])))
     return pd.DataFrame(rows)
 
@@ -425,8 +425,8 @@ def measured_on(part: pd.DataFrame) -> str:   # rows of one kind of towers
     return (f'Fusions trained on the frozen features of {first["towers"]}: what each adds to `dual`, in '
             f'percentage points, mean and 95 % t interval over {"runs" if len(dual) > 1 else "seeds"}. '
             f'`dual` has R-1 {dual.mean():.1f} on {int(first["queries"]):,} captions; λ is chosen on '
-            f'validation. {int(first["steps"]):,} steps each on {"; ".join(sorted(set(part["device"])))}; '
-            f'seconds are of CPUs where there are such. Code {", ".join(sorted(set(part["code"])))}.')
+            f'validation. {int(first["steps"]):,} steps each on {"; ".join(sorted(set(part["device"])))}. '
+            f'Code {", ".join(sorted(set(part["code"])))}.')
 
 def fusion_lines(part: pd.DataFrame) -> list[str]:   # rows of one kind of towers
     "The Markdown lines of a table of fusions."
@@ -438,7 +438,7 @@ def fusion_lines(part: pd.DataFrame) -> list[str]:   # rows of one kind of tower
     for _, row in fusion_table(part).iterrows():
         cells = (row.fusion, row.reading, row.negatives, f'{row.runs} × {row.seeds}', effect(row, 'R1'),
                  effect(row, 'mAP'), signed(row.R1_at_1), f'{row.weight:g}', f'{row.parameters:,}',
-                 f'{row.seconds:.0f}')
+                 f'{row.seconds:.0f}{" (GPU)"*row.on_gpu}')
         lines.append(f'| {" | ".join(cells)} |')
     return lines
 

@@ -259,11 +259,13 @@ def tiny_compiled(bench: Bench) -> None:
     "One recorded run of `tiny`, its encoders and BDAM compiled beforehand."
     setup = tiny_setup(bench.folder, bench.smoke)
     plain, trainer = (tiny_trainer(*setup, bench.device) for _ in range(2))
+    plain.static = plain.static_step()
+    if bench.cuda: plain.static.capture()
     backend, start = 'eager' if bench.smoke else 'inductor', time.perf_counter()
     compile_parts(trainer.model, dynamic=False, backend=backend)
-    for one in (plain, trainer):
-        one.static = one.static_step()
-        if bench.cuda: one.static.capture()
+    trainer.static = trainer.static_step()
+    if bench.cuda: trainer.static.capture()
+    else: trainer.static.run(0)
     bench.row('to compile and record a run', time.perf_counter() - start, 's', 64)
     for name, one in (('recorded', plain), ('recorded, compiled', trainer)):
         one.static.run(0)

@@ -61,7 +61,8 @@ def test_a_server_that_does_not_serve_is_left_out(offline, tmp_path, monkeypatch
     begun = []
     def call(command, **how):
         begun.append(command[0])
-        return subprocess.CompletedProcess(command, int(command[0] == sys.executable))
+        if 'timeout' in how: raise subprocess.TimeoutExpired(command, how['timeout'])
+        return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(offline.shutil, 'which', lambda name: f'/usr/bin/{name}')
     monkeypatch.setattr(offline.subprocess, 'run', call)
     env = {}
@@ -85,7 +86,9 @@ def test_folders_of_towers(fusion_grid, tmp_path, monkeypatch):
     for seed in (3, 1):
         folder = tmp_path/'synth'/'tiny'/'baseline'/f'seed{seed}'
         folder.mkdir(parents=True)
-        (folder/'best.safetensors').touch()
+        for name in ('best.safetensors', 'metrics.json'): (folder/name).touch()
+    (tmp_path/'synth'/'tiny'/'baseline'/'seed2').mkdir()                         # still in training
+    (tmp_path/'synth'/'tiny'/'baseline'/'seed2'/'best.safetensors').touch()
     assert [f.name for f in fusion_grid.find_folders([str(tmp_path)])] == ['seed1', 'seed3']
     monkeypatch.chdir(tmp_path)
     assert [f.name for f in fusion_grid.find_folders(['synth/tiny/*/seed3'])] == ['seed3']
@@ -94,6 +97,7 @@ def test_folders_of_towers(fusion_grid, tmp_path, monkeypatch):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1900)
 def test_two_small_runs_then_the_list(tmp_path):
     c = make_config('synth', 'smoke', 'baseline', seed=1, data_root=str(tmp_path/'data'))
     (tmp_path/'plan.jsonl').write_text(run_line(c) + '\n')
@@ -106,4 +110,10 @@ def test_two_small_runs_then_the_list(tmp_path):
     with zipfile.ZipFile(tmp_path/'out'/'runs-00.zip') as z: names = {Path(n).name for n in z.namelist()}
     rows = pd.read_csv(tmp_path/'out'/'fusion.csv')
     assert len(rows) and set(rows.towers) == {'synth/smoke/baseline'} and rows.seconds.min() > 0
+    known, more = tmp_path/'out'/'fusion.csv', tmp_path/'more.csv'
+    few = [sys.executable, SCRIPT.with_name('fusion_grid.py'), tmp_path/'towers', '--known', known]
+    few += ['--out', more, '--only', 'Product (pooled; gallery)', '--seeds', '1']
+    for wanted in (0 if 'Product' in set(rows.fusion) else 1), 0:
+        said = subprocess.run(few, check=True, timeout=900, capture_output=True, text=True).stdout
+        assert said.startswith(f'{wanted} rows to measure')
     assert {'metrics.json', 'config.json', 'features.safetensors'} <= names

@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path
 
 from bdam_repro.archive import SMALL_FILES, keeps_rankings, kept_features, query_results, restore_runs
-from bdam_repro.config import UserError, atomic_path, run_dir
+from bdam_repro.config import UserError, atomic_path, config_hash, run_dir
 from bdam_repro.grid import audit_grid, grid, grid_by_worth
 from bdam_repro.many import left_to_do, read_run_list, run_line, train_many
 from bdam_repro.run_data import dataset_folder
@@ -51,18 +51,21 @@ class Packer:
 
     def __call__(self) -> None:
         "Pack what is finished since the last call."
-        ready = [folder for folder in self.waiting if finished(folder)]
+        done = {folder: finished(folder) or {} for folder in self.waiting}
+        ready = [f for f, c in self.waiting.items() if done[f].get('config_hash') == config_hash(c)]
         while ready:
             target = self.folder/f'runs-{self.part:02}.zip'
-            before = target.read_bytes() if target.exists() else b''
+            before, written = target.read_bytes() if target.exists() else b'', []
             with atomic_path(target) as tmp:
                 tmp.write_bytes(before)
                 with zipfile.ZipFile(tmp, 'a', zipfile.ZIP_LZMA) as z:
                     while ready and tmp.stat().st_size < PART - 2**20:
                         folder = ready.pop()
-                        for name, data in self.content(folder, self.waiting.pop(folder)).items():
+                        for name, data in self.content(folder, self.waiting[folder]).items():
                             z.writestr(f'{folder.relative_to(self.runs).as_posix()}/{name}', data)
+                        written.append(folder)
                 full = tmp.stat().st_size >= PART - 2**20
+            for folder in written: del self.waiting[folder]               # they are on the disk now
             self.part += full
 
 

@@ -20,15 +20,19 @@ There, with a copy of this repository and of .gpu:
     benchmarks/gpu.py besides, after the grid, in the last `--bench-minutes`.
 """
 import argparse
+import atexit
+import contextlib
 import importlib.metadata
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,9 +67,11 @@ def needed(names: list[str], have: set[str]) -> dict[str, str]:
 
 def pack_towers(folder: Path, pattern: str) -> None:
     "Copies of the weights of finished runs."
-    shutil.rmtree(folder, ignore_errors=True)
-    for weights in sorted(ROOT.glob(f'{pattern}/best.safetensors')):
-        run, target = weights.parent, folder.joinpath(*weights.parent.parts[-4:])
+    found = [f.parent for f in sorted(ROOT.glob(f'{pattern}/metrics.json'))]
+    found = [run for run in found if (run/'best.safetensors').exists()]
+    if not found: sys.exit(f'no finished run with its weights in {pattern}')
+    for run in found:
+        target = folder.joinpath(*run.parts[-4:])
         target.mkdir(parents=True)
         for name in ('best.safetensors', 'config.json', 'metrics.json'): shutil.copy(run/name, target)
         shutil.copytree(run/'tokenizer', target/'tokenizer')
@@ -90,6 +96,7 @@ def pack(folder: Path, python: str, have: Path | None, towers: str, options: lis
     size = sum(f.stat().st_size for f in wheels.iterdir())/2**20
     print(f'{wheels}: {len(names)} packages, {size:.0f} MiB: {", ".join(packages)}')
 
+    shutil.rmtree(folder/'towers', ignore_errors=True)
     if towers: pack_towers(folder/'towers', towers)
 
     from bdam_repro.archive import restore_kept
@@ -97,6 +104,12 @@ def pack(folder: Path, python: str, have: Path | None, towers: str, options: lis
     restore_kept(ArtifactParameters())
     plan = [sys.executable, ROOT/'workflow/gpu_grid.py', '--worth', '--plan', folder/'plan.jsonl', *options]
     subprocess.run(plan, check=True, cwd=ROOT)
+
+
+def quit_mps(env: dict[str, str]) -> None:
+    "End the server, as far as it listens."
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        subprocess.run(['nvidia-cuda-mps-control'], env=env, input=b'quit\n', check=False, timeout=20)
 
 
 def start_mps(folder: Path, env: dict[str, str]) -> None:
@@ -112,8 +125,10 @@ def start_mps(folder: Path, env: dict[str, str]) -> None:
     try: good = subprocess.run(probe, env=env, check=False, timeout=60).returncode == 0
     except subprocess.TimeoutExpired: good = False
     print('CUDA MPS works' if good else 'CUDA MPS does not work here: processes take turns', flush=True)
-    if good: return
-    subprocess.run(['nvidia-cuda-mps-control'], env=env, input=b'quit\n', check=False, timeout=20)
+    if good:
+        atexit.register(quit_mps, dict(env))
+        return
+    quit_mps(env)
     for name in names: del env[name]
 
 
@@ -141,22 +156,30 @@ def run(folder: Path, out: Path, minutes: float, processes: int, sections: str, 
     if bench('whole'): sys.exit('a small run from start to test has failed: nothing else was begun')
     plan, towers, fusions = folder/'plan.jsonl', folder/'towers', None
     many = max(1, processes//2) if towers.exists() else processes
-    def grid_minutes(): return f'{left() - .3 - (bench_minutes if sections else 0):.2f}'
+    for part in sorted(out.glob('runs-*.zip')):                     # of this command before a break
+        with zipfile.ZipFile(part) as z: z.extractall(work/'runs')
+    def grid_minutes(): return f'{left() - .6 - (bench_minutes if sections else 0):.2f}'
     def measure():
         command = [sys.executable, 'workflow/fusion_grid.py', towers.resolve(), '--out', out/'fusion.csv']
         command += ['--known', ROOT/'tables/fusion.csv', '--processes', str(max(1, processes - many))]
         return subprocess.Popen([*command, '--minutes', grid_minutes()], cwd=ROOT, env=env)
-    with (out/'grid.log').open('w') as log:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with (out/'grid.log').open('a') as log:
         command = [sys.executable, 'workflow/gpu_grid.py', '--list', plan.resolve(), '--runs', work/'runs']
         command += ['--processes', str(many), '--pack', out, '--minutes', grid_minutes()]
         with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True) as grid:
-            for line in grid.stdout:                       # at once: what is cut off has been seen
-                print(line, end='', flush=True)
-                log.write(line)
-                log.flush()
-                begun = re.match(r'\d+ of \d+ runs', line)                   # so the dataset is there
-                if begun and towers.exists() and not fusions: fusions = measure()
+            try:
+                for line in grid.stdout:                   # at once: what is cut off has been seen
+                    print(line, end='', flush=True)
+                    log.write(line)
+                    log.flush()
+                    begun = re.match(r'\d+ of \d+ runs', line)               # so the dataset is there
+                    if begun and towers.exists() and not fusions: fusions = measure()
+            except BaseException:
+                for process in filter(None, (grid, fusions)): process.terminate()
+                raise
+    if towers.exists() and not fusions: fusions = measure()             # no run of the list has ended
     bad = grid.returncode
     if fusions: bad = fusions.wait() or bad
     if sections: bad = bench(sections) or bad
