@@ -173,7 +173,7 @@ class Word:
     silent: bool = False       # left out where the words are told again: "a bag IS slung over …"
 
 # %% ../nbs/20_lexicon.ipynb #91a2a1a6
-_STYLES = tuple('-sleeve -length -top -fitting -toe -style -leg -cut -sole -back -covering -hugging'.split())
+_STYLES = tuple(set_of('-sleeve -length -top -fitting -toe -style -leg -cut -sole -back -covering -hugging'))
 
 @functools.cache
 def is_color(low: str) -> bool: return noun_side(low) == 'color'
