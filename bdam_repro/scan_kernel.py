@@ -20,9 +20,16 @@ VECTORS = r'''
 #include <stdlib.h>
 #include <string.h>
 
-typedef REAL vec __attribute__((vector_size(64)));
-typedef INT mask __attribute__((vector_size(64)));
-enum { W = 64/sizeof(REAL), DOUBLE = sizeof(REAL) == 8 };
+#if defined(__AVX512F__)
+#define BYTES 64                                               // of one register
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+typedef REAL vec __attribute__((vector_size(BYTES)));
+typedef INT mask __attribute__((vector_size(BYTES)));
+enum { W = BYTES/sizeof(REAL), DOUBLE = sizeof(REAL) == 8 };
 static const REAL LOG2_E = 1.4426950408889634;
 typedef struct { REAL *at; long row, token; } Tokens;          // [b, L, width], the last contiguous
 
@@ -148,7 +155,7 @@ void scan_backward(Tokens x, Tokens delta, Tokens B, Tokens C, Tokens z, Tokens 
     #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < b; i++) {
         size_t size = (4*T*N + N + blocks*(2*N + 2))*sizeof(vec);
-        vec *a = aligned_alloc(64, size), *h = a + T*N, *gB = h + (T+1)*N, *gC = gB + T*N;
+        vec *a = aligned_alloc(BYTES, size), *h = a + T*N, *gB = h + (T+1)*N, *gC = gB + T*N;
         vec *g = gC + T*N, *gA = g + blocks*N, *gD = gA + blocks*N, *gbias = gD + blocks;
         memset(a, 0, size);
         for (long k = K - 1; k >= 0; k--) {
