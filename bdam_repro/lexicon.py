@@ -117,9 +117,11 @@ _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|appa
                       r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees'
                       r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas'
                       r'|brogues|espadrilles|bodice|gear|panties|carry-on|towel|blanket|babushka'
-                      r'|headset|cloth|hood(?:y|ies)|button-(?:up|down)|slip-ons|(?:high|low)-tops')
+                      r'|headset|cloth|rings?|holsters?|clutch|schoolbags?|hood(?:y|ies)|button-(?:up|down)|slip-ons'
+                      r'|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
-    r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?color|neon|coral|peach'
+    r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?colou?r(?:ed)?|neon|coral'
+    r'|peach'
     r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
     r'|creme|mustard|lime|plain|solid|polka|flowered|denim|leather|plaid|striped|check(?:ed|ered)|floral'
     r'|printed|patterned|camo(?:uflage)?|dotted|(?:red|blue|green|tan|brown|gr[ae]y|black|white|pink)s')
@@ -173,7 +175,8 @@ class Word:
     silent: bool = False       # left out where the words are told again: "a bag IS slung over …"
 
 # %% ../nbs/20_lexicon.ipynb #91a2a1a6
-_STYLES = tuple(set_of('-sleeve -length -top -fitting -toe -style -leg -cut -sole -back -covering -hugging'))
+_STYLES = tuple(set_of('-sleeve -length -top -fitting -toe -style -leg -cut -sole -back -covering -hugging'
+                       ' -front'))
 
 @functools.cache
 def is_color(low: str) -> bool: return noun_side(low) == 'color'
@@ -192,8 +195,9 @@ def _is_noun(word: Word, next_tag: str, listed: bool) -> bool:
         as_noun = word.tag in _NOUN_TAGS or word.tag in ('VBP', 'VB', 'VBZ')
         return as_noun and next_tag not in ('RB', 'JJ', 'VBN')
     buttons = word.low.endswith(('-up', '-down')) and next_tag in ('JJ', 'VBN', ',', *_NOUN_TAGS)
-    if word.low in LOOSE_ENDS or word.low.endswith(_STYLES) or buttons: return False
     side = noun_side(word.low)
+    styled = word.low.endswith(_STYLES) and side != 'hair'                     # a *buzz-cut* is hair
+    if word.low in LOOSE_ENDS or styled or buttons: return False
     if side and side != 'color': return not word.verb
     return word.tag in _NOUN_TAGS and side is None and word.low not in TRAIT_WORDS and not word.verb
 
@@ -241,6 +245,7 @@ def leads_to_noun(words: list[Word], at: int) -> bool:
         if word.low in DETERMINERS: return False
         listed = word.low in LISTS and (i > at or words[i - 1].low == ',')
         adverb = word.tag == 'RB' and i + 1 < len(words) and words[i + 1].adjective      # "DARKLY colored"
+        if i > at and word.noun and word.adjective: return True                   # "a long, knitted TOP"
         if word.adjective or listed or adverb: continue
         if word.low in MATERIAL and i + 1 < len(words) and words[i + 1].noun: return True
         return i > at and (word.noun or (word.modifier and not word.verb))

@@ -20,8 +20,19 @@ _WRITTEN = (     # "_" for a blank
     ' pair_or=pair_of pair_off=pair_of pair_rof=pair_of hairs=hair shirtsleeve=short-sleeve'
     ' a_air_of=a_pair_of sandles=sandals back_park=backpack pats=pants hand_held=handheld'
     ' slaves=sleeves den_in=denim wear_inf=wearing tress=dress leg_gins=leggings sh_older=shoulder'
-    ' mess_anger=messenger pattered=patterned anticked= unknown=')
+    ' mess_anger=messenger pattered=patterned anticked=untucked unknown= all_back=all_black'
+    ' back_and_white=black_and_white white_and_back=white_and_black should_bag=shoulder_bag'
+    ' shouters=shoulders'
+    ' wears_glassed=wears_glasses paints=pants shores=shorts strip_shirt=striped_shirt shot_pants=short_pants'
+    ' writ_ting=writing tucked_in_to=tucked_into shirt_sleeve_shirt=short_sleeve_shirt re_hair=red_hair'
+    ' shirt_dark_hair=short_dark_hair pair_o_f=pair_of yong=young brief_case=briefcase standout=stand_out'
+    ' car_ring=carrying selves=sleeves counter_top=countertop table_top=tabletop lather=leather'
+    ' messenger_back=messenger_bag'
+    ' middle_age=middle-aged clean_shaven=clean-shaven prescription_made=prescription'
+    ' acid_wash=acid-wash stone_wash=stone-wash button_front=button-front')
 _TYPOS = dict(pair.replace('_', ' ').split('=') for pair in _WRITTEN.split())
+_HUE = (r'(?:light |dark )?(?:black|white|blue|red|gr[ae]y|green|brown|pink|tan|purple|yellow|orange|beige'
+        r'|maroon|cream|khaki|silver|gold)')
 _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (rf'\b(?:{"|".join(_TYPOS)})\b', lambda found: _TYPOS[found[0].lower()]),
     (r"\b(he|she|it) ?(?:[' ]s)\b(?= \w+(?:ing|ed)\b| not| a\b| in\b)", r'\1 is'),
@@ -30,6 +41,23 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\bwhat (?:look|appear|seem)s? (?:like|to be) ', ''), (r'\bsome (?:sort|type|kind|form) of ', 'some '),
     (r'\b(man|woman|men|women|girl|boy|lady|person|jacket|shirt) s (?=[a-z])', r"\1's "),
     (r'(?<=[a-z]{2})\.(?=[a-z]{2})', '. '), (r',(?=[a-z])', ', '), (r'(?<=[a-z])=(?=[a-z])', '-'),
+    (r'\band shows(?=[.,]|$)', 'and shoes'),
+    (r'\b(long|short|full|gr[ae]y|white|black) bread\b', r'\1 beard'),
+    (r'\bhes (?=shoes|pants|shirt|hair|jacket)', 'his '),
+    (r'\balight (?=shirt|jacket|blue|gr[ae]y|brown)', 'a light '),
+    (r'\b(long|short) sleeves (?=(?:\w+ )?(?:shirt|sweater|top|t-shirt|blouse|dress)\b)', r'\1 sleeve '),
+    (r'\bsalt and pepper\b', 'salt-and-pepper'), (r'\bin a pony(?=[.,;]|$)', 'in a ponytail'),
+    (r'\bn (?=his\b|her\b)', 'in '), (r'\ba with (?=(?:robe|shirt|top|dress|blouse)\b)', 'a white '),
+    (r'\bflow (?=(?:dress|skirt|top|sleeveless)\b)', 'flowy '),
+    (r'\b(man|woman|girl|boy|lady) gas (?=\w)', r'\1 has '),
+    (r'\b(shirt|pants|shoes|jacket|bag|backpack) ad (?=\w)', r'\1 and '),
+    (rf'\b(an?) ({_HUE}) and (an?) ({_HUE}) (bag|backpack|purse)\b', r'\1 \2 \5 and \3 \4 \5'),
+    (r'\b(over|under)(?=[.;,]|$)', r'\1 it'), (rf'\band its (?={_HUE}\b *(?:[.,]|$))', 'and it is '),
+    (r'\b(light|dark|bright) in colou?r\b', r'\1-colored'),
+    (r'\b(wearing|with|in|carrying) s (?=[a-z])', r'\1 a '),
+    (r'\b(blazer|jacket|coat|shirt|sweater|pants|shorts|bag|hat|top|dress) ?/ ?(?=(?:blazer|jacket|coat|shirt'
+     r'|sweater|pants|shorts|backpack|cap|top|dress|leggings)\b)', r'\1 or '),
+    (r'\bpull over(?=[.,;]|$| and\b)', 'pullover'), (r'\bcross[ -]?body back\b', 'crossbody bag'),
     (r'&', ' and '), (r'\bw ?/ ?(?=\w)', 'with '),
     (r'(?<=[a-z]) ?/ ?(?=[a-z])', ' and '), (r'\b(man|mane|woman) ea ring\b', r'\1 wearing'),
     (r'\b(?:back|knap)[ -]?pack(s?)\b', r'backpack\1'), (r'\bhand bag', 'handbag'),
@@ -55,8 +83,9 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\bhair[ -](style|cut|line)\b', r'hair\1'),
     (r'\ba pair (?=(?:white|black|blue|red|gr[ae]y|green|brown)\b)', 'a pair of '),
     (r'\b(buzz|crew) cut\b', r'\1-cut'),
-    (r'\bcap[ -]sleeve', 'cap-sleeve'), (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper|style))', 'flip-flop'),
-    (r'\bflip[ -]?flop(?:s|ped)?\b(?! (?:sandal|shoe|slip|style))', 'flip-flops'),
+    (r'\bcap[ -]sleeve', 'cap-sleeve'),
+    (r'\bflip[ -]?flops?(?= (?:sandal|shoe|slipper|style|type))', 'flip-flop'),
+    (r'\bflip[ -]?flop(?:s|ped)?\b(?! (?:sandal|shoe|slip|style|type))', 'flip-flops'),
     (r"\bcapri(?:'?s| s)?\b(?! (?:pants|shorts|length|jeans|leggings|type|style))", 'capris'),
     (r'\b(eye|sun) glasses\b', r'\1glasses'), (r'\bpanty? hose\b', 'pantyhose'),
     (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink|jean|patterned|plaid) short'
@@ -65,7 +94,8 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r"(?<=[a-z])(?-i: S )(?=[a-z])", "'s ")]]
 
 # %% ../nbs/20_spelling.ipynb #6196172f
-_ADJECTIVE = (r'(?:light|dark)(?: |-)colou?red|dark|light|bright|pale|tan|beige|loose|plain'
+_ADJECTIVE = (r'(?:light|dark)(?: |-)colou?red|dark|light|bright|pale|tan|beige|loose|plain|long|large|small'
+              r'|thin'
           r'|(?:short|long)(?: |-)sleeved?|sleeveless'
           r'|(?:\w+-)?(?:black|white|gr[ae]y|blue|red|green|yellow|brown|pink|purple|orange'
           r'|maroon|teal|navy|khaki|olive|cream|gold|silver|plastic|leather|cotton)')
@@ -88,11 +118,12 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
      r'|gr[ae]y)[ -](colou?red|white)\b', r'\1-\2'),
     (r'\b(long|short)[ -](black|dark|brown|blonde?|gr[ae]y|wavy|curly|straight)[ -]haired\b',
      r'\1-\2-haired'),
+    (r'\b(black|dark|brown|blonde?|gr[ae]y)[ -](short|long)[ -]haired\b', r'\2-\1-haired'),
     (r'\b(?!(?:an?|the|is|very|and|with) )(\w+) haired\b', r'\1-haired'),
     (r'\b(form|tight|loose|close) (fitting|fitted)\b', r'\1-\2'), (r'\bmid (calf|thigh)\b', r'mid-\1'),
     (r'\b(?!(?:an?|the|is|are|and|is) )(\w+) shaped\b', r'\1-shaped'),
     (r'\b(washed|worn) out\b(?= \w+)', r'\1-out'),
-    (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers|sleeves))', r'\1-up'),
+    (r'\b(rolled|cuffed) up\b(?= (?:jeans|pants|shorts|trousers|sleeves|bottoms))', r'\1-up'),
     (r'\bover[ -](?:the[ -])?(shoulder|chest|body)(?= (?:\w+ )?(?:(?:hand)?bag|purse|tote|strap|backpack))',
      r'over-the-\1'),
     (r'\b(open|peep|closed) (toed?|in(?= (?:shoe|sandal)s?))\b', r'\1-\2'),

@@ -21,7 +21,7 @@ GENDER_OF = dict.fromkeys(set_of(
 GENDER_OF |= dict.fromkeys(set_of('woman women female females lady ladies girl girls'), 'woman')
 PEOPLE_NOUNS = set_of(
     'person individual pedestrian adult someone child kid teen teenager toddler baby youth subject student'
-    ' people mother father mom dad wife husband daughter brother sister') | GENDER_OF.keys()
+    ' people mother father mom dad wife husband daughter brother sister companion') | GENDER_OF.keys()
 AGE_WORDS = set_of(
     'young younger old older elderly middle-aged mid-aged adult teenage teenaged teen little youthful senior')
 HEIGHT_WORDS = set_of('tall taller short shorter')
@@ -36,7 +36,7 @@ HAIRED = re.compile(r'(?:[\w-]+-)?haired|bald(?:ing)?|bald-headed|bearded|blonde
 # %% ../nbs/19_words.ipynb #13b28af5
 WEAR_VERBS = set_of('wear wears wearing wore worn dressed clad sporting dons donning clothed')
 CARRY_VERBS = {form: verb for verb, forms in {
-    'carries': 'carry carries carrying carried toting totes',
+    'carries': 'carry carries carrying carried toting totes shouldering',
     'holds': 'hold holds holding held clutching grasping',
     'pulls': 'pull pulls pulling dragging rolling wheeling', 'pushes': 'push pushes pushing'}.items()
     for form in forms.split()}
@@ -48,9 +48,9 @@ SCENE_VERBS = set_of(
     'walk walks walking stand stands standing look looks looking face faces facing talk talks talking run'
     ' runs running ride rides riding cross crossing passing passes heading moving moves goes sit sits'
     ' sitting stepping steps waiting posing using leaning bending swinging turning did does had')
-CARRIED = re.compile(r'(?:hand|book-?)?bags?|backpacks?|packs?|purses?|satchels?|totes?|(?:brief|suit)?cases?'
-                     r'|luggage|(?:ruck|knap)?sacks?|pouch(?:es)?|wallets?|pocketbooks?|umbrellas?'
-                     r'|duffel|messenger|carry-on')
+CARRIED = re.compile(r'(?:hand|book-?|school-?)?bags?|backpacks?|packs?|purses?|satchels?|totes?'
+                     r'|(?:brief|suit)?cases?|luggage|(?:ruck|knap)?sacks?|pouch(?:es)?|wallets?|pocketbooks?|umbrellas?'
+                     r'|duffel|messenger|carry-on|clutch')
 VERB_OR_NOUN = set_of(
     'faces dress running walking looks looking steps runs worn carried held pull pulls push hold cross'
     ' face walk')
@@ -60,7 +60,7 @@ BODY_NOUNS = set_of(
     'hand hands arm arms shoulder shoulders head neck back wrist wrists foot feet leg legs knee knees ankle'
     ' ankles waist chest hip hips ear ears face body finger fingers thumb thumbs thigh thighs calf calves'
     ' buttocks breast breasts armpit armpits pits stomach belly elbow elbows forearm side sides lap'
-    ' torso shin shins middle eye eyes blade blades')
+    ' torso shin shins middle eye eyes blade blades pelvis midsection abdomen forehead palm palms')
 PART_NOUNS = set_of(
     'accent accents band bands beading block blocks border bow bows brim buckle button buttons'
     ' character check checks collar collars color colors colour colours compartment cuff cuffs design'
@@ -94,12 +94,14 @@ NOT_WORN = set_of(
     'smile grin frown makeup make-up lipstick polish expression look tattoo thing things something item items'
     ' style mixture variety kind type color colour shape face piece pieces size shade way number combination')
 SEPARATORS = set_of(', and plus also as well then while or')
-THEIRS, ON_IT = set_of('his her their'), set_of('on of in around over under underneath beneath across')
+THEIRS = set_of('his her their')
+ON_IT = set_of('on of in into from around over under underneath beneath across')
 HANGING = set_of('hanging falling flowing reaching going coming')
 REACHING = set_of('ending reaching falling stopping covering')
 FIT_WORDS = set_of(
     'strapless backless snug baggy roomy plain sheer flowing flowy fluorescent stretchy shiny sparkly frilly'
-    ' puffy furry shimmery lacy satiny silky ruffly gauzy fuzzy slouchy boxy glittery strappy')
+    ' puffy furry shimmery lacy satiny silky ruffly gauzy fuzzy slouchy boxy glittery strappy'
+    ' collared hooded flowery polka-dot')
 COMPANY = set_of(
     'friend friends companion dog dogs group baby stroller cart child others car camera bicycle bike')
 PEOPLE_ONLY = set_of(
@@ -119,4 +121,5 @@ LOOSE_ENDS = set_of(
     'up down back open unbuttoned underneath untucked tucked tucked-in together loose short long straight'
     ' backwards'
     ' beneath')
-MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean')
+MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean'
+                  ' jersey')
