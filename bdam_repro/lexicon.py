@@ -117,12 +117,11 @@ _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|appa
                       r'|bonnet|beret|hijab|headscarf|earmuffs|kerchief|corset|tutu|sarong|dungarees'
                       r'|coveralls?|scrubs|kilt|tux(?:edo)?|bolero|tank|ka?ftan|bustier|jeggings|bermudas'
                       r'|brogues|espadrilles|bodice|gear|panties|carry-on|towel|blanket|babushka'
-                      r'|headset|cloth|rings?|holsters?|clutch|schoolbags?|hood(?:y|ies)|button-(?:up|down)|slip-ons'
+                      r'|headset|cloth|holsters?|clutch|schoolbags?|hood(?:y|ies)|button-(?:up|down)|slip-ons'
                       r'|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
-    r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?colou?r(?:ed)?|neon|coral'
-    r'|peach'
-    r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
+    r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?colou?r(?:ed)?|neon'
+    r'|coral|peach|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
     r'|creme|mustard|lime|plain|solid|polka|flowered|denim|leather|plaid|striped|check(?:ed|ered)|floral'
     r'|printed|patterned|camo(?:uflage)?|dotted|(?:red|blue|green|tan|brown|gr[ae]y|black|white|pink)s')
 _PIECES = ('upper', 'lower', 'shoes', 'accessory')

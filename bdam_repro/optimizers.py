@@ -112,17 +112,18 @@ def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
         if rate_of(name, c) == 0: p.requires_grad_(False)
     decay_rest = c.weight_decay if c.decay_all else 0.
     matrices, rest = split_parameters(model, c.optimizer == 'muon')
+    in_order = all(p.is_contiguous() for p in matrices + rest)
     if c.optimizer == 'muon':
         halves = [matrices[::2], matrices[1::2]]                           # one for each of two cores
         if matrices[0].is_cuda: halves = [matrices]                       # a GPU wants few large calls
         decay = c.weight_decay
         muon = [Muon(by_part(model, half, c.muon_lr, c), c.muon_lr, weight_decay=decay) for half in halves]
         vectors = by_part(model, rest, c.lr, c)
-        return [*muon, torch.optim.AdamW(vectors, lr=c.lr, weight_decay=decay_rest, fused=True)]
+        return [*muon, torch.optim.AdamW(vectors, lr=c.lr, weight_decay=decay_rest, fused=in_order)]
     groups = by_part(model, matrices, c.lr, c, weight_decay=c.weight_decay)
     groups += by_part(model, rest, c.lr, c, weight_decay=decay_rest)
     kind = torch.optim.AdamW if c.optimizer == 'adamw' else torch.optim.Adam
-    return [kind(groups, lr=c.lr, fused=True)]
+    return [kind(groups, lr=c.lr, fused=in_order)]
 
 # %% ../nbs/42_optimizers.ipynb #6a8e852b
 def clip_by_part(groups: list[dict],   # parameter groups of all optimizers

@@ -20,16 +20,15 @@ _WRITTEN = (     # "_" for a blank
     ' pair_or=pair_of pair_off=pair_of pair_rof=pair_of hairs=hair shirtsleeve=short-sleeve'
     ' a_air_of=a_pair_of sandles=sandals back_park=backpack pats=pants hand_held=handheld'
     ' slaves=sleeves den_in=denim wear_inf=wearing tress=dress leg_gins=leggings sh_older=shoulder'
-    ' mess_anger=messenger pattered=patterned anticked=untucked unknown= all_back=all_black'
-    ' back_and_white=black_and_white white_and_back=white_and_black should_bag=shoulder_bag'
+    ' mess_anger=messenger pattered=patterned anticked=untucked unknown= should_bag=shoulder_bag'
     ' shouters=shoulders'
-    ' wears_glassed=wears_glasses paints=pants shores=shorts strip_shirt=striped_shirt shot_pants=short_pants'
-    ' writ_ting=writing tucked_in_to=tucked_into shirt_sleeve_shirt=short_sleeve_shirt re_hair=red_hair'
-    ' shirt_dark_hair=short_dark_hair pair_o_f=pair_of yong=young brief_case=briefcase standout=stand_out'
-    ' car_ring=carrying selves=sleeves counter_top=countertop table_top=tabletop lather=leather'
+    ' wears_glassed=wears_glasses strip_shirt=striped_shirt'
+    ' writ_ting=writing shirt_sleeve_shirt=short_sleeve_shirt re_hair=red_hair'
+    ' pair_o_f=pair_of yong=young brief_case=briefcase'
+    ' car_ring=carrying selves=sleeves counter_top=countertop lather=leather'
     ' messenger_back=messenger_bag'
-    ' middle_age=middle-aged clean_shaven=clean-shaven prescription_made=prescription'
-    ' acid_wash=acid-wash stone_wash=stone-wash button_front=button-front')
+    ' clean_shaven=clean-shaven prescription_made=prescription'
+    ' acid_wash=acid-wash')
 _TYPOS = dict(pair.replace('_', ' ').split('=') for pair in _WRITTEN.split())
 _HUE = (r'(?:light |dark )?(?:black|white|blue|red|gr[ae]y|green|brown|pink|tan|purple|yellow|orange|beige'
         r'|maroon|cream|khaki|silver|gold)')
@@ -42,21 +41,32 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\b(man|woman|men|women|girl|boy|lady|person|jacket|shirt) s (?=[a-z])', r"\1's "),
     (r'(?<=[a-z]{2})\.(?=[a-z]{2})', '. '), (r',(?=[a-z])', ', '), (r'(?<=[a-z])=(?=[a-z])', '-'),
     (r'\band shows(?=[.,]|$)', 'and shoes'),
-    (r'\b(long|short|full|gr[ae]y|white|black) bread\b', r'\1 beard'),
+    (r'\bwith (an? )?(long|short|full|gr[ae]y|white|black) bread\b', r'with \1\2 beard'),
+    (r'\bmiddle age (?=(?:man|woman|male|female|lady|adult|person)\b)', 'middle-aged '),
+    (r'\b(his|her|light|dark|colou?red) paints (?=are\b|and\b)', r'\1 pants '),
+    (r'\bcoloured shores\b', 'coloured shorts'),
+    (r'\btucked in to (?=his|her|the|their|a)', 'tucked into '),
+    (r'\bbutton front(?=,? (?:\w+-?sleeved? )?(?:shirt|dress|blouse|top|jacket|coat)\b|, )',
+     'button-front'),
+    (r'\b(a|an|on|in|wears|wearing|,) back and white\b', r'\1 black and white'),
+    (r'\b(dressed|wearing) (in )?all back\b', r'\1 \2all black'),
     (r'\bhes (?=shoes|pants|shirt|hair|jacket)', 'his '),
     (r'\balight (?=shirt|jacket|blue|gr[ae]y|brown)', 'a light '),
-    (r'\b(long|short) sleeves (?=(?:\w+ )?(?:shirt|sweater|top|t-shirt|blouse|dress)\b)', r'\1 sleeve '),
-    (r'\bsalt and pepper\b', 'salt-and-pepper'), (r'\bin a pony(?=[.,;]|$)', 'in a ponytail'),
+    (r'\b(long|short) sleeves (?=(?:(?!(?:and|with|over|under|on|in|of|or)\b)\w+ )?'
+     r'(?:shirt|sweater|top|t-shirt|blouse)\b)', r'\1 sleeve '),
+    (r'\bsalt and pepper\b', 'salt-and-pepper'),
+    (r'\b(in|into) a pony(?: tao)?\b(?![ -]?ta(?:il|le)s?\b)', r'\1 a ponytail'),
+    (r'\b(has|had|have|with|and) shirt (?=(?:dark|black|brown|blonde?) hair\b)', r'\1 short '),
     (r'\bn (?=his\b|her\b)', 'in '), (r'\ba with (?=(?:robe|shirt|top|dress|blouse)\b)', 'a white '),
     (r'\bflow (?=(?:dress|skirt|top|sleeveless)\b)', 'flowy '),
-    (r'\b(man|woman|girl|boy|lady) gas (?=\w)', r'\1 has '),
+    (r'\b(man|woman|girl|boy|lady|s?he) gas (?=\w)', r'\1 has '),
     (r'\b(shirt|pants|shoes|jacket|bag|backpack) ad (?=\w)', r'\1 and '),
     (rf'\b(an?) ({_HUE}) and (an?) ({_HUE}) (bag|backpack|purse)\b', r'\1 \2 \5 and \3 \4 \5'),
-    (r'\b(over|under)(?=[.;,]|$)', r'\1 it'), (rf'\band its (?={_HUE}\b *(?:[.,]|$))', 'and it is '),
+    (r'\b(jacket|coat|cardigan|(?:t-|under)?shirt|sweater|vest|top|hoodie|blouse) (over|under)(?=[.;,]|$)',
+     r'\1 \2 it'), (rf'\band its (?={_HUE}\b *(?:[.,]|$|and (?:s?he|they|the)\b))', 'and it is '),
     (r'\b(light|dark|bright) in colou?r\b', r'\1-colored'),
     (r'\b(wearing|with|in|carrying) s (?=[a-z])', r'\1 a '),
-    (r'\b(blazer|jacket|coat|shirt|sweater|pants|shorts|bag|hat|top|dress) ?/ ?(?=(?:blazer|jacket|coat|shirt'
-     r'|sweater|pants|shorts|backpack|cap|top|dress|leggings)\b)', r'\1 or '),
+    (r'\b(blazer|jacket|coat|shirt|sweater) ?/ ?(?=(?:blazer|jacket|coat|shirt|sweater)\b)', r'\1 or '),
     (r'\bpull over(?=[.,;]|$| and\b)', 'pullover'), (r'\bcross[ -]?body back\b', 'crossbody bag'),
     (r'&', ' and '), (r'\bw ?/ ?(?=\w)', 'with '),
     (r'(?<=[a-z]) ?/ ?(?=[a-z])', ' and '), (r'\b(man|mane|woman) ea ring\b', r'\1 wearing'),
@@ -118,7 +128,7 @@ _COMPOUNDS = [(re.compile(apart, re.I), joined) for apart, joined in [
      r'|gr[ae]y)[ -](colou?red|white)\b', r'\1-\2'),
     (r'\b(long|short)[ -](black|dark|brown|blonde?|gr[ae]y|wavy|curly|straight)[ -]haired\b',
      r'\1-\2-haired'),
-    (r'\b(black|dark|brown|blonde?|gr[ae]y)[ -](short|long)[ -]haired\b', r'\2-\1-haired'),
+    (r'\b(dark|brown|blonde?|gr[ae]y)[ -](short|long)[ -]haired\b', r'\2-\1-haired'),
     (r'\b(?!(?:an?|the|is|very|and|with) )(\w+) haired\b', r'\1-haired'),
     (r'\b(form|tight|loose|close) (fitting|fitted)\b', r'\1-\2'), (r'\bmid (calf|thigh)\b', r'mid-\1'),
     (r'\b(?!(?:an?|the|is|are|and|is) )(\w+) shaped\b', r'\1-shaped'),

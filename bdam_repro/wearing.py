@@ -5,153 +5,134 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/22_wearing.ipynb #c08e3a2b
-from .words import (BE_VERBS, CARRIED, CARRY_VERBS, FIT_WORDS, GARMENT_VERBS, HAVE_VERBS, POSTURE,
-                              SCENE_VERBS, TAIL_WORDS, THEIRS, WEAR_VERBS, set_of)
-from .lexicon import Phrase, adjectives_end, noun_side, slot_of
+# %% ../nbs/22_wearing.ipynb #0146b788
+from .words import (BE_VERBS, CARRIED, CARRY_VERBS, GARMENT_VERBS, GENDER_OF, HAVE_VERBS,
+                              TAIL_WORDS, THEIRS, WEAR_VERBS, set_of)
+from .lexicon import Phrase, adjectives_end, slot_of
 from .items import CaptionItems, Item, after_be, reads, same_garment, tell_again, verb_for
 
-# %% ../nbs/22_wearing.ipynb #3b85cd51
-_NEXT_TO = TAIL_WORDS | {'by', 'beside'}
+# %% ../nbs/22_wearing.ipynb #211b90e6
+_UPON = set_of('on over across around under against by at')
 
 def _place_end(r: CaptionItems, at: int, sides: tuple = ('body',)) -> int:
     "Where 'on her hip', 'on one of her hips' ends; 0 where no place begins here."
-    if r.low(at) not in _NEXT_TO: return 0
-    at += 1
-    if r.low(at) == 'one' and r.low(at + 1) == 'of': at += 2
-    place = r.phrases.get(at)
+    if r.low(at) not in TAIL_WORDS | {'by', 'beside'}: return 0
+    one_of = r.low(at + 1) == 'one' and r.low(at + 2) == 'of' and r.low(at) in _UPON
+    place = r.phrases.get(at + (3 if one_of else 1))
     return place.end if place and place.side in sides else 0
 
 @reads('word')
 def _by_her_hip(r: CaptionItems, at: int) -> int | None:
-    if not r.opened('garment') or r.gap(at): return None
+    "'a bag BY HER HIP', 'a purse ON ONE OF HER ARMS'; not 'a man in a suit by his side'."
+    item = r.opened('garment')
+    if not item or r.gap(at) or not CARRIED.fullmatch(r.low(item.phrase.head)): return None
     end = _place_end(r, at) if r.low(at) in ('by', 'beside') or r.low(at + 1) == 'one' else 0
     if end: return r.stretch(end)
 
-@reads('verb')
-def _hanging_there(r: CaptionItems, at: int) -> int | None:
-    there = r.opened('garment') and r.low(at) in ('hanging', 'dangling', 'resting', 'slung', 'draped')
-    end = _place_end(r, at + 1) if there and not r.gap(at) else 0
-    if end: return r.stretch(end)
-
-@reads('word')
-def _and_back(r: CaptionItems, at: int) -> int | None:
-    place = r.opened('garment') and r.gap(at) == ['and'] and noun_side(r.low(r.open.end - 1)) == 'body'
-    if place and r.low(at) == 'back' and at not in r.phrases: return r.stretch(at + 1)
-
-@reads('word')
-def _in_her_right(r: CaptionItems, at: int) -> int | None:
-    held = r.low(at) in ('left', 'right') and r.opened('garment') and r.open.verb in CARRY_VERBS.values()
-    ends = r.low(at + 1) in ('', '.', ',', 'and')
-    if held and ends and r.gap(at)[:1] == ['in'] and set(r.gap(at)[1:]) <= THEIRS: return r.stretch(at + 1)
-
 @reads('word')
 def _across_her(r: CaptionItems, at: int) -> int | None:
+    "'a purse across HER'"
     item, gap = r.opened('garment'), r.gap(at)
     worn = item and CARRIED.fullmatch(r.low(item.phrase.head)) and r.words[at].tag == 'PRP'
     if worn and gap in (['across'], ['over'], ['on'], ['around'], ['beside']): return r.stretch(at + 1)
 
-# %% ../nbs/22_wearing.ipynb #a23e9aee
+# %% ../nbs/22_wearing.ipynb #4d000490
+_KEPT = set_of('worn carried held slung draped strapped tied wrapped hung')
+
 @reads('verb')
 def _being_carried(r: CaptionItems, at: int) -> int | None:
+    "'a bag IS BEING CARRIED on his arm'; not 'a man in a coat being pushed'."
     being = at + (r.low(at + 1) == 'being')
-    done = r.words[being + 1:being + 2]
-    if r.low(being) != 'being' or not r.opened('garment') or r.gap(at): return None
-    if not done or done[0].tag != 'VBN' or done[0].low in SCENE_VERBS: return None
-    end = being + 1 + (done[0].low in ('worn', 'carried', 'held'))
+    kept = r.low(being) == 'being' and r.low(being + 1) in _KEPT
+    if not kept or not r.opened('garment') or r.gap(at): return None
+    end = being + 1 + (r.low(being + 1) in ('worn', 'carried', 'held'))
     for word in r.words[at:end]: word.silent = True
     return r.stretch(end)
 
+def _sentence_end(r: CaptionItems, at: int) -> int:
+    return next((i for i in range(at, len(r.words)) if r.low(i) in ('.', ';')), len(r.words))
+
 @reads('verb')
 def _strapped(r: CaptionItems, at: int) -> int | None:
-    done = r.low(at) in ('strapped', 'slung', 'draped', 'carried', 'worn', 'tied', 'wrapped', 'tucked')
+    "'a bag. STRAPPED to her back.'; not 'Tied around her waist is a sweater.'"
     last = r.items[-1] if r.items and r.items[-1].side == 'garment' else None
-    opens = r.low(at - 1) in ('.', ';') and r.words[at].tag in ('VBN', 'VBD')
-    if not (done and last and opens): return None
+    opens = r.low(at) in _KEPT and r.low(at - 1) in ('.', ';') and r.words[at].tag in ('VBN', 'VBD')
+    rest = {r.low(i) for i in range(at, _sentence_end(r, at))}
+    if not (opens and last) or rest & (BE_VERBS | {'he', 'she'}): return None
     r.words[at].tag = 'VBN'
     if tell_again(r, last.of or last, at) is not None: return r.stretch(at + 1)
 
-# %% ../nbs/22_wearing.ipynb #c6f28d9b
+# %% ../nbs/22_wearing.ipynb #bf31136d
 _LEAD = WEAR_VERBS | CARRY_VERBS.keys() | HAVE_VERBS | BE_VERBS | set_of('he she they , also on')
 
 @reads('garment')
 def _place_first(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'ON HER BACK she carries a bag', 'UNDER THE COAT he has a shirt'."
     first = phrase.start
     while first and r.low(first - 1) not in ('.', ';'): first -= 1
     place = r.phrases.get(first + 1)
-    if r.low(first) not in _NEXT_TO or not place or place.end >= phrase.start: return None
+    if r.low(first) not in TAIL_WORDS or not place or place.end >= phrase.start: return None
     there = place.side == 'body' or (place.side == 'garment' and same_garment(r, place))
-    between = [word.low for word in r.words[place.end:phrase.start]]
-    if not there or not {'he', 'she', 'they'} & set(between) or not set(between) <= _LEAD: return None
+    between = {word.low for word in r.words[place.end:phrase.start]}
+    if not there or not {'he', 'she', 'they'} & between or not between <= _LEAD: return None
     item = r.begin('garment', verb_for(r, phrase), phrase)
     r.items.append(Item('garment', item.verb, phrase, place.end, first, of=item))
     return item.end
 
-_ON_THE_HAND = set_of('watch bracelet bracelets ring rings glove gloves band')
-
 @reads('garment')
 def _in_her_hand(r: CaptionItems, phrase: Phrase) -> int | None:
-    hand = r.phrases.get(phrase.end + 1)
+    "'has A JACKET IN HER HAND' is held; 'a watch on the hand' is worn."
+    hand, low = r.phrases.get(phrase.end + 1), r.low(phrase.head)
     held = hand and r.low(phrase.end) == 'in' and r.low(hand.head) in ('hand', 'hands', 'arm', 'arms')
-    if not held or r.verb not in ('', 'has', 'wears', 'scene') or r.other >= 0: return None
-    if r.low(phrase.head) in _ON_THE_HAND or r.low(phrase.start) == 'no': return None
-    if same_garment(r, phrase): return None
-    return r.begin('garment', 'holds', phrase).end
+    carried = CARRIED.fullmatch(low) or slot_of(low) in ('upper', 'lower', 'whole', 'shoes')
+    if not held or not carried or hand.end in r.phrases or r.low(phrase.start) == 'no': return None
+    if r.verb in ('', 'has', 'wears', 'scene') and r.other < 0 and not same_garment(r, phrase):
+        return r.begin('garment', 'holds', phrase).end
 
-# %% ../nbs/22_wearing.ipynb #b0fbac6b
+# %% ../nbs/22_wearing.ipynb #bc62efd5
 @reads('body')
 def _ending_mid_calf(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'pants ENDING MID-CALF'"
     first = r.words[phrase.start]
-    done = first.tag in ('VBG', 'VBN', 'VBD') and first.low not in POSTURE and not first.verb
-    if done and phrase.start < phrase.head and r.opened('garment') and not r.gap(phrase.start):
-        return r.stretch(phrase.end)
-
-@reads('word')
-def _baggy_at(r: CaptionItems, at: int) -> int | None:
-    fits = r.low(at) in FIT_WORDS | {'tight', 'wide', 'loose', 'torn', 'ripped', 'frayed'}
-    if not fits or not r.opened('garment') or r.gap(at): return None
-    if r.low(at + 1) in ('at', 'in', 'around') and _place_end(r, at + 1): return r.stretch(at + 1)
+    done = first.tag in ('VBG', 'VBN', 'VBD') and not first.verb and phrase.start < phrase.head
+    if done and r.opened('garment') and not r.gap(phrase.start): return r.stretch(phrase.end)
 
 @reads('other')
 def _inches_above(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'her shorts are light and fall A FEW INCHES above her knees'"
     item = r.opened('garment')
     reaches = item and not r.gap(phrase.start) and r.low(item.end - 1) in GARMENT_VERBS
     if reaches and r.low(phrase.head) in ('inches', 'inch', 'way', 'bit'): return r.stretch(phrase.end)
 
 @reads('verb')
 def _is_long(r: CaptionItems, at: int) -> int | None:
-    last = r.items[-1] if r.items and r.items[-1].side == 'garment' else None
-    told = r.low(at) in BE_VERBS and r.low(at + 1).endswith('-length')
-    if not last or not told or r.clause: return None
-    last = last.of or last
-    if not last.said[1]: last.said = (at + 1, at + 2)
+    "'a dress with a belt and IS KNEE-LENGTH': the dress."
+    if r.low(at) not in BE_VERBS or not r.low(at + 1).endswith('-length') or r.clause: return None
+    lows = {id(i): r.low(i.phrase.head) for i in r.items if i.side == i.phrase.side == 'garment'}
+    fits = lambda low: slot_of(low) in ('whole', 'lower') or low == 'coat'
+    long = [i for i in r.items if fits(lows.get(id(i), ''))]
+    if r.low(at - 1) != 'and' or not long or long[-1].said[1]: return None
+    long[-1].said = (at + 1, at + 2)
     return r.leave(at + 2, '')
 
 @reads('verb')
 def _hair_falls(r: CaptionItems, at: int) -> int | None:
+    "'her hair FALLS to her shoulders'; not 'her hair flows. On her head …'."
     if not r.opened('hair') or r.low(at) not in GARMENT_VERBS: return None
     if set(r.gap(at)) - {'that', 'which'}: return None
-    ends = (_place_end(r, i, ('body', 'part')) for i in range(at + 1, at + 4))
-    end = next((end for end in ends if end), 0)
+    place = at + 1
+    while place < at + 4 and r.words[place:] and not _place_end(r, place, ('body', 'part')):
+        if not r.words[place].tag.startswith(('RB', 'RP', 'IN')): return None
+        place += 1
+    end = _place_end(r, place, ('body', 'part'))
     of = r.phrases.get(end + 1) if end and r.low(end) == 'of' else None
     if of and of.side == 'body': end = of.end                              # "down the middle of HER BACK"
     if end and r.low(end) != 'of': return r.leave(r.stretch(end))
 
-# %% ../nbs/22_wearing.ipynb #23799262
-_DESIGNS = set_of('design logo pattern print picture writing graphic lettering stripe stripes image emblem')
-
-@reads('part')
-def _has_design(r: CaptionItems, phrase: Phrase) -> int | None:
-    had = not r.open and r.low(phrase.start - 1) in ('has', 'have') and r.low(phrase.head) in _DESIGNS
-    if not had or r.other >= 0: return None
-    worn = (i for i in reversed(r.items) if i.side == i.phrase.side == 'garment')
-    of = next((i for i in worn if slot_of(r.low(i.phrase.head)) in ('upper', 'whole')), None)
-    if not of: return None
-    r.begin('garment', of.verb, phrase, of=of.of or of).tail = phrase.start
-    return phrase.end
-
+# %% ../nbs/22_wearing.ipynb #b1a239b5
 @reads('garment')
 def _same_with(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'a robe. THE ROBE is gold with flowers'"
     at, same = after_be(r, phrase.end), same_garment(r, phrase)
     opens = r.low(phrase.start - 1) in ('', '.', ';', ',', 'and')
     if not (at and same and opens) or same.said[1]: return None
@@ -162,52 +143,64 @@ def _same_with(r: CaptionItems, phrase: Phrase) -> int | None:
 
 @reads('other')
 def _lion_on_shirt(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'wears A LION on her shirt'"
     of = r.phrases.get(phrase.end + 1)
-    on = of and r.verb == 'wears' and r.low(phrase.end) == 'on' and r.low(phrase.start - 1) in WEAR_VERBS
+    on = of and r.low(phrase.end) == 'on' and r.low(phrase.start - 1) in WEAR_VERBS
     if not on or of.side != 'garment' or r.low(of.start) not in THEIRS: return None
     if slot_of(r.low(of.head)) not in ('upper', 'whole'): return None
     item = r.begin('garment', 'wears', of, of=same_garment(r, of))
     item.tail, item.end = phrase.start, phrase.end
     return r.leave(of.end)
 
-# %% ../nbs/22_wearing.ipynb #98da4b35
 @reads('garment')
 def _its_own(r: CaptionItems, phrase: Phrase) -> int | None:
-    item, gap, low = r.opened('garment'), r.gap(phrase.start), r.low(phrase.head)
-    if not item: return None
-    of, led = r.low(item.phrase.head), gap in (['with'], [',', 'with'])
-    visor = led and low == 'visor' and of in ('hat', 'cap')
-    rolled = led and low == 'bottoms' and r.low(phrase.start) == 'rolled-up' and slot_of(of) == 'lower'
-    covered = gap == ['by'] and [r.low(item.end - 2), r.low(item.end - 1)] == ['covered', 'up']
-    if visor or rolled or covered: return r.stretch(phrase.end)
+    "'a hat with A VISOR', 'pants, with rolled-up BOTTOMS'."
+    item, low = r.opened('garment'), r.low(phrase.head)
+    if not item or r.gap(phrase.start) not in (['with'], [',', 'with']): return None
+    visor = low == 'visor' and r.low(item.phrase.head) in ('hat', 'cap')
+    rolled = low == 'bottoms' and r.low(phrase.start) == 'rolled-up'
+    if visor or rolled: return r.stretch(phrase.end)
 
 @reads('garment')
-def _nothing_new(r: CaptionItems, phrase: Phrase) -> int | None:
-    completed = r.low(phrase.start - 1) in ('complete', 'completes', 'completing')
-    told = r.low(after_be(r, phrase.end) or -1)
-    if completed or told == 'not': return r.leave(phrase.end)
-    if told not in ('visible', 'hidden', 'obscured') or same_garment(r, phrase): return None
-    r.begin('garment', verb_for(r, phrase), phrase)
-    return r.leave(phrase.end + 2)
+def _covered_up(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'a coat covered up by A CAPE'"
+    item = r.opened('garment')
+    if not item or r.gap(phrase.start) != ['by']: return None
+    if [r.low(item.end - 2), r.low(item.end - 1)] == ['covered', 'up']: return r.stretch(phrase.end)
 
+# %% ../nbs/22_wearing.ipynb #d2ef3e0e
 @reads('garment', 'body')
 def _no_socks(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'shoes with NO SOCKS', 'gloves with NO FINGERS'."
     item = r.opened('garment')
-    bare = r.low(phrase.start) == 'no' and r.low(phrase.head) in ('socks', 'fingers')
-    worn = item and (slot_of(r.low(item.phrase.head)) == 'shoes' or r.low(item.phrase.head) == 'gloves')
-    if bare and worn and r.gap(phrase.start) == ['with']: return r.stretch(phrase.end)
+    bare = item and r.low(phrase.start) == 'no' and r.gap(phrase.start) == ['with']
+    pairs = [('shoes', 'socks'), ('gloves', 'fingers')]
+    if bare and (slot_of(r.low(item.phrase.head)), r.low(phrase.head)) in pairs: return r.stretch(phrase.end)
 
 @reads('body')
 def _legs_rolled(r: CaptionItems, phrase: Phrase) -> int | None:
-    item, done = r.opened('garment'), r.words[phrase.end:phrase.end + 1]
-    rolled = done and done[0].tag in ('VBN', 'VBD') and done[0].low in ('rolled', 'cuffed', 'tucked', 'cut')
-    if item and rolled and r.gap(phrase.start) == ['with']: return r.stretch(phrase.end)
+    "'pants with THE LEGS rolled up'; not 'with his legs crossed'."
+    item = r.opened('garment')
+    lower = item and slot_of(r.low(item.phrase.head)) == 'lower' and r.low(phrase.head) in ('leg', 'legs')
+    rolled = r.low(phrase.end) in ('rolled', 'cuffed', 'cut')
+    if lower and rolled and r.gap(phrase.start) == ['with']: return r.stretch(phrase.end)
+
+@reads('garment')
+def _completes(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'Boots and a bag complete HER OUTFIT.'"
+    if r.low(phrase.start - 1) in ('complete', 'completes', 'completing'): return r.leave(phrase.end)
+
+@reads('garment')
+def _not_seen(r: CaptionItems, phrase: Phrase) -> int | None:
+    "'HER SHOES are not visible'; 'HIS SHIRT is not tucked in' is worn."
+    at = after_be(r, phrase.end)
+    if at and r.low(at) == 'not' and r.low(at + 1) in ('visible', 'seen', 'shown'): return r.leave(phrase.end)
 
 @reads('person')
 def _the_child(r: CaptionItems, phrase: Phrase) -> int | None:
-    heads, low = {r.low(p.head) for p in r.people}, r.low(phrase.head)
-    other = low in ('child', 'kid', 'baby', 'toddler', 'companion', 'friend') and heads and low not in heads
+    "'A woman with a child. THE CHILD wears …'; not behind 'a boy'."
+    grown = {r.low(p.head) for p in r.people} <= GENDER_OF.keys() - {'boy', 'boys', 'girl', 'girls'}
+    other = r.people and grown and r.low(phrase.head) in ('child', 'kid', 'baby', 'toddler', 'companion')
     opens = r.low(phrase.start - 1) in ('.', ';') and r.low(phrase.start) in THEIRS | {'the'}
-    if not (other and opens): return None
-    ends = (i for i in range(phrase.end, len(r.words)) if r.low(i) in ('.', ';'))
-    return r.leave(next(ends, len(r.words)))
+    young = {w.low for p in r.people for w in r.words[p.start:p.head]} & set_of('young little')
+    if other and opens and not young: return r.leave(_sentence_end(r, phrase.end))

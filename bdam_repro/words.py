@@ -49,7 +49,8 @@ SCENE_VERBS = set_of(
     ' runs running ride rides riding cross crossing passing passes heading moving moves goes sit sits'
     ' sitting stepping steps waiting posing using leaning bending swinging turning did does had')
 CARRIED = re.compile(r'(?:hand|book-?|school-?)?bags?|backpacks?|packs?|purses?|satchels?|totes?'
-                     r'|(?:brief|suit)?cases?|luggage|(?:ruck|knap)?sacks?|pouch(?:es)?|wallets?|pocketbooks?|umbrellas?'
+                     r'|(?:brief|suit)?cases?|luggage|(?:ruck|knap)?sacks?|pouch(?:es)?|wallets?'
+                     r'|pocketbooks?|umbrellas?'
                      r'|duffel|messenger|carry-on|clutch')
 VERB_OR_NOUN = set_of(
     'faces dress running walking looks looking steps runs worn carried held pull pulls push hold cross'
@@ -60,7 +61,7 @@ BODY_NOUNS = set_of(
     'hand hands arm arms shoulder shoulders head neck back wrist wrists foot feet leg legs knee knees ankle'
     ' ankles waist chest hip hips ear ears face body finger fingers thumb thumbs thigh thighs calf calves'
     ' buttocks breast breasts armpit armpits pits stomach belly elbow elbows forearm side sides lap'
-    ' torso shin shins middle eye eyes blade blades pelvis midsection abdomen forehead palm palms')
+    ' torso shin shins middle eye eyes blade blades pelvis midsection abdomen forehead')
 PART_NOUNS = set_of(
     'accent accents band bands beading block blocks border bow bows brim buckle button buttons'
     ' character check checks collar collars color colors colour colours compartment cuff cuffs design'
