@@ -121,7 +121,8 @@ _GENERIC = re.compile(r'cloth(?:es|ing)|outfits?|attire|garments?|costumes?|appa
                       r'|(?:high|low)-tops')
 _LIKE_A_COLOR = re.compile(
     r'(?:[\w-]+-)?(?:colou?red|white|black|blue|green|red|gr[ae]y|brown|pink)|multi-?colou?r(?:ed)?|neon'
-    r'|coral|peach|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
+    r'|coral|peach'
+    r'|lavender|aqua|mauve|charcoal|crimson|salmon|fuchsia|magenta|cyan|mint|rust|plum|nude|auburn|sandy'
     r'|creme|mustard|lime|plain|solid|polka|flowered|denim|leather|plaid|striped|check(?:ed|ered)|floral'
     r'|printed|patterned|camo(?:uflage)?|dotted|(?:red|blue|green|tan|brown|gr[ae]y|black|white|pink)s')
 _PIECES = ('upper', 'lower', 'shoes', 'accessory')
