@@ -337,6 +337,7 @@ def _describe_in_child(url, folder, out, n, settings):
     asyncio.run(run())
 
 
+@pytest.mark.timeout(1800)  # 21 starts of Python, and a busy machine takes a quarter of a minute for each
 def test_kill_at_twenty_moments_then_resume(tmp_path):
     n, rng = 500, random.Random(0)
     records = pictures(tmp_path / 'imgs', n)
