@@ -181,6 +181,7 @@ _STYLES = tuple(set_of('-sleeve -length -top -fitting -toe -style -leg -cut -sol
 @functools.cache
 def is_color(low: str) -> bool: return noun_side(low) == 'color'
 
+# %% ../nbs/20_lexicon.ipynb #e2af19ba
 def _is_verb(low: str, tag: str) -> bool:
     if low in FIT_WORDS or '-' in low: return False
     if low in VERB_OR_NOUN: return tag.startswith('VB') or tag == 'MD'

@@ -30,9 +30,14 @@ _WRITTEN = (     # "_" for a blank
     ' clean_shaven=clean-shaven prescription_made=prescription'
     ' acid_wash=acid-wash')
 _TYPOS = dict(pair.replace('_', ' ').split('=') for pair in _WRITTEN.split())
+
+# %% ../nbs/20_spelling.ipynb #2714cf85
+def _rules(pairs: list) -> list:   # of a pattern and what stands for it
+    return [(re.compile(wrong, re.I), right) for wrong, right in pairs]
+
 _HUE = (r'(?:light |dark )?(?:black|white|blue|red|gr[ae]y|green|brown|pink|tan|purple|yellow|orange|beige'
         r'|maroon|cream|khaki|silver|gold)')
-_SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
+_SPELLING = _rules([
     (rf'\b(?:{"|".join(_TYPOS)})\b', lambda found: _TYPOS[found[0].lower()]),
     (r"\b(he|she|it) ?(?:[' ]s)\b(?= \w+(?:ing|ed)\b| not| a\b| in\b)", r'\1 is'),
     (r"\b(that|who|which)[' ]s\b", r'\1 is'), (r"(?<!\w)'|'(?!\w)", ' '),
@@ -68,6 +73,10 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\b(wearing|with|in|carrying) s (?=[a-z])', r'\1 a '),
     (r'\b(blazer|jacket|coat|shirt|sweater) ?/ ?(?=(?:blazer|jacket|coat|shirt|sweater)\b)', r'\1 or '),
     (r'\bpull over(?=[.,;]|$| and\b)', 'pullover'), (r'\bcross[ -]?body back\b', 'crossbody bag'),
+])
+
+# %% ../nbs/20_spelling.ipynb #d689e5c0
+_SPELLING += _rules([
     (r'&', ' and '), (r'\bw ?/ ?(?=\w)', 'with '),
     (r'(?<=[a-z]) ?/ ?(?=[a-z])', ' and '), (r'\b(man|mane|woman) ea ring\b', r'\1 wearing'),
     (r'\b(?:back|knap)[ -]?pack(s?)\b', r'backpack\1'), (r'\bhand bag', 'handbag'),
@@ -101,7 +110,7 @@ _SPELLING = [(re.compile(wrong, re.I), right) for wrong, right in [
     (r'\b(black|white|blue|red|gr[ae]y|green|khaki|denim|brown|pink|jean|patterned|plaid) short'
      r'(?= (?:and|with)\b(?![\w ]{0,20}hair)|[.,](?! ?[\w ]{0,20}hair))', r'\1 shorts'),
     (r'\bmilt[ -]', 'multi-'), (r'\bunder armou?r\b', 'Under-Armour'),
-    (r"(?<=[a-z])(?-i: S )(?=[a-z])", "'s ")]]
+    (r"(?<=[a-z])(?-i: S )(?=[a-z])", "'s ")])
 
 # %% ../nbs/20_spelling.ipynb #6196172f
 _ADJECTIVE = (r'(?:light|dark)(?: |-)colou?red|dark|light|bright|pale|tan|beige|loose|plain|long|large|small'
