@@ -105,17 +105,6 @@ def _inches_above(r: CaptionItems, phrase: Phrase) -> int | None:
     if reaches and r.low(phrase.head) in ('inches', 'inch', 'way', 'bit'): return r.stretch(phrase.end)
 
 @reads('verb')
-def _is_long(r: CaptionItems, at: int) -> int | None:
-    "'a dress with a belt and IS KNEE-LENGTH': the dress."
-    if r.low(at) not in BE_VERBS or not r.low(at + 1).endswith('-length') or r.clause: return None
-    lows = {id(i): r.low(i.phrase.head) for i in r.items if i.side == i.phrase.side == 'garment'}
-    fits = lambda low: slot_of(low) in ('whole', 'lower') or low == 'coat'
-    long = [i for i in r.items if fits(lows.get(id(i), ''))]
-    if r.low(at - 1) != 'and' or not long or long[-1].said[1]: return None
-    long[-1].said = (at + 1, at + 2)
-    return r.leave(at + 2, '')
-
-@reads('verb')
 def _hair_falls(r: CaptionItems, at: int) -> int | None:
     "'her hair FALLS to her shoulders'; not 'her hair flows. On her head …'."
     if not r.opened('hair') or r.low(at) not in GARMENT_VERBS: return None
@@ -152,39 +141,7 @@ def _lion_on_shirt(r: CaptionItems, phrase: Phrase) -> int | None:
     item.tail, item.end = phrase.start, phrase.end
     return r.leave(of.end)
 
-@reads('garment')
-def _its_own(r: CaptionItems, phrase: Phrase) -> int | None:
-    "'a hat with A VISOR', 'pants, with rolled-up BOTTOMS'."
-    item, low = r.opened('garment'), r.low(phrase.head)
-    if not item or r.gap(phrase.start) not in (['with'], [',', 'with']): return None
-    visor = low == 'visor' and r.low(item.phrase.head) in ('hat', 'cap')
-    rolled = low == 'bottoms' and r.low(phrase.start) == 'rolled-up'
-    if visor or rolled: return r.stretch(phrase.end)
-
-@reads('garment')
-def _covered_up(r: CaptionItems, phrase: Phrase) -> int | None:
-    "'a coat covered up by A CAPE'"
-    item = r.opened('garment')
-    if not item or r.gap(phrase.start) != ['by']: return None
-    if [r.low(item.end - 2), r.low(item.end - 1)] == ['covered', 'up']: return r.stretch(phrase.end)
-
 # %% ../nbs/22_wearing.ipynb #d2ef3e0e
-@reads('garment', 'body')
-def _no_socks(r: CaptionItems, phrase: Phrase) -> int | None:
-    "'shoes with NO SOCKS', 'gloves with NO FINGERS'."
-    item = r.opened('garment')
-    bare = item and r.low(phrase.start) == 'no' and r.gap(phrase.start) == ['with']
-    pairs = [('shoes', 'socks'), ('gloves', 'fingers')]
-    if bare and (slot_of(r.low(item.phrase.head)), r.low(phrase.head)) in pairs: return r.stretch(phrase.end)
-
-@reads('body')
-def _legs_rolled(r: CaptionItems, phrase: Phrase) -> int | None:
-    "'pants with THE LEGS rolled up'; not 'with his legs crossed'."
-    item = r.opened('garment')
-    lower = item and slot_of(r.low(item.phrase.head)) == 'lower' and r.low(phrase.head) in ('leg', 'legs')
-    rolled = r.low(phrase.end) in ('rolled', 'cuffed', 'cut')
-    if lower and rolled and r.gap(phrase.start) == ['with']: return r.stretch(phrase.end)
-
 @reads('garment')
 def _completes(r: CaptionItems, phrase: Phrase) -> int | None:
     "'Boots and a bag complete HER OUTFIT.'"
