@@ -215,7 +215,9 @@ def irra_modules(path: str) -> types.SimpleNamespace:
     if not folder.is_dir(): raise UserError(f'no folder {folder}: give the folder of a clone of IRRA')
     sys.modules.setdefault('prettytable', types.SimpleNamespace(PrettyTable=None))    # it prints tables
     with patch.object(sys, 'path', [str(Path(path).absolute()), *sys.path]):
-        loop, solver = importlib.import_module('processor.processor'), importlib.import_module('solver')
+        try: loop, solver = importlib.import_module('processor.processor'), importlib.import_module('solver')
+        except ModuleNotFoundError as e:
+            raise UserError(f"IRRA's loop needs {e.name}: pip install {e.name}") from None
     spec = importlib.util.spec_from_file_location('irra_objectives', Path(path)/'model'/'objectives.py')
     losses = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(losses)
