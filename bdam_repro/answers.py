@@ -132,13 +132,15 @@ def completion_of(said: object) -> dict:
     text = said.strip() if isinstance(said, str) else ''
     if not text: raise NoAnswer('')
     is_page = re.match(r'<(?:!doctype|html)', text, re.I)
-    raise NoAnswer(f'{"a web page" if is_page else "no JSON"}: {error_words(text)[:100]}')
+    # whoever calls takes the key out first and cuts then
+    raise NoAnswer(f'{"a web page" if is_page else "no JSON"}: {error_words(text)}')
 
 # %% ../nbs/18_answers.ipynb #c063da53
 def _join_events(text: str) -> dict:
-    "The chat completion that a stream of server-sent events spells."
-    written, finish, usage, tool = [], None, None, []
-    for line in text.splitlines():
+    "The chat completion that a stream of server-sent events spells; one that breaks off is a cut answer."
+    written, tool, refusal, usage = [], [], [], None
+    finish = None if re.search(r'^data: *\[DONE\]', text, re.M) else 'length'
+    for line in re.split(r'\r\n|\r|\n', text):             # other line ends may stand in a text
         chunk = json_value(line[5:]) if line.startswith('data:') else None
         if not isinstance(chunk, dict): continue            # a comment, an empty line, [DONE]
         usage = chunk.get('usage') or usage
@@ -152,8 +154,9 @@ def _join_events(text: str) -> dict:
         if not isinstance(message, dict): continue
         written.append(_content_text(message.get('content')))
         tool.append(_tool_text(message))
-    content = ''.join(written) or ''.join(tool)
-    return {'choices': [{'message': {'content': content}, 'finish_reason': finish}], 'usage': usage}
+        refusal.append(_content_text(message.get('refusal')))
+    whole = {'content': ''.join(written) or ''.join(tool), 'refusal': ''.join(refusal) or None}
+    return {'choices': [{'message': whole, 'finish_reason': finish}], 'usage': usage}
 
 # %% ../nbs/18_answers.ipynb #30fb7f61
 CUT = ('length', 'max_tokens', 'model_length', 'max_output_tokens')      # finish reasons of a cut answer
@@ -250,13 +253,14 @@ def whole_objects(text: str) -> Objects:
     return Objects(whole, broken)
 
 def objects_within(outer: JsonObject) -> list[JsonObject]:
-    "An object and all objects inside it, the outer ones first."
+    "An object and all objects inside it, in the order in which they begin."
     found, left = [], [outer]
-    for value in left:                  # grows while it is read
+    while left:
+        value = left.pop()
         if isinstance(value, dict):
             found.append(value)
-            left.extend(value.values())
-        elif isinstance(value, list): left.extend(value)
+            left.extend(reversed(value.values()))
+        elif isinstance(value, list): left.extend(reversed(value))
     return found
 
 # %% ../nbs/18_answers.ipynb #1d605c33
@@ -304,8 +308,6 @@ def _schema_reason(error: ValidationError) -> str:
     return f'schema: {place}: {first["msg"]}'
 
 def _read_object(found: JsonObject) -> Description | str:     # the description, or why it is none
-    twice = [part.twice for part in objects_within(found) if part.twice]
-    if twice: return f'duplicate key: "{twice[0]}" occurs twice'
     try: return Description.model_validate(found)
     except ValidationError as e: return _schema_reason(e)
 
@@ -315,7 +317,11 @@ def parse_answer(text: str  # what the model wrote: bare, fenced or surrounded J
     "The last description in an answer. Raises `Rejected`: `json`, `duplicate key` or `schema`, with detail."
     objects, reason = whole_objects(text), None
     for outer in reversed(objects.whole):
-        for found in objects_within(outer):
+        parts = objects_within(outer)
+        if twice := [part.twice for part in parts if part.twice]:
+            reason = reason or f'duplicate key: "{twice[0]}" occurs twice'
+            continue
+        for found in reversed(parts):
             read = _read_object(found)
             if isinstance(read, Description): return read
             is_meant = found.keys() & Description.model_fields.keys()

@@ -50,11 +50,14 @@ def cell(t: pd.DataFrame, metric: str) -> dict[str, Any]:
 def check_budget(root: Path, runs: pd.DataFrame) -> None:
     "Raises `UserError` where runs that share a table have different options."
     first: dict[tuple, tuple[Path, dict]] = {}
-    of_tables = runs[runs['tag'].isin(LAYOUT_TAGS)]
+    rows = [row for d in set(runs['dataset']) for n in REFERENCE for row in table_rows(n, d)]
+    of_rows, sides = {(row.variant, row.tag) for row in rows}, zip(runs['variant'], runs['tag'])
+    of_tables = runs[[side in of_rows or side[1] in LAYOUT_TAGS for side in sides]]
     for r in of_tables.drop_duplicates(KEY[:-1]).itertuples():
         folder = run_folder(root, r)
-        here = own_options(folder)
-        other, own = first.setdefault((r.dataset, r.preset, r.tag), (folder, here))
+        here = {name: value for name, value in own_options(folder).items() if f'{name}=' not in r.tag}
+        layout = r.tag if r.tag in LAYOUT_TAGS else ''
+        other, own = first.setdefault((r.dataset, r.preset, layout), (folder, here))
         if here != own:
             options = f'{here or "no options of its own"}, {other} with {own or "none"}'
             raise UserError(f'{folder} was run with {options}: run one of them again, or move it away')
@@ -158,7 +161,7 @@ def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.cs
     depth = sorted({make_config(preset=preset).bdam_depth for preset in used['preset']})
     shallow, whole = (' / '.join(map(str, ds)) for ds in ([d//2 for d in depth], depth))
     return ('The rows with a BDAM train on the identity descriptions too, the baseline on captions alone; '
-            f'Table 5 has a baseline that has both. Shallow here: {shallow} of {whole} layers a branch. '
+            f'Table 5 has a baseline that has both. Shallow here: {shallow} of {whole} layers per branch. '
             + last)
 
 def table_caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str,

@@ -68,21 +68,25 @@ class BatchState(BaseModel):
     history: dict[str, History] = {}        # of images whose last answer was rejected
     created: int = 0                        # batches so far, for their names
     started: str = ''                       # a random word, so that names are unique at the provider
+    server: str = ''                        # its address; empty: not noted
 
 # %% ../nbs/25_batchmode.ipynb #2de74bee
 def state_path(out: Path) -> Path:
     "The state file beside the JSONL."
     return out.with_name(f'.{out.name}.batches.json')
 
-def load_state(out: Path, asked: list[str]) -> BatchState:
-    "The state of open batches, or a new one. Raises `UserError` if it is damaged or of other prompts."
+def load_state(out: Path, asked: list[str], server: str = '') -> BatchState:
+    "The state of open batches, or a new one. Raises `UserError`: damaged, other prompts, another server."
     path = state_path(out)
-    if not path.exists(): return BatchState(started=os.urandom(6).hex(), asked=asked)
+    if not path.exists(): return BatchState(started=os.urandom(6).hex(), asked=asked, server=server)
     try: state = BatchState.model_validate_json(path.read_bytes())
     except ValidationError: state = None
     if state is None:
         raise UserError(f'{path}: damaged; remove it to begin the open batches anew'
                         ' (they would be paid for again).')
+    if state.server not in ('', server):
+        raise UserError(f'{path}: batches are open at {state.server}, and OPENAI_BASE_URL is {server} now; go'
+                        ' back to that server, or remove this file to give them up.')
     if state.asked == asked: return state
     raise UserError(f'{path}: batches of another model, prompt or seed are open; go on with theirs,'
                     ' choose another `out`, or remove this file to give them up.')
@@ -205,7 +209,7 @@ def judge_result(b: BatchRun, image: str, result: dict | None) -> None:  # None:
     run, s, key, description = b.run, b.settings, b.run.server.client.api_key, None
     history = b.state.history.setdefault(image, History())
     try: reply = _batch_reply(result)
-    except NoAnswer as e: history.reject(f'server: {redact(str(e) or "no answer", key)}')
+    except NoAnswer as e: history.reject(f'server: {redact(str(e) or "no answer", key)[:300]}')
     else:
         answer = count_answer(run.server, reply, guess=run.server.largest_prompt)
         book_answer(run, answer)
@@ -238,15 +242,16 @@ async def collect_finished(b: BatchRun) -> int:
     over = 0
     for part in list(b.state.parts):
         batch = await b.run.server.client.batches.retrieve(part.batch_id)
-        if batch.status == 'failed': _give_up_batch(b, part, batch)
+        if batch.status == 'failed': await _give_up_batch(b, part, batch)
         if batch.status in ('completed', 'expired', 'cancelled'):
             await collect_batch(b, part, batch)
             over += 1
     return over
 
-def _give_up_batch(b: BatchRun, part: BatchPart, batch) -> None:
+async def _give_up_batch(b: BatchRun, part: BatchPart, batch) -> None:
     b.state.parts.remove(part)
     b.save()
+    await delete_files(b, {part.input_file_id, batch.output_file_id, batch.error_file_id})
     errors = batch.errors.data if batch.errors and batch.errors.data else []
     why = redact('; '.join(e.message or '' for e in errors) or 'no reason given', b.run.server.client.api_key)
     raise UserError(f'the provider did not take a batch ({why[:200]}); nothing of it was answered.'
@@ -286,7 +291,8 @@ async def _describe_in_rounds(b: BatchRun, rows: pd.Series) -> None:
 # %% ../nbs/25_batchmode.ipynb #b158968e
 async def _continue_batches(run: DescribeRun, settings: BatchSettings, out: Path, rows: pd.Series) -> None:
     "The rounds, and the bookkeeping around them."
-    start, state = time.monotonic(), load_state(out, [settings.model, str(settings.seed), *run.hashes])
+    start, server = time.monotonic(), redact(str(run.server.client.base_url))
+    state = load_state(out, [settings.model, str(settings.seed), *run.hashes], server)
     if state.manner: run.server.manner = state.manner
     for image, history in state.history.items():     # paid for and rejected: in no line of the journal yet
         if image in run.journal.done: continue

@@ -68,6 +68,7 @@ class Branches(nn.Module):
                  dropout: float = 0.1,    # in the attention
                  mlp: float = 0.):        # see `Attention`
         super().__init__()
+        if order not in ('after', 'between'): raise ValueError(f'order={order!r}: choose after or between')
         stack = lambda n: nn.ModuleList(Attention(dim, heads, dropout, mlp) for _ in range(n))
         self.proj_id, self.proj_clo = nn.Linear(in_dim, dim), nn.Linear(in_dim, dim)
         self.self_id, self.self_clo = stack(depth), stack(depth)

@@ -68,9 +68,14 @@ class ResidentData:
         self.numbers = {name: table.number.to(device) for name, table in tables.items()}
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.plan = {name: torch.from_numpy(x).to(device) for name, x in draw_epoch(loader, 0).items()}
-        options = {} if data.augmentation is True else data.augmentation or dict(flip=0, pad=0, erase=0)
-        self.pad = options.get('pad', 8)
-        self.varied = any(options.get(name, 1) for name in ('flip', 'pad', 'erase'))
+        self.pad, self.varied = self.augmentation_of(data.augmentation)
+
+    @staticmethod
+    def augmentation_of(asked: bool | dict | None) -> tuple[int, bool]:
+        "Pixels that a picture is padded by, and whether pictures are changed at all."
+        if asked is True: return 8, True                                       # the usual changes
+        if not asked: return 0, False
+        return asked.get('pad', 8), any(asked.get(name, 1) for name in ('flip', 'pad', 'erase'))
 
     def load(self, epoch: int, first: int = 0) -> None:
         "Put an epoch's batches into the same memory."

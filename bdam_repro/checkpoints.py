@@ -95,7 +95,8 @@ class SavePlan:
     def by_step(self, step: int) -> bool: return self.steps > 0 and step % self.steps == 0
 
     def by_time(self) -> bool:
-        return 0 < self.seconds <= max(self.seconds, 25*self.cost) < time.monotonic() - self.last
+        if not self.seconds: return False
+        return time.monotonic() - self.last > max(self.seconds, 25*self.cost)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

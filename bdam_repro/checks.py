@@ -22,7 +22,7 @@ def check_purity(text: str, side: str, policy: Policy) -> str | None:
 # %% ../nbs/21_checks.ipynb #22738d06
 def check_ethnicity(text: str, side: str, policy: Policy) -> str | None:
     "Skin and ethnicity are named only where the policy allows it."
-    skin = spoken_of(text, side).get('skin')
+    skin = spoken_of(text, 'identity').get('skin')                   # in a clothing text too
     if policy.ethnicity or not skin: return None
     return f'policy: {side} text names skin or ethnicity ("{skin[0]}")'
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OWN_CLAIMS', 'ALL_CLAIMS', 'METRIC_NAMES', 'PAIRS_BESIDE', 'GAIN_METRICS', 'TOKENS_BESIDE', 'SLACK', 'RIVAL_LAYERS',
-           'NEAR', 'LEAST_SPREAD', 'GATE_METRIC', 'GATE', 'GATE_WORTH', 'AN_OFFSET', 'claim_finding', 'compare_sides',
-           'noise_side', 'accuracy_claims', 'factorial_claims', 'fusion_gains', 'fusion_finding', 'over_runs',
-           'fusion_claims', 'token_claims', 'style_claims', 'style_agreement', 'sota_claim', 'cost_lengths', 'costs',
-           'number_finding', 'linear_claim', 'tradeoff_claim', 'efficiency_claims', 'gallery_people', 'gate_means',
-           'gate_gains', 'gate_claims', 'balance_claim', 'region_silhouettes', 'region_claim']
+           'PAPER_WIDTH', 'PAPER_TOKENS', 'NEAR', 'LEAST_SPREAD', 'GATE_METRIC', 'GATE', 'GATE_WORTH', 'AN_OFFSET',
+           'claim_finding', 'compare_sides', 'noise_side', 'accuracy_claims', 'factorial_claims', 'fusion_gains',
+           'fusion_finding', 'over_runs', 'fusion_claims', 'token_claims', 'style_claims', 'style_agreement',
+           'sota_claim', 'cost_lengths', 'costs', 'number_finding', 'linear_claim', 'tradeoff_claim',
+           'efficiency_claims', 'gallery_people', 'gate_means', 'gate_gains', 'gate_claims', 'balance_claim',
+           'region_silhouettes', 'region_claim']
 
 # %% ../nbs/82_claims.ipynb #a5eb63e5
 import math
@@ -20,18 +21,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .config import Config
+from .config import Config, make_config
 from .paper import CLAIMS, Claim
 from .deciding import (CONTRASTS, FUSION_CONTRASTS, FUSION_VARIANTS, SMALLEST_EFFECT, Contrast,
                                  FusionContrast, Side, printed_difference)
 from .inference import DifferenceEstimate, estimate
 from .factorial import effect_estimates, loss_runs
 from .grid import LONGER, NOISE
-from .results import FUSION_TOWERS, load_features, read_fusions, write_csv
+from .results import FUSION_TOWERS, load_features, read_fusions, rows_where, write_csv
 from .archive import ON_CPU
 from .gates import WORTH, gate_worth
 from .features import branch_silhouettes, centered, pick_people, unit_rows, untrained
 from .efficiency import fusion_configs, fusion_flops, growth, layer_costs, one_core, sizes
+from .cost_figure import cost_machine
 from .findings import (FULL, NOT_RUN, ONE_SEED, Evidence, Finding, ModelQuestion, compare_runs,
                                  folder_source, interval_columns, judge, model_findings,
                                  paired_interval, query_people, run_source, runs_with_findings,
@@ -226,41 +228,49 @@ def sota_claim(e: Evidence) -> list[Finding]:
 # %% ../nbs/82_claims.ipynb #601c8da3
 RIVAL_LAYERS = 'Transformer, fused attention'      # the quicker of two kernels
 
+PAPER_WIDTH = make_config('cuhk', 'paper').fusion_dim
+PAPER_TOKENS = 14*14 + 77                          # patches of a ViT at 224 × 224, and words
+
 def cost_lengths(c: Config) -> tuple[int, ...]:
     "Lengths at which layers are measured: one vector; patches and words; two that show how the cost grows."
     s = sizes(c.model_copy(update=dict(fusion_input='tokens')))
     return 1, s.patches + s.words, 512, 1024
 
 def costs(e: Evidence) -> pd.DataFrame:   # as of `efficiency.layer_costs`
-    "`costs.csv` in the runs' folder, measured where it is not there."
-    path = e.p.runs_path/e.base.dataset/e.base.preset/'costs.csv'
+    "`costs.csv` beside the tables, at this preset's width and the paper's; measured where it is not there."
+    path, cpu = e.p.tables_path/'costs.csv', torch.device('cpu')
     if not path.exists():
         with one_core():
-            measured = layer_costs(torch.device('cpu'), cost_lengths(e.base), e.base, budget=15., each=.2)
-            write_csv(measured, path)
+            own = layer_costs(cpu, cost_lengths(e.base), e.base, budget=15., each=.2)
+            printed = layer_costs(cpu, (1, PAPER_TOKENS), budget=15., each=.2)
+        own, printed = own.assign(width=e.base.fusion_dim), printed.assign(width=PAPER_WIDTH)
+        write_csv(pd.concat([own, printed]).assign(machine=cost_machine(cpu)), path)
     return pd.read_csv(path)
 
 # %% ../nbs/82_claims.ipynb #be8f0bfd
 def number_finding(item: str, reading: str, metric: str, value: float, than: float,
-                   evidence: str = 'costs.csv') -> Finding:
-    "A deciding finding that compares two numbers; there is no interval."
+                   evidence: str = 'costs.csv', decides: bool = True) -> Finding:
+    "A finding that compares two numbers; there is no interval."
     if math.isnan(value + than): verdict = NOT_RUN
     else: verdict = 'for' if value < than else 'against'
     rule = 'for where the value is below the number beside it (hi), else against'
     return Finding('b', item, reading, metric, value=value, hi=than, verdict=verdict, rule=rule,
-                   evidence=evidence, decides=True)
+                   evidence=evidence, decides=decides)
 
 def linear_claim(e: Evidence) -> list[Finding]:
-    "Growth below attention's, and no more seconds or FLOPs than attention at the lengths that occur."
+    "Growth below attention's, no more seconds or FLOPs at the lengths that occur; beside: the paper's sizes."
     t, names = costs(e), f'Mamba, {RIVAL_LAYERS}'
-    exponent = growth(t)['seconds']
+    exponent = growth(t[t['width'] == e.base.fusion_dim])['seconds']
     out = [number_finding('linear', f'exponent of the seconds in the length: {names}', 'growth',
                           exponent['Mamba'], exponent[RIVAL_LAYERS])]
-    for length in cost_lengths(e.base)[:2]:
-        of = t[t['length'] == length].set_index('layers')
-        for column, metric, unit in (('seconds', 'µs a pair', 1e6), ('flops', 'kFLOPs a pair', 1e-3)):
+    decisive = [(e.base.fusion_dim, length) for length in cost_lengths(e.base)[:2]]
+    for width, length in dict.fromkeys([*decisive, (PAPER_WIDTH, 1), (PAPER_WIDTH, PAPER_TOKENS)]):
+        of = rows_where(t, width=width, length=length).drop_duplicates('layers').set_index('layers')
+        name = f'{length} tokens of width {width}: {names}'
+        for column, metric, unit in (('seconds', 'µs per pair', 1e6), ('flops', 'kFLOPs per pair', 1e-3)):
             mamba, rival = of[column]['Mamba']*unit, of[column][RIVAL_LAYERS]*unit
-            out.append(number_finding('linear', f'{length} tokens: {names}', metric, mamba, rival))
+            decides = (width, length) in decisive
+            out.append(number_finding('linear', name, metric, mamba, rival, decides=decides))
     return out
 
 # %% ../nbs/82_claims.ipynb #8f533df2
@@ -268,7 +278,7 @@ def tradeoff_claim(e: Evidence) -> list[Finding]:
     "Fewer FLOPs than four Transformer layers; that its gain in mAP is as large is in `FUSION_CONTRASTS`."
     flops = {name: sum(fusion_flops(c))/1e3 for name, c in fusion_configs(e.p).items()}
     ours = f'Mamba ({e.base.fusion_input})'
-    metric, evidence = 'kFLOPs a pair', 'fusion_flops()'
+    metric, evidence = 'kFLOPs per pair', 'fusion_flops()'
     return [number_finding('tradeoff', f'{ours}, Transformer ×4', metric, flops[ours],
                            flops['Transformer ×4'], evidence),
             Finding('b', 'tradeoff', f'{ours}, Simple', metric, value=flops[ours], hi=flops['Simple'],

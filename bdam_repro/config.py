@@ -45,7 +45,7 @@ def atomic_path(path: str | Path  # where the finished file shall be
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make the folder {path.parent}: {e.strerror}; choose another one') from e
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.{os.urandom(3).hex()}.tmp')
     try:
         yield tmp
         os.replace(tmp, path)
@@ -58,7 +58,7 @@ def atomic_path(path: str | Path  # where the finished file shall be
 # %% ../nbs/00_config.ipynb #4cf9fb26
 def opt(default: Any,    # value in the `paper` preset, unless a preset says otherwise
         why: str,        # what it does, and its readings
-        paper: str = '', # what the paper prints, with the section; empty where it is silent
+        paper: str = '', # what the paper prints, with the section; empty or 'not printed' if silent
         **limits):       # pydantic's `ge`, `gt`, `le`, `lt`
     "One option: a pydantic field that remembers what the paper says."
     return Field(default, description=why, json_schema_extra={'paper': paper}, **limits)
@@ -147,7 +147,7 @@ class EncoderOptions(Options):
 # %% ../nbs/00_config.ipynb #7bf96207
 class BdamOptions(Options):
     bdam: bool = opt(True, 'split identity and clothing; off: one pooled feature (the baseline)')
-    bdam_depth: int = opt(6, 'self-attention layers a branch; Table 1 calls 3 shallow', '> 3 (Tab. 1)', ge=1)
+    bdam_depth: int = opt(6, 'self-attention layers per branch; Tab. 1 calls 3 shallow', '> 3 (Tab. 1)', ge=1)
     bdam_heads: int = opt(8, 'attention heads', ge=1)
     bdam_mlp: float = opt(0.0, 'width of a feed-forward part per layer, in D; 0: attention alone, as printed',
                           ge=0)
@@ -387,9 +387,9 @@ def check_config(config: Config) -> Config:  # the same one
     def need(ok, say):
         if not ok: raise UserError(say)
     c = config
-    need(c.dim % c.bdam_heads == 0, f'dim={c.dim} must be a multiple of bdam_heads={c.bdam_heads}')
-    need(c.fusion_dim % c.fusion_heads == 0,
-         f'fusion_dim={c.fusion_dim} must be a multiple of fusion_heads={c.fusion_heads}')
+    for part, width, heads in ((c.bdam, 'dim', 'bdam_heads'), (c.fusion, 'fusion_dim', 'fusion_heads')):
+        w, h = getattr(c, width), getattr(c, heads)
+        need(not part or w % h == 0, f'{width}={w} must be a multiple of {heads}={h}')
     wanted = {'product': 'pooled', 'cross': 'tokens'}.get(c.fusion_kind, c.fusion_input)
     need(c.fusion_input == wanted, f'fusion_kind={c.fusion_kind} needs fusion_input={wanted}')
     need(c.ids_per_batch > 1, 'a batch of one identity has no negatives: raise ids_per_batch')
@@ -432,7 +432,7 @@ _PLAIN = (str, int, float, list, tuple, dict, type(None))       # what papermill
 
 def given_names(names: dict[str, Any]  # a notebook's `globals()`
                ) -> dict[str, Any]:     # what its parameters cell, or papermill, put there
-    "The parameters among a notebook's globals: what a shell, an import or a later cell left there is none."
+    "The parameters among a notebook's globals: what a shell or an import left there is none. "
     return {k: v for k, v in names.items() if not k.startswith('_')
             and k not in {'In', 'Out', 'exit', 'quit'} and isinstance(v, _PLAIN)}
 
@@ -442,7 +442,7 @@ def in_test() -> bool:
     return bool(os.environ.get('IN_TEST'))
 
 # %% ../nbs/00_config.ipynb #d9a25609
-def options() -> pd.DataFrame:  # columns: value in the paper, and each preset; index: the option
+def options() -> pd.DataFrame:  # by option: what the paper prints, default, `tiny`, what it does
     "Every option with its default, its presets and what the paper prints."
     rows = {n: {'paper prints': f.json_schema_extra['paper'], 'default': f.default,
                 'tiny': PRESETS['tiny'].get(n, ''), 'what': f.description}

@@ -224,8 +224,10 @@ def figure5_caption(table: pd.DataFrame, costs: pd.DataFrame, p: ArtifactParamet
     code = ', '.join(dict.fromkeys(' '.join(table['code']).split())) or 'none'
     on_towers = ''
     if table['same_towers'].all():
-        on_towers = f'all on the same frozen towers of `{FUSION_TOWERS}` (± sd of the gain), '
-    return (f'Figure 5. (a) At each axis: inner ring (worst) … rim (best), logarithmic but for mAP. FLOPs '
+        on_towers = (f'the mean gain on frozen towers of `{FUSION_TOWERS}` (± its sd) on top of '
+                     f'their mean `dual`, ')
+    return (f'Figure 5. (a) At each axis: inner ring (worst; for mAP at least 10 points below the '
+            f'rim) … rim (best), logarithmic but for mAP. FLOPs '
             f'of a pair and pairs/s: forward; MiB: peak of a training step of '
             f'{table["pairs"].iloc[0]} pairs. Transformer ×n: n layers; Mamba and Simple: '
             f'{p.config.fusion_layers}. mAP (%): {DATASET_NAMES[p.dataset]}{rendered}, preset '

@@ -102,9 +102,9 @@ MEASURES = {       # claim -> metrics that decide it
     'gate_mean': ('mean of g − 60 %',),
     'balance': ('mean, %', 'sd, %'),
     'tsne': ('silhouette, %',),
-    'linear': ('growth', 'µs a pair', 'kFLOPs a pair'),
+    'linear': ('growth', 'µs per pair', 'kFLOPs per pair'),
     'styles': ('ARI of DBSCAN',),          # no tuning, beside the contrasts above
-    'tradeoff': ('kFLOPs a pair',),        # beside the contrasts above
+    'tradeoff': ('kFLOPs per pair',),        # beside the contrasts above
 }
 
 # %% ../nbs/39_deciding.ipynb #d885c537

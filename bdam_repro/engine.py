@@ -38,8 +38,9 @@ def output_name(notebook: str,   # path of the notebook
     given = [f'{k}={v}' for o in ('parameters', 'parameters_raw') for k, v in params.get(o) or ()]
     hidden = [x for o in ('parameters_file', 'parameters_yaml', 'parameters_base64') for x in params.get(o)
               or ()]
-    name = '-'.join([Path(notebook).stem, *(re.sub(r'[^\w.=+-]+', '_', x) for x in given)])
-    if hidden or len(name) > 120:
+    safe = [re.sub(r'[^\w.=+-]+', '_', x, flags=re.ASCII) for x in given]
+    name = '-'.join([Path(notebook).stem, *safe])
+    if hidden or safe != given or len(name) > 120:
         name = f'{name[:100]}-{hashlib.sha256(repr(given + hidden).encode()).hexdigest()[:8]}'
     return name + '.ipynb'
 

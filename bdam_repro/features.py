@@ -353,7 +353,7 @@ def plot_stability(maps: dict[tuple[int, int], tuple[np.ndarray, float]], dpi: i
     return fig
 
 def draw_silhouettes(ax, table: pd.DataFrame) -> None:
-    "A row a grouping."
+    "One row per grouping."
     y, names = 0, []
     for label, rows in table.groupby('label', sort=False):
         if label == 'branch':

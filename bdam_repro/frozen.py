@@ -375,7 +375,7 @@ def measure_fusions_of(folders: Iterable[str | Path],   # finished runs
                        device: str | None = None,       # 'cpu', 'cuda'; None: as the run was trained
                        data_root: str | None = None,
                        progress: bool = True
-                      ) -> pd.DataFrame:                # the rows of these entries
+                      ) -> pd.DataFrame:                # all rows of the file
     "Every fusion on every run and seed. Raises `UserError` where a run is not finished."
     path, seeds, entries = Path(path), list(seeds), list(entries)
     tokens = any(entry.options.get('fusion_input') == 'tokens' for entry in entries)

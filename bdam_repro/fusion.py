@@ -206,6 +206,9 @@ class MambaFusion(FusionEnds):
                  dropout: float = 0.1,
                  match: bool = True):     # a match head on f_final; no bias: the softmax would cancel it
         super().__init__()
+        for name, value, known in (('order', order, ('image', 'text')), ('scan', scan, ('forward', 'both')),
+                                   ('read', read, ('all', 'second'))):
+            if value not in known: raise ValueError(f'{name}={value!r}: choose {" or ".join(known)}')
         out_dim = out_dim or dim
         self.align_img = align(img_dim, dim, mlp, dropout)
         self.align_txt = align(txt_dim, dim, mlp, dropout)
@@ -221,6 +224,7 @@ class MambaFusion(FusionEnds):
                 t: Tensor       # [B, txt_dim] text feature
                ) -> Fused:
         "The `pooled` reading, as printed: a sequence of length 1."
+        if self.kind == 'cross': raise ValueError("kind='cross' reads tokens: call forward_tokens")
         f_img, f_txt = self.align_img(f_id), self.align_txt(t)                 # [B, D]
         w = self.weigh(f_img, f_txt)                                           # [B, 2]
         a, b = w[:, :1]*f_img, w[:, 1:]*f_txt                                  # [B, D]
@@ -235,6 +239,7 @@ class MambaFusion(FusionEnds):
                        mask: Tensor      # [B, M] bool, True on words
                       ) -> Fused:
         "The `tokens` reading: weighted patches and words in one sequence."
+        if self.kind == 'product': raise ValueError("kind='product' reads pooled features: call forward")
         f_img, f_txt = self.align_img(patches), self.align_txt(words)          # [B, L, D], [B, M, D]
         w = self.weigh(f_img.mean(1), masked_mean(f_txt, mask[..., None]))     # [B, 2]
         f_img, f_txt = w[:, :1, None]*f_img, w[:, 1:, None]*f_txt

@@ -240,6 +240,7 @@ class GalleryWriter(GalleryEncoder):
             self.sweep()
             stamps = [file_stamp(self.path(f)) for f in table['file']]
             todo = [i for i, f in enumerate(table['file']) if stamps[i] is None or known.get(f) != stamps[i]]
+            self.note_columns(table.drop(index=todo))
             bar = text_bar(total=len(todo), desc='encoding pictures', disable=not progress, leave=False)
             with bar:
                 for start in range(0, len(todo), CHUNK):
@@ -247,6 +248,20 @@ class GalleryWriter(GalleryEncoder):
                     self.write_chunk(table.iloc[rows], [stamps[i] for i in rows], root, bar)
             self.join_parts()
         self.refresh()
+
+    def note_columns(self, table: pd.DataFrame) -> None:
+        "What a table newly says of pictures that are here and encoded."
+        if not len(table) or set(table) == {'file'}: return
+        with self.db(write=True) as db:
+            here = db.execute('select file, identity, meta from pictures')
+            known, news = {file: (identity, json.loads(meta)) for file, identity, meta in here}, []
+            for row in table.to_dict('records'):
+                said = {name: x for name, x in zip(row, map(plain_value, row.values())) if x is not None}
+                file, (identity, meta) = said.pop('file'), known[row['file']]
+                now = said.pop('identity', identity), meta | json.loads(json.dumps(said, default=str))
+                if now != (identity, meta): news.append((now[0], json.dumps(now[1]), file))
+            db.executemany('update pictures set identity = ?, meta = ? where file = ?', news)
+            if news: self.next_version(db)
 
     def write_chunk(self, table: pd.DataFrame, stamps: list, root: Path | None, bar) -> None:
         "Features first, then their rows."

@@ -27,7 +27,7 @@ from sklearn.preprocessing import normalize
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
 
-from .answers import Reply, is_refusal
+from .answers import Reply, is_refusal, redact
 from .config import UserError
 from .synth import Spec, picture_rows
 from .servers import (Hopeless, Refused, RequestForm, Server, Transient, ask_server, keep_client,
@@ -184,9 +184,10 @@ def _rewrite_key(model: str, caption: str) -> str:
     return hashlib.sha256(asked.encode()).hexdigest()[:24]
 
 # %% ../nbs/26_generalize.ipynb #90108012
-def _judge_rewriting(model: str, caption: str, reply: Reply) -> tuple[Rewritten, bool]:   # may it be recorded
+def _judge_rewriting(model: str, caption: str, reply: Reply, secret: str = ''     # the server's key
+                    ) -> tuple[Rewritten, bool]:   # may it be recorded
     "What stands for the caption from now on, or for now."
-    text, key = reply.text, _rewrite_key(model, caption)
+    text, key = redact(reply.text, secret), _rewrite_key(model, caption)
     declines = reply.refused or (is_refusal(text) and not is_refusal(caption))
     fits = '\n' not in text and len(text) <= 1.5 * len(caption) + 20
     is_answer = bool(text) and not reply.cut and not declines
@@ -246,7 +247,7 @@ async def _rewrite(server: Server, caption: str, limiter: SlidingWindow) -> tupl
     except Refused as e:
         if not e.filtered: raise
         reply = Reply('', refused=True)
-    return _judge_rewriting(server.form.model, caption, reply)
+    return _judge_rewriting(server.form.model, caption, reply, server.client.api_key)
 
 # %% ../nbs/26_generalize.ipynb #fa6f87ea
 async def _rewrite_all(server: Server, todo: list[str], answers: _Answers, concurrency: int,

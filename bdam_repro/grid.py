@@ -251,7 +251,8 @@ SEEDS = dict(deciding=10, tables=5, readings=3)        # tier -> seeds
 def tier_of(c: Config) -> str:
     "Which tier a run belongs to."
     if (c.variant, c.tag) in DECIDING: return 'deciding'
-    in_table = not c.tag or c.tag in LAYOUT_TAGS or (c.variant, c.tag) in NEXT
+    extra = {tag for rows in EXTRA_ROWS.values() for _, tag in rows}
+    in_table = not c.tag or c.tag in LAYOUT_TAGS or (c.variant == 'full' and c.tag in extra)
     return 'tables' if in_table else 'readings'
 
 def grid_by_worth(dataset: str = 'synth', preset: str | None = None, styles: bool = True,

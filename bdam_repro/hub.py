@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError,
-                                    RepositoryNotFoundError)
+                                    RepositoryNotFoundError, RevisionNotFoundError)
 
 import bdam_repro
 from .config import ROOT, UserError
@@ -59,13 +59,15 @@ def hub_folder(spec: str | Path,  # a hub name (`@revision` pins it), or a folde
     path, name = Path(spec).expanduser(), str(spec)
     if path.is_dir(): return path
     if str(spec).startswith(SHIPPED): return shipped_folder(str(spec))
+    name, _, revision = name.partition('@')                          # a revision may have slashes too
     is_path = path.is_absolute() or str(spec).startswith(('.', '~')) or name.count('/') > 1
     if is_path:
         either = "a checkpoint's folder, or a name on the hub such as 'bert-base-uncased'"
         raise UserError(f'no folder {path}: give {either}')
-    name, _, revision = name.partition('@')
     name = HUB_NAMES.get(name, name)
     try: return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
+    except RevisionNotFoundError as e:
+        raise UserError(f"'{name}' has no revision {revision!r}: check it") from e
     except (RepositoryNotFoundError, HFValidationError) as e:
         what = 'neither a folder here nor a public repository on the hub'
         raise UserError(f"'{spec}' is {what}: check the name") from e

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -203,17 +203,23 @@ def _cut_behind(path: Path, end: int) -> None:
 def _drop_failed(path: Path) -> None:
     "Rewrite the file without its failed lines; a kill leaves the old file or the new one."
     good = [line.raw for line in _checked_lines(path) if line.record['status'] == 'ok']
-    with atomic_path(path) as tmp: tmp.write_bytes(b''.join(good))
+    with atomic_path(path) as tmp, open(tmp, 'wb') as f:
+        f.write(b''.join(good))
+        f.flush()
+        os.fsync(f.fileno())                # else a power cut could leave the new name without its lines
 
 def recover(path: Path,                 # a descriptions file, maybe damaged at its end
             images: set[str],           # of the dataset
             stamps: set[Stamp] | None,  # that lines may have; None: any
-            retry_failed: bool = False  # drop the failed lines
+            retry_failed: bool = False, # drop the failed lines
+            lose: Callable[[float], None] = lambda dollars: None    # told what they cost before they go
            ) -> Recovered:
     "Make the file fit to append to. Raises `UserError`, with the file as it was."
     found = _survey(path, images, stamps, retry_failed)
     _cut_behind(path, found.end)
-    if found.dropped: _drop_failed(path)
+    if found.dropped:
+        lose(found.dropped_cost)
+        _drop_failed(path)
     return found
 
 # %% ../nbs/21_journal.ipynb #bfc62e8e
@@ -298,9 +304,8 @@ class Journal:
         except ValueError:
             raise UserError(f'{lock}: damaged; it holds the dollars that have no line.'
                             ' Remove it to count from 0.') from None
-        found = recover(self.path, self.images, self.stamps, self.retry_failed)
+        found = recover(self.path, self.images, self.stamps, self.retry_failed, self.lose)
         self.done, self.described, self.largest_prompt = found.done, found.described, found.largest_prompt
-        self.lose(found.dropped_cost)
         self.cost = found.cost + self.lost
         self._file = _AppendedFile(self.path)
 

@@ -120,7 +120,7 @@ def _decay_grads(q: Tensor, delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 # %% ../nbs/32_mamba.ipynb #20b47b7c
 @functools.cache
 def _gpu_plan(L: int, index: int | None = None) -> tuple[int, int]:
-    "Chunk length, and numbers in a buffer: three of these take a sixteenth of the GPU's memory at most."
+    "Chunk length, and numbers in a buffer: three are a sixteenth of the memory, or 0.75 or 3 GiB."
     T = max(8, math.isqrt(L//2))                  # the fewest launches, see below
     T = min(range(T, T + T//2 + 1), key=lambda t: (-L % t, t))
     memory = torch.cuda.get_device_properties(index or 0).total_memory

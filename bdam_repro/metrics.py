@@ -148,7 +148,7 @@ def check_pids(q_pids, g_pids, Q: int, G: int) -> tuple[np.ndarray, np.ndarray]:
         pids = np.asarray(pids.cpu() if isinstance(pids, torch.Tensor) else pids)
         if n == 0: raise UserError(f'{name} is empty: nothing to {"ask" if name == "q_pids" else "search"}')
         if pids.shape != (n,):
-            raise UserError(f'{name} has shape {pids.shape}, but there are {n} rows: give one identity a row')
+            raise UserError(f'{name} has shape {pids.shape}, but there are {n} rows, each with its identity')
         if not np.issubdtype(pids.dtype, np.integer):
             raise UserError(f'{name} must be integers, not {pids.dtype}')
         out.append(pids.astype(np.int64))

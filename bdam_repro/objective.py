@@ -57,14 +57,15 @@ def triplet_loss(out: Outputs, pids: Tensor, c: Config,
     return batch_triplet(f_id, pids, c.margin, c.mining, fixed)
 
 # %% ../nbs/43_objective.ipynb #5d2ecf72
-def clothing_loss(out: Outputs, clo_ids: Tensor, c: Config) -> Tensor:   # clo_ids [B], equal for equal texts
+def clothing_loss(out: Outputs, clo_labels: Tensor,   # [B], equal for equal texts
+                  c: Config) -> Tensor:
     "Eq. 1, or the matching that Sec. 4.3 speaks of, or both (open point 5)."
     t = out.clothing.t
-    if c.clothing == 'literal': return clothing_adversarial(out.clo, t, c.tau, c.p_pos, clo_ids)
-    matching = clothing_matching(out.clo, t, c.tau, clo_ids)
+    if c.clothing == 'literal': return clothing_adversarial(out.clo, t, c.tau, c.p_pos, clo_labels)
+    matching = clothing_matching(out.clo, t, c.tau, clo_labels)
     if c.clothing == 'matching': return matching
-    if c.clothing == 'both': return matching + clothing_adversarial(out.clo, t, c.tau, c.p_pos, clo_ids)
-    return matching + clothing_matching(grad_reverse(out.image.f_id), t, c.tau, clo_ids)
+    if c.clothing == 'both': return matching + clothing_adversarial(out.clo, t, c.tau, c.p_pos, clo_labels)
+    return matching + clothing_matching(grad_reverse(out.image.f_id), t, c.tau, clo_labels)
 
 # %% ../nbs/43_objective.ipynb #7077ed44
 def fusion_loss(out: Outputs, c: Config, fixed: bool = False) -> Tensor:

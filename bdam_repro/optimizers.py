@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'orthogonalize', 'lie_flat', 'follow', 'Muon', 'split_parameters', 'part_of', 'rate_of', 'by_part',
-           'make_optimizers', 'clip_by_part', 'lr_at', 'optimizer_tensors', 'load_optimizers']
+           'freeze_encoders', 'make_muons', 'make_optimizers', 'clip_by_part', 'lr_at', 'optimizer_tensors',
+           'load_optimizers']
 
 # %% ../nbs/42_optimizers.ipynb #37ca7765
 import numpy as np
@@ -31,11 +32,13 @@ def lie_flat(x: Tensor) -> Tensor:   # [h, w] -> the same or its transpose, at l
 
 # %% ../nbs/42_optimizers.ipynb #20ac941f
 def follow(pairs: list[tuple[Tensor, Tensor]],   # parameter and update [h, w]; a shape or its transpose
-           lr: float | Tensor) -> None:
+           lr: float | Tensor,
+           dtype: torch.dtype = torch.float32    # in which it is orthogonalized
+          ) -> None:
     "Step along the orthogonalized updates, all at once; a tall one is stepped √(h/w) as far."
     wide = [pair for pair in pairs if pair[1].shape[0] <= pair[1].shape[1]]
     tall = [pair for pair in pairs if pair[1].shape[0] > pair[1].shape[1]]
-    flat = orthogonalize(torch.stack([lie_flat(update) for _, update in wide + tall]).float())
+    flat = orthogonalize(torch.stack([lie_flat(update) for _, update in wide + tall]).to(dtype))
     short, long = flat.shape[1:]
     upright = flat[:len(wide)], flat[len(wide):].mT.contiguous()
     for group, steps, rate in zip((wide, tall), upright, (lr, lr*(long/short)**.5)):
@@ -47,6 +50,8 @@ def follow(pairs: list[tuple[Tensor, Tensor]],   # parameter and update [h, w]; 
 # %% ../nbs/42_optimizers.ipynb #3cbc50a1
 class Muon(torch.optim.Optimizer):
     "Orthogonalized momentum, for matrices and kernels of patch embeddings. `torch.optim.Muon` in float32."
+    dtype = torch.float32
+
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -68,7 +73,7 @@ class Muon(torch.optim.Optimizer):
                 flat = update.flatten(1)                         # [h, w], a kernel too
                 by_shape.setdefault(tuple(sorted(flat.shape)), []).append((p, flat))
             torch._foreach_mul_(ps, 1 - group['lr']*group['weight_decay'])
-            for pairs in by_shape.values(): follow(pairs, group['lr'])
+            for pairs in by_shape.values(): follow(pairs, group['lr'], self.dtype)
 
 # %% ../nbs/42_optimizers.ipynb #e9d368d7
 def split_parameters(model: nn.Module,
@@ -106,20 +111,26 @@ def by_part(model: nn.Module, params: list[Tensor], lr: float, c: Config, **opti
     return groups
 
 # %% ../nbs/42_optimizers.ipynb #2db253dd
-def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
-    "Adam (4.2) or AdamW, weight decay on matrices only; or Muon for the matrices and AdamW for the rest."
+def freeze_encoders(model: nn.Module, c: Config) -> None:
+    "No gradient for what has a rate of 0."
     for name, p in model.named_parameters():
         if rate_of(name, c) == 0: p.requires_grad_(False)
+
+def make_muons(model: nn.Module, matrices: list[Tensor], c: Config) -> list[Muon]:
+    "Muon for the matrices: two on a CPU, one for each of two cores; a GPU wants few large calls."
+    halves = [matrices] if matrices[0].is_cuda else [matrices[::2], matrices[1::2]]
+    return [Muon(by_part(model, half, c.muon_lr, c), c.muon_lr, c.weight_decay) for half in halves]
+
+def make_optimizers(model: nn.Module, c: Config) -> list[torch.optim.Optimizer]:
+    "Adam (4.2) or AdamW, weight decay on matrices only; or Muon for the matrices and AdamW for the rest."
+    freeze_encoders(model, c)
     decay_rest = c.weight_decay if c.decay_all else 0.
     matrices, rest = split_parameters(model, c.optimizer == 'muon')
     in_order = all(p.is_contiguous() for p in matrices + rest)
     if c.optimizer == 'muon':
-        halves = [matrices[::2], matrices[1::2]]                           # one for each of two cores
-        if matrices[0].is_cuda: halves = [matrices]                       # a GPU wants few large calls
-        decay = c.weight_decay
-        muon = [Muon(by_part(model, half, c.muon_lr, c), c.muon_lr, weight_decay=decay) for half in halves]
         vectors = by_part(model, rest, c.lr, c)
-        return [*muon, torch.optim.AdamW(vectors, lr=c.lr, weight_decay=decay_rest, fused=in_order)]
+        adam = torch.optim.AdamW(vectors, lr=c.lr, weight_decay=decay_rest, fused=in_order)
+        return [*make_muons(model, matrices, c), adam]
     groups = by_part(model, matrices, c.lr, c, weight_decay=c.weight_decay)
     groups += by_part(model, rest, c.lr, c, weight_decay=decay_rest)
     kind = torch.optim.AdamW if c.optimizer == 'adamw' else torch.optim.Adam

@@ -40,8 +40,7 @@ def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
     check_extra(names, extra)
-    given = {k: v for k, v in given_names(names).items() if k not in extra
-             and (k in Config.model_fields or not isinstance(v, (list, tuple, dict)))}
+    given = {k: v for k, v in given_names(names).items() if k not in extra}
     for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name
         raise UserError(f'{k} is now a {type(names[k]).__name__}, no parameter: run the cell of the '
                         f'parameters again')
@@ -120,7 +119,7 @@ DECIDING_MODULES = (
 
 # %% ../nbs/07_parameters.ipynb #2a0ce568
 def tree_words(node: ast.AST) -> Iterator[str]:
-    "A syntax tree as words, without docstrings and `__all__`; an empty field has none."
+    "A syntax tree as words, without docstrings and `__all__`; what is empty, as in `f(*, a, b=1)`, has none."
     yield type(node).__name__
     for name, value in ast.iter_fields(node):
         for part in value if isinstance(value, list) else [value]:

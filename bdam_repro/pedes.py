@@ -63,15 +63,17 @@ def safe_file(file: str,   # a path as an annotation file gives it
     raise UserError(f'{where}: the image path {file[:80]!r} {why}; {rule}')
 
 # %% ../nbs/10_pedes.ipynb #a12eca05
-_DIRTY = re.compile(r'[^\x21-\x7e ]|\\|&[#\w]+;|_x[0-9A-Fa-f]{4}_|</?\w+\s*/?>|  |^ | $')
+_TAG = r'</?(?:br|p|div|span|b|i|u|font)\s*/?>'
+_DIRTY = re.compile(r'[^\x21-\x7e ]|\\|&[#\w]+;|_x[0-9A-Fa-f]{4}_|' + _TAG + '|  |^ | $', re.I)
 _ODD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af{}\\<>=]|\w\(\)|\\u[0-9a-f]')
 _PUNCTUATION = {0x3002: '.', 0x3001: ',', 0x201c: '"', 0x201d: '"', 0x2018: "'", 0x2019: "'",
                 **{c: chr(c - 0xfee0) for c in range(0xff01, 0xff5f)}}  # the full-width forms of ASCII
 
 def _unescape(text):  # `\r` before a small letter may be "black\red", so it stays
     text = re.sub(r'\\u([0-9A-Fa-f]{4})|\\x([0-9A-Fa-f]{2})', lambda m: chr(int(m[1] or m[2], 16)), text)
-    text = html.unescape(re.sub(r'_x[0-9A-Fa-f]{4}_|\\[nrt](?![a-z])', ' ', text))
-    return re.sub(r'</?[A-Za-z]\w*\s*/?>', ' ', text)
+    text = re.sub(r'_x[0-9A-Fa-f]{4}_|\\[nrt](?![a-z])', ' ', text)
+    text = re.sub(r'&[#\w]+;', lambda m: html.unescape(m[0]), text)           # not "jacket&notebook"
+    return re.sub(_TAG, ' ', text, flags=re.I)
 
 def _visible(text):  # zero-width and control characters, and half UTF-16 pairs, which no tokenizer accepts
     text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
@@ -135,7 +137,7 @@ def read_annotations(path: Path,     # an official annotation file
         cleaned = [clean_caption(c) for c in captions]
         dirt.update(kind for _, kinds in cleaned for kind in kinds)
         texts = [c for c, _ in cleaned if c]
-        if texts: dirt['no words beside others, left out'] += len(cleaned) - len(texts)
+        if texts: dirt['no words, left out (the image has other captions)'] += len(cleaned) - len(texts)
         records.append((row['split'], row['id'], i, safe_file(row[path_key], where), texts))
     mended = ', '.join(f'{n:,} with {kind}' for kind, n in dirt.items() if n)
     notes = [f'captions mended: {mended}'] if mended else []

@@ -8,6 +8,8 @@ __all__ = ['model_header', 'save_pretrained', 'restore_model', 'from_pretrained'
 # %% ../nbs/36_pretrained.ipynb #f77490b6
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from .config import Config, UserError
 from .files import read_tensors, write_tensors
 from .encoders import TextEncoder, VisionEncoder
@@ -37,6 +39,9 @@ def restore_model(state: dict, meta: dict, path: str | Path) -> Model:
         trained_on_clothing = any(name.startswith('proj_clo.') for name in state)
         if not trained_on_clothing: model.proj_clo = None      # as it was without descriptions
         model.load_state_dict(state)
+    except ValidationError as e:
+        names = ', '.join('.'.join(map(str, error['loc'])) for error in e.errors())
+        raise UserError(f'{path} does not fit this version of the model: check the option {names}') from None
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         reason = str(e).strip().splitlines()[-1].strip()
         raise UserError(f'{path} does not fit this version of the model: {reason}') from None

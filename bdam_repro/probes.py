@@ -321,7 +321,8 @@ def place_finding(e: Evidence, r: PlaceResults | None, rival: str, place: str, g
     d = run_source(e, ('full', tag), (rival, tag))
     if r is not None:
         d = paired_interval(r.full, r.rival, r.people) | folder_source(e, *r.folders)
-    return claim_finding('robust', f'{PLACES[place]}: full − {rival}', GALLERIES[gallery], d, decides=False)
+    return claim_finding('robust', f'{PLACES[place]}: full − {rival}', GALLERIES[gallery], d, decides=False,
+                         margin=SMALLEST_EFFECT)
 
 def clothes_cost(e: Evidence, kept: PlaceResults | None, changed: PlaceResults | None, rival: str,
                  gallery: str) -> list[Finding]:
@@ -339,7 +340,7 @@ def clothes_cost(e: Evidence, kept: PlaceResults | None, changed: PlaceResults |
         out.append(claim_finding('robust', f'what the change costs: {model}', metric, d, decides=False))
     widening = estimate(losses['full'] - losses[rival], kept.people)
     d = interval_columns(widening) | folder_source(e, *changed.folders)
-    return [*out, claim_finding('robust', name, metric, d, decides=False)]
+    return [*out, claim_finding('robust', name, metric, d, decides=False, margin=SMALLEST_EFFECT)]
 
 # %% ../nbs/83_probes.ipynb #6231154a
 def robust_claim(e: Evidence) -> list[Finding]:

@@ -140,8 +140,9 @@ def selection_on_test(e: Evidence) -> list[Finding]:
     is_reading = own['tag'].isin({'', *TAGS} - {LOG_TEST})
     readings = own[(own['variant'] == 'full') & is_reading & (own['seed'] == first_seed)]
     of_readings = dict(seeds=str(first_seed), evidence=f'runs.csv, {len(readings)} readings')
+    of_variants = dict(evidence=f'runs.csv, mean over {len(seeds)} variants')
     return [selection_finding('the best epoch', epochs, folder_source(e, logged)),
-            selection_finding('the best seed', seeds, dict(evidence='runs.csv, mean over the variants')),
+            selection_finding('the best seed', seeds, of_variants),
             selection_finding('the best reading', [readings] if len(readings) > 1 else [], of_readings)]
 
 def selection_finding(name: str, groups: list[pd.DataFrame], source: dict[str, Any]) -> Finding:

@@ -6,8 +6,8 @@
 __all__ = ['HEAD', 'SHOWN', 'READING_RULE', 'READING_VERDICTS', 'TIE_RULES', 'TIES', 'GATE_VALUES', 'RADII', 'STYLE_READINGS',
            'OTHER_PARTS', 'plot_readings', 'reading_verdict', 'validation_r1', 'reading_findings', 'default_findings',
            'all_readings', 'beside_default', 'dual_ranking', 'break_ties', 'run_ties', 'tie_readings', 'gate_readings',
-           'halved_features', 'histories', 'chosen_epoch', 'selection_readings', 'small_differences', 'nested_gains',
-           'style_scores', 'style_readings', 'part_a']
+           'halved_features', 'history_folders', 'histories', 'chosen_epoch', 'selection_readings', 'small_differences',
+           'nested_gains', 'style_scores', 'style_readings', 'part_a']
 
 # %% ../nbs/81_readings.ipynb #701a7cc2
 import math
@@ -119,6 +119,7 @@ def break_ties(P: Positives, how: str) -> Positives:   # 'average', 'pessimistic
     tied = P.tied if how == 'average' else 0*P.tied                    # wrong pictures of equal rank
     return Positives(P.query, P.item, above, tied, P.q_pids, P.g_pids)
 
+# %% ../nbs/81_readings.ipynb #86bfaa59
 TIE_RULES = 'average', 'pessimistic', 'optimistic'
 
 def run_ties(e: Evidence, folder: Path) -> dict[str, np.ndarray]:   # rule -> [Q] percent
@@ -158,6 +159,7 @@ def gate_readings(e: Evidence) -> list[Finding]:
             out.append(Finding('a', 21, name, metric, default, value, rule='gates()', **source))
     return [*out, halved_features(e)]
 
+# %% ../nbs/81_readings.ipynb #b2ca64dc
 def halved_features(e: Evidence) -> Finding:
     "Point 33: dual R-1 after every `f_id` was halved."
     folder = e.folders(FULL)[0]
@@ -169,10 +171,14 @@ def halved_features(e: Evidence) -> Finding:
     return Finding('a', 33, 'no meaning', 'dual R-1', 'yes', **d, **run_source(e, FULL))
 
 # %% ../nbs/81_readings.ipynb #35f1c568
+def history_folders(e: Evidence) -> list[Path]:
+    "Runs of the whole model: those that noted the test in each epoch, or all where none did."
+    return e.folders(('full', LOG_TEST)) or e.folders(FULL)
+
 def histories(e: Evidence) -> list[pd.DataFrame]:   # columns val_R1, …, and test_R1, … if the test was noted
-    "The epochs of the whole model under the headline score. Runs that noted the test come first."
+    "The epochs of these runs under the headline score."
     out = []
-    for folder in e.folders(('full', LOG_TEST)) or e.folders(FULL):
+    for folder in history_folders(e):
         h = pd.read_csv(folder/'history.csv')
         score = 'fused' if 'val_fused_R1' in h else 'dual'
         columns = {c: c.replace(f'_{score}_', '_') for c in h}          # val_fused_R1 -> val_R1
@@ -192,7 +198,8 @@ def selection_readings(e: Evidence) -> list[Finding]:
     out, hs = [], histories(e)
     usual = [chosen_epoch(h, 'R1') for h in hs]
     logged = all('test_R1' in h for h in hs)
-    common = dict(rule='test R-1 at the epoch that each number chooses, in history.csv') | run_source(e, FULL)
+    source = folder_source(e, history_folders(e)) if hs else run_source(e, FULL)
+    common = dict(rule='test R-1 at the epoch that each number chooses, in history.csv') | source
     for by in ('R1', 'mAP', 'sum'):
         epochs = [chosen_epoch(h, by) for h in hs]
         is_known = logged or epochs == usual
@@ -212,7 +219,7 @@ def small_differences(e: Evidence) -> list[Finding]:
     if not path.exists():
         return [Finding('a', 24, 'intervals', verdict=NOT_RUN, evidence='no differences.csv')]
     d = read_csv(path, DIFFERENCES)
-    small = d[(d['metric'] == 'R1') & (d['score'] == 'own') & (d['diff'].abs() < 1)]
+    small = d[(d['metric'] == 'R1') & (d['score'] == 'own') & (d['diff'].abs() < 1) & d['lo'].notna()]
     sure = (small['lo'] > 0) | (small['hi'] < 0)
     common = dict(evidence='differences.csv',
                   rule='of the comparisons in differences.csv; intervals: those whose interval excludes 0')

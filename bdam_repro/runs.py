@@ -278,8 +278,8 @@ def open_run(c: Config, runs: str | Path | None = None, overwrite: bool = False
             ) -> tuple[Path, dict | None]:   # the folder, and the metrics where it is complete already
     "The run's folder, with its options written. Raises `UserError` where a run of other options lies there."
     folder, h = run_dir(c, runs), config_hash(c)
-    done, same = finished(folder), same_run(folder, h)
     if not overwrite:
+        done, same = finished(folder), same_run(folder, h)
         advice = 'give this one a tag, or overwrite=True'
         if done and done.get('config_hash') == h: return folder, done
         if done:

@@ -28,7 +28,8 @@ class PKSampler:
         n = len(self.groups)
         if min(p, k) < 1:
             raise UserError(f'a batch needs p ≥ 1 identities and k ≥ 1 images, got p={p}, k={k}')
-        if n < p: raise UserError(f'a batch of p={p} identities from a split that has {n}: lower p')
+        if n < p: raise UserError(f'a batch of p={p} identities from a split that has {n}: '
+                                  'lower p (option ids_per_batch)')
         if p*k % world: raise UserError(f'a batch of {p}×{k} images does not split over {world} processes')
 
     def set_epoch(self, epoch: int): self.epoch = epoch

@@ -252,7 +252,8 @@ def _remove_leftovers(target: Path):
 
 def _build(target: Path, s: Spec, workers: int, progress: bool) -> Path:
     "Draw into a hidden folder and rename it."
-    hidden = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    # two containers may have one process number and one disk
+    hidden = target.with_name(f'.{target.name}.{os.getpid()}.{os.urandom(3).hex()}.tmp')
     try:
         _remove_leftovers(target)
         (hidden/'imgs').mkdir(parents=True)

@@ -26,6 +26,7 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, thread, inner):    # `anchor` needs a gradient, else there is no way back
         ctx.thread, ctx.inner = thread, inner
+        ctx.set_materialize_grads(False)                 # no zeros for what nobody read
         return tuple(x.detach() for x in inner)
 
     @staticmethod

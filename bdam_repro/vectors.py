@@ -37,7 +37,7 @@ def exact_top(q: np.ndarray,                     # [Q, D] float32
               parts: Sequence[np.ndarray],       # [n, D] each
               k: int,
               allowed: np.ndarray | None = None  # sorted positions that may be found; None: all
-             ) -> tuple[np.ndarray, np.ndarray]: # scores and positions [Q, k]; -1 where there are no more
+             ) -> tuple[np.ndarray, np.ndarray]: # scores and positions, [Q, min(k, allowed)]
     "The k highest products, over all parts."
     found, start = [], 0
     for part in parts:
@@ -95,9 +95,11 @@ def take_rows(parts: Sequence[np.ndarray], rows: np.ndarray   # positions
 
 # %% ../nbs/47_vectors.ipynb #2a7d0357
 def index_top(index: faiss.Index, q: np.ndarray, parts: Sequence[np.ndarray], k: int,
-              allowed: np.ndarray | None = None    # sorted positions that may be found; None: all
+              allowed: np.ndarray | None = None,   # sorted positions that may be found; None: all
+              exact_up_to: int = EXACT_UP_TO       # so few allowed ones are all compared
              ) -> tuple[np.ndarray, np.ndarray]:   # scores and positions [Q, k]; -1 where there are no more
-    "The k best by an index; what was added after it is compared exactly."
+    "The k best by an index; what came later, or few allowed ones, are compared exactly."
+    if allowed is not None and len(allowed) <= exact_up_to: return exact_top(q, parts, k, allowed)
     n = sum(map(len, parts))
     inside = None if allowed is None else allowed[allowed < index.ntotal]
     select = None if inside is None else faiss.IDSelectorBatch(inside)

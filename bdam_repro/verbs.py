@@ -10,7 +10,7 @@ from .words import (BE_VERBS, CARRIED, CARRY_VERBS, GARMENT_VERBS, HAIRED, HAIR_
                               HAVE_VERBS, LOOSE_ENDS, NO_ENDS, ON_IT, OVER_WORDS, POSTURE, REACHING,
                               SCENE_VERBS, SEPARATORS, TAIL_WORDS, THEIRS, TRAIT_WORDS, WEAR_VERBS)
 from .lexicon import Word, adjectives_end, is_color, is_of_thing
-from .items import (CaptionItems, after_be, ask_rules, hangs_on_open, read_items, reads,
+from .items import (CaptionItems, Item, after_be, ask_rules, hangs_on_open, read_items, reads,
                               tell_again)
 
 # %% ../nbs/22_verbs.ipynb #7c6156dc
@@ -112,6 +112,7 @@ def _in_its_clause(r: CaptionItems, at: int) -> int | None:
     has_or_is = r.low(at) in HAVE_VERBS | BE_VERBS
     if has_or_is and _goes_on_in_clause(r, at): return r.stretch(at + 1)
 
+# %% ../nbs/22_verbs.ipynb #7b520be4
 @reads('verb')
 def _carries(r: CaptionItems, at: int) -> int | None:
     held = r.words[at].tag == 'VBN' and (r.opened('garment') or r.opened('hair'))     # "hair is HELD back"
@@ -124,6 +125,7 @@ def _wears(r: CaptionItems, at: int) -> int | None:
     r.other = -1
     return r.leave(at + 1, 'not' if _is_denied_verb(r, at) else 'wears')
 
+# %% ../nbs/22_verbs.ipynb #254af3ab
 @reads('verb')
 def _and_reaches(r: CaptionItems, at: int) -> int | None:
     "'her pants are black AND REACH her knees', 'her shirt is white AND APPEARS TO BE tucked in'."
@@ -134,6 +136,7 @@ def _and_reaches(r: CaptionItems, at: int) -> int | None:
     for word in r.words[at - 1:behind if tucked else at]: word.silent = True
     return r.stretch(behind if tucked else at + 1)
 
+# %% ../nbs/22_verbs.ipynb #118ce892
 @reads('verb')
 def _others_verb(r: CaptionItems, at: int) -> int | None:
     "'talks to a woman WEARING …', 'who IS …'."
@@ -189,12 +192,18 @@ def _it(r: CaptionItems, at: int) -> int | None:
     "'IT has a hood', 'IT is red', 'IT is tucked in', of the garment that was said last."
     last = r.items[-1] if r.items and r.items[-1].side == 'garment' else None
     if r.low(at) != 'it' or not last or r.low(at - 1) not in ('.', ',', ';', 'and'): return None
-    last, behind = last.of or last, after_be(r, at + 1)
-    if r.low(at + 1) == 'has':
-        item = r.begin('garment', last.verb, last.phrase, of=last)
-        item.tail = r.stretch(at + 2)
-        return at + 2
-    if not behind: return None
+    if r.low(at + 1) == 'has': return _it_has(r, last.of or last, at)
+    behind = after_be(r, at + 1)
+    return _it_is(r, last.of or last, at, behind) if behind else None
+
+def _it_has(r: CaptionItems, last: Item, at: int) -> int:
+    "'IT HAS a hood': what follows is told with the garment."
+    item = r.begin('garment', last.verb, last.phrase, of=last)
+    item.tail = r.stretch(at + 2)
+    return at + 2
+
+def _it_is(r: CaptionItems, last: Item, at: int, behind: int) -> int | None:
+    "'IT IS red' goes before the noun; 'IT IS tucked in' is told with the garment."
     end = adjectives_end(r.words, behind)
     named = {word.low for word in r.words[behind:end] if is_color(word.low)}
     told = {word.low for word in r.words[last.phrase.start:last.end]}

@@ -21,6 +21,7 @@ def _place_end(r: CaptionItems, at: int, sides: tuple = ('body',)) -> int:
     place = r.phrases.get(at + (3 if one_of else 1))
     return place.end if place and place.side in sides else 0
 
+# %% ../nbs/22_wearing.ipynb #d3b921d5
 @reads('word')
 def _by_her_hip(r: CaptionItems, at: int) -> int | None:
     "'a bag BY HER HIP', 'a purse ON ONE OF HER ARMS'; not 'a man in a suit by his side'."
@@ -29,6 +30,7 @@ def _by_her_hip(r: CaptionItems, at: int) -> int | None:
     end = _place_end(r, at) if r.low(at) in ('by', 'beside') or r.low(at + 1) == 'one' else 0
     if end: return r.stretch(end)
 
+# %% ../nbs/22_wearing.ipynb #165ddc87
 @reads('word')
 def _across_her(r: CaptionItems, at: int) -> int | None:
     "'a purse across HER'"
@@ -49,6 +51,7 @@ def _being_carried(r: CaptionItems, at: int) -> int | None:
     for word in r.words[at:end]: word.silent = True
     return r.stretch(end)
 
+# %% ../nbs/22_wearing.ipynb #f4f89f1e
 def _sentence_end(r: CaptionItems, at: int) -> int:
     return next((i for i in range(at, len(r.words)) if r.low(i) in ('.', ';')), len(r.words))
 
@@ -76,9 +79,10 @@ def _place_first(r: CaptionItems, phrase: Phrase) -> int | None:
     between = {word.low for word in r.words[place.end:phrase.start]}
     if not there or not {'he', 'she', 'they'} & between or not between <= _LEAD: return None
     item = r.begin('garment', verb_for(r, phrase), phrase)
-    r.items.append(Item('garment', item.verb, phrase, place.end, first, of=item))
+    r.items.append(Item('garment', item.verb, phrase, end=place.end, tail=first, of=item))
     return item.end
 
+# %% ../nbs/22_wearing.ipynb #03599fe7
 @reads('garment')
 def _in_her_hand(r: CaptionItems, phrase: Phrase) -> int | None:
     "'has A JACKET IN HER HAND' is held; 'a watch on the hand' is worn."
@@ -97,6 +101,7 @@ def _ending_mid_calf(r: CaptionItems, phrase: Phrase) -> int | None:
     done = first.tag in ('VBG', 'VBN', 'VBD') and not first.verb and phrase.start < phrase.head
     if done and r.opened('garment') and not r.gap(phrase.start): return r.stretch(phrase.end)
 
+# %% ../nbs/22_wearing.ipynb #e9debe20
 @reads('other')
 def _inches_above(r: CaptionItems, phrase: Phrase) -> int | None:
     "'her shorts are light and fall A FEW INCHES above her knees'"
@@ -104,15 +109,21 @@ def _inches_above(r: CaptionItems, phrase: Phrase) -> int | None:
     reaches = item and not r.gap(phrase.start) and r.low(item.end - 1) in GARMENT_VERBS
     if reaches and r.low(phrase.head) in ('inches', 'inch', 'way', 'bit'): return r.stretch(phrase.end)
 
+# %% ../nbs/22_wearing.ipynb #dac7dfa2
+def _place_behind_adverbs(r: CaptionItems, at: int) -> int:
+    "Where the place begins in 'down to her shoulders', within three words; -1: another word comes first."
+    for place in range(at, at + 4):
+        if not r.words[place:] or _place_end(r, place, ('body', 'part')): return place
+        if place < at + 3 and not r.words[place].tag.startswith(('RB', 'RP', 'IN')): return -1
+    return at + 3
+
 @reads('verb')
 def _hair_falls(r: CaptionItems, at: int) -> int | None:
     "'her hair FALLS to her shoulders'; not 'her hair flows. On her head …'."
     if not r.opened('hair') or r.low(at) not in GARMENT_VERBS: return None
     if set(r.gap(at)) - {'that', 'which'}: return None
-    place = at + 1
-    while place < at + 4 and r.words[place:] and not _place_end(r, place, ('body', 'part')):
-        if not r.words[place].tag.startswith(('RB', 'RP', 'IN')): return None
-        place += 1
+    place = _place_behind_adverbs(r, at + 1)
+    if place < 0: return None
     end = _place_end(r, place, ('body', 'part'))
     of = r.phrases.get(end + 1) if end and r.low(end) == 'of' else None
     if of and of.side == 'body': end = of.end                              # "down the middle of HER BACK"
@@ -130,6 +141,7 @@ def _same_with(r: CaptionItems, phrase: Phrase) -> int | None:
     same.said = (at, end)
     return tell_again(r, same, end)
 
+# %% ../nbs/22_wearing.ipynb #aacc39b8
 @reads('other')
 def _lion_on_shirt(r: CaptionItems, phrase: Phrase) -> int | None:
     "'wears A LION on her shirt'"
@@ -153,6 +165,7 @@ def _not_seen(r: CaptionItems, phrase: Phrase) -> int | None:
     at = after_be(r, phrase.end)
     if at and r.low(at) == 'not' and r.low(at + 1) in ('visible', 'seen', 'shown'): return r.leave(phrase.end)
 
+# %% ../nbs/22_wearing.ipynb #0be1a2c2
 @reads('person')
 def _the_child(r: CaptionItems, phrase: Phrase) -> int | None:
     "'A woman with a child. THE CHILD wears …'; not behind 'a boy'."

@@ -85,42 +85,67 @@ NOT_A_PART = set_of('picture image color colour colors colours top bottom line n
 
 # %% ../nbs/19_words.ipynb #115ddcc2
 LISTS = (',', 'and', 'or')
+# "a bag ON her back": what follows belongs to the garment
 TAIL_WORDS = set_of(
     'on over around across at in with to down from above below up through along under underneath beneath'
     ' into of off against near for past between throughout behind about')
-OVER_WORDS = set_of('over under underneath beneath into of inside below above on')       # two garments
-BEFORE_OTHERS = set_of('with to behind by near past and beside of from like at')     # "with another woman"
+# "a coat OVER a shirt": two garments
+OVER_WORDS = set_of('over under underneath beneath into of inside below above on')
+# "WITH another woman": somebody else comes
+BEFORE_OTHERS = set_of('with to behind by near past and beside of from like at')
+# "stands NEXT TO a rack of coats": a garment that is not worn
 ELSEWHERE = set_of('to toward towards at near beside past by behind from for like without')
+# "wears a SMILE"
 NOT_WORN = set_of(
     'smile grin frown makeup make-up lipstick polish expression look tattoo thing things something item items'
     ' style mixture variety kind type color colour shape face piece pieces size shade way number combination')
+# "white, black AND red": between two colors
 SEPARATORS = set_of(', and plus also as well then while or')
+# "HIS coat": of the person
 THEIRS = set_of('his her their')
+# "a shirt with a lion ON it"
 ON_IT = set_of('on of in into from around over under underneath beneath across')
+# "hair HANGING down"
 HANGING = set_of('hanging falling flowing reaching going coming')
+# "a coat, ENDING at the knees": also behind a comma
 REACHING = set_of('ending reaching falling stopping covering')
+# "a SNUG coat": adjectives of clothes that the parser takes for nouns or verbs
 FIT_WORDS = set_of(
     'strapless backless snug baggy roomy plain sheer flowing flowy fluorescent stretchy shiny sparkly frilly'
     ' puffy furry shimmery lacy satiny silky ruffly gauzy fuzzy slouchy boxy glittery strappy'
     ' collared hooded flowery polka-dot')
+# "a coat with a DOG": company, and no picture on the coat
 COMPANY = set_of(
     'friend friends companion dog dogs group baby stroller cart child others car camera bicycle bike')
+# "a TALL man": never said of a garment
 PEOPLE_ONLY = set_of(
     'tall slim slender skinny young old elderly middle-aged stocky heavyset overweight petite chubby adult')
+# "a bag DIAGONALLY across her back": may stand between a garment and its place
 LOOSE_WORDS = set_of('just right draped slung out worn held hanging high low diagonally and both ,')
+
+# %% ../nbs/19_words.ipynb #88981eb2
+# "walks ALONG a street": the scene begins
 OF_SCENE = set_of('at in while as along down through past near by toward towards beside behind')
+# "brown hair with blond TIPS"
 HAIR_ENDS = set_of('highlights streaks tips ends roots layers')
+# "hair PULLED back"
 HAIR_DONE = set_of(
     'pulled tied put cut styled parted worn swept braided combed held gathered pinned shaved slicked'
     ' cropped tucked draped curled dyed colored left piled wrapped split set brushed drawn twisted')
+# "wears a coat ALSO": never the last word of an item
 NO_ENDS = set_of('also on away forward together as well too not')
+# "with one arm RAISED": of the body, not of a garment
 POSTURE = set_of('bent raised crossed extended lifted including held')
+# "a PAIR of jeans": the noun comes behind *of*
 AMOUNTS = set_of('pair pairs set type kind sort style lot couple bunch piece pieces number combination stack')
+# "AN orange coat": an item may begin
 DETERMINERS = set_of(
     'a an the his her their its this that these those some both another each all one two three several')
+# "a shirt UNTUCKED": behind the noun, and still of the garment
 LOOSE_ENDS = set_of(
     'up down back open unbuttoned underneath untucked tucked tucked-in together loose short long straight'
     ' backwards'
     ' beneath')
+# "a LEATHER coat": a noun before the noun
 MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean'
                   ' jersey')

@@ -394,7 +394,8 @@ def test_an_audit_without_models_or_large_features_is_the_same(made, tmp_path):
                for r in runs.itertuples()}
     cs = [make_config('synth', 'smoke', epochs=1, seed=s, **o) for o in options.values() for s in (0, 1)]
     assert len(restore_runs(tmp_path/'runs', tmp_path/'tables', cs)) == 6
-    shutil.copy(p.runs_path/'synth/smoke/costs.csv', tmp_path/'runs/synth/smoke')
+    (tmp_path/'audit').mkdir()
+    shutil.copy(p.tables_path/'costs.csv', tmp_path/'audit')
     places = dict(runs=str(tmp_path/'runs'), tables=str(tmp_path/'audit'))
     again, _ = report.write_audit(p.model_copy(update=places))
     pd.testing.assert_frame_equal(again, t)
