@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CUT', 'FILTERED', 'SCHEMA', 'without_reasoning', 'token_count', 'redact', 'json_value', 'error_words', 'NoAnswer',
-           'completion_of', 'Reply', 'read_reply', 'JsonObject', 'Objects', 'whole_objects', 'objects_within',
-           'IdentityAttributes', 'ClothingAttributes', 'Description', 'Rejected', 'parse_answer', 'Policy',
-           'is_refusal', 'check_syntax', 'check_length']
+           'completion_of', 'Reply', 'read_reply', 'JsonObject', 'Objects', 'whole_objects', 'InnerObject',
+           'objects_within', 'IdentityAttributes', 'ClothingAttributes', 'Description', 'Rejected', 'parse_answer',
+           'Policy', 'is_refusal', 'check_syntax', 'check_length']
 
 # %% ../nbs/18_answers.ipynb #bd5642cf
 import json
@@ -139,8 +139,10 @@ def completion_of(said: object) -> dict:
 def _join_events(text: str) -> dict:
     "The chat completion that a stream of server-sent events spells; one that breaks off is a cut answer."
     written, tool, refusal, usage = [], [], [], None
-    finish = None if re.search(r'^data: *\[DONE\]', text, re.M) else 'length'
-    for line in re.split(r'\r\n|\r|\n', text):             # other line ends may stand in a text
+    lines = re.split(r'\r\n|\r|\n', text)                    # other line ends may stand in a text
+    is_whole = any(re.match(r'data: *\[DONE\]', line) for line in lines)
+    finish = None if is_whole else 'length'
+    for line in lines:
         chunk = json_value(line[5:]) if line.startswith('data:') else None
         if not isinstance(chunk, dict): continue            # a comment, an empty line, [DONE]
         usage = chunk.get('usage') or usage
@@ -252,15 +254,20 @@ def whole_objects(text: str) -> Objects:
             start += 1
     return Objects(whole, broken)
 
-def objects_within(outer: JsonObject) -> list[JsonObject]:
-    "An object and all objects inside it, in the order in which they begin."
-    found, left = [], [outer]
+class InnerObject(NamedTuple):
+    "An object inside another one, or that one itself."
+    value: JsonObject
+    twice: str | None           # a key on the way to it that stands twice, so another value was meant perhaps
+
+def objects_within(outer: JsonObject) -> list[InnerObject]:
+    "An object and all objects inside it: the outer ones first, of neighbors the last ones."
+    found, left = [], [(outer, None)]
     while left:
-        value = left.pop()
+        value, twice = left.pop()
         if isinstance(value, dict):
-            found.append(value)
-            left.extend(reversed(value.values()))
-        elif isinstance(value, list): left.extend(reversed(value))
+            found.append(InnerObject(value, twice))
+            left.extend((x, twice or (key if key == value.twice else None)) for key, x in value.items())
+        elif isinstance(value, list): left.extend((x, twice) for x in value)
     return found
 
 # %% ../nbs/18_answers.ipynb #1d605c33
@@ -308,6 +315,8 @@ def _schema_reason(error: ValidationError) -> str:
     return f'schema: {place}: {first["msg"]}'
 
 def _read_object(found: JsonObject) -> Description | str:     # the description, or why it is none
+    twice = [part.value.twice for part in objects_within(found) if part.value.twice]
+    if twice: return f'duplicate key: "{twice[0]}" occurs twice'
     try: return Description.model_validate(found)
     except ValidationError as e: return _schema_reason(e)
 
@@ -317,12 +326,8 @@ def parse_answer(text: str  # what the model wrote: bare, fenced or surrounded J
     "The last description in an answer. Raises `Rejected`: `json`, `duplicate key` or `schema`, with detail."
     objects, reason = whole_objects(text), None
     for outer in reversed(objects.whole):
-        parts = objects_within(outer)
-        if twice := [part.twice for part in parts if part.twice]:
-            reason = reason or f'duplicate key: "{twice[0]}" occurs twice'
-            continue
-        for found in reversed(parts):
-            read = _read_object(found)
+        for found, twice in objects_within(outer):
+            read = f'duplicate key: "{twice}" occurs twice' if twice else _read_object(found)
             if isinstance(read, Description): return read
             is_meant = found.keys() & Description.model_fields.keys()
             if is_meant: reason = reason or read

@@ -55,7 +55,8 @@ def check_budget(root: Path, runs: pd.DataFrame) -> None:
     of_tables = runs[[side in of_rows or side[1] in LAYOUT_TAGS for side in sides]]
     for r in of_tables.drop_duplicates(KEY[:-1]).itertuples():
         folder = run_folder(root, r)
-        here = {name: value for name, value in own_options(folder).items() if f'{name}=' not in r.tag}
+        here = {name: value for name, value in own_options(folder).items()
+                if not re.search(f'(^|-){name}=', r.tag)}          # the tag says it
         layout = r.tag if r.tag in LAYOUT_TAGS else ''
         other, own = first.setdefault((r.dataset, r.preset, layout), (folder, here))
         if here != own:

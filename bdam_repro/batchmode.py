@@ -84,9 +84,10 @@ def load_state(out: Path, asked: list[str], server: str = '') -> BatchState:
     if state is None:
         raise UserError(f'{path}: damaged; remove it to begin the open batches anew'
                         ' (they would be paid for again).')
-    if state.server not in ('', server):
+    if state.parts and state.server not in ('', server):
         raise UserError(f'{path}: batches are open at {state.server}, and OPENAI_BASE_URL is {server} now; go'
                         ' back to that server, or remove this file to give them up.')
+    state.server = server
     if state.asked == asked: return state
     raise UserError(f'{path}: batches of another model, prompt or seed are open; go on with theirs,'
                     ' choose another `out`, or remove this file to give them up.')

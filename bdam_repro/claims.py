@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .config import Config, make_config
+from .config import Config, UserError, make_config
 from .paper import CLAIMS, Claim
 from .deciding import (CONTRASTS, FUSION_CONTRASTS, FUSION_VARIANTS, SMALLEST_EFFECT, Contrast,
                                  FusionContrast, Side, printed_difference)
@@ -243,9 +243,12 @@ def costs(e: Evidence) -> pd.DataFrame:   # as of `efficiency.layer_costs`
         with one_core():
             own = layer_costs(cpu, cost_lengths(e.base), e.base, budget=15., each=.2)
             printed = layer_costs(cpu, (1, PAPER_TOKENS), budget=15., each=.2)
-        own, printed = own.assign(width=e.base.fusion_dim), printed.assign(width=PAPER_WIDTH)
+        own = own.assign(size='preset', width=e.base.fusion_dim)
+        printed = printed.assign(size='paper', width=PAPER_WIDTH)
         write_csv(pd.concat([own, printed]).assign(machine=cost_machine(cpu)), path)
-    return pd.read_csv(path)
+    known = pd.read_csv(path)
+    if set(rows_where(known, size='preset')['width']) == {e.base.fusion_dim}: return known
+    raise UserError(f'{path} was measured for another preset: delete it to measure anew')
 
 # %% ../nbs/82_claims.ipynb #be8f0bfd
 def number_finding(item: str, reading: str, metric: str, value: float, than: float,
@@ -260,17 +263,17 @@ def number_finding(item: str, reading: str, metric: str, value: float, than: flo
 def linear_claim(e: Evidence) -> list[Finding]:
     "Growth below attention's, no more seconds or FLOPs at the lengths that occur; beside: the paper's sizes."
     t, names = costs(e), f'Mamba, {RIVAL_LAYERS}'
-    exponent = growth(t[t['width'] == e.base.fusion_dim])['seconds']
+    exponent = growth(rows_where(t, size='preset'))['seconds']
     out = [number_finding('linear', f'exponent of the seconds in the length: {names}', 'growth',
                           exponent['Mamba'], exponent[RIVAL_LAYERS])]
-    decisive = [(e.base.fusion_dim, length) for length in cost_lengths(e.base)[:2]]
-    for width, length in dict.fromkeys([*decisive, (PAPER_WIDTH, 1), (PAPER_WIDTH, PAPER_TOKENS)]):
-        of = rows_where(t, width=width, length=length).drop_duplicates('layers').set_index('layers')
-        name = f'{length} tokens of width {width}: {names}'
+    places = [('preset', length) for length in cost_lengths(e.base)[:2]]
+    if e.base.fusion_dim != PAPER_WIDTH: places += [('paper', 1), ('paper', PAPER_TOKENS)]
+    for size, length in places:
+        of = rows_where(t, size=size, length=length).set_index('layers')
+        name = f'{length} tokens of width {of["width"].iloc[0]}: {names}'
         for column, metric, unit in (('seconds', 'µs per pair', 1e6), ('flops', 'kFLOPs per pair', 1e-3)):
             mamba, rival = of[column]['Mamba']*unit, of[column][RIVAL_LAYERS]*unit
-            decides = (width, length) in decisive
-            out.append(number_finding('linear', name, metric, mamba, rival, decides=decides))
+            out.append(number_finding('linear', name, metric, mamba, rival, decides=size == 'preset'))
     return out
 
 # %% ../nbs/82_claims.ipynb #8f533df2

@@ -432,7 +432,7 @@ _PLAIN = (str, int, float, list, tuple, dict, type(None))       # what papermill
 
 def given_names(names: dict[str, Any]  # a notebook's `globals()`
                ) -> dict[str, Any]:     # what its parameters cell, or papermill, put there
-    "The parameters among a notebook's globals: what a shell or an import left there is none. "
+    "The plain values among a notebook's globals. Call it right behind the parameters: later ones count too."
     return {k: v for k, v in names.items() if not k.startswith('_')
             and k not in {'In', 'Out', 'exit', 'quit'} and isinstance(v, _PLAIN)}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UPLOADS', 'UPLOAD_SIZE', 'POLICY', 'SENTENCES', 'PAGE_HEAD', 'CSS', 'demo_people', 'check_query', 'error_html',
-           'check_count', 'SearchPage', 'import_gradio', 'make_page', 'make_app', 'demo_main', 'serve']
+           'check_number', 'SearchPage', 'import_gradio', 'make_page', 'make_app', 'demo_main', 'serve']
 
 # %% ../nbs/62_demo.ipynb #b1f271a1
 import argparse
@@ -45,12 +45,13 @@ def error_html(e: Exception) -> str: return f'<p role="alert"><strong>{html.esca
 # %% ../nbs/62_demo.ipynb #c239725c
 UPLOADS, UPLOAD_SIZE = 200, '10mb'     # pictures that a visitor may bring, and the longest file
 
-def check_count(n: object, name: str) -> int:   # from 1 to 50
+def check_number(n: object, name: str) -> int:
     "A number that a visitor sent. Raises `UserError`."
-    try: return max(1, min(int(n), 50))
+    try: return int(n)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f'{name}: give a whole number from 1 to 50.') from None
 
+# %% ../nbs/62_demo.ipynb #b6069b31
 class SearchPage:
     "The search behind the page: one model, one gallery, and a gallery per visitor who brings pictures."
     def __init__(self, model: TrainedModel, gallery: Gallery):
@@ -68,8 +69,8 @@ class SearchPage:
               ) -> tuple[str, str, list[int]]:    # results, one line for a screen reader, ranks
         "Pictures for a description."
         try:
-            text = check_query(text)
-            hits = self.gallery_of(token, where).search(text, check_count(k, 'pictures'), score)
+            text, k = check_query(text), max(1, min(check_number(k, 'pictures'), 50))
+            hits = self.gallery_of(token, where).search(text, k, score)
         except UserError as e: return error_html(e), str(e), []
         hits.table['file'] = [path.name for path in hits.paths]      # no folder of this machine on the page
         return hits_html(hits), f'{len(hits)} pictures found; {hits.cost}.', hits.table['rank'].tolist()
@@ -79,9 +80,10 @@ class SearchPage:
         "Why the picture at a rank is there."
         try:
             if not rank: raise UserError('Search first, then choose a rank.')
-            gallery, rank = self.gallery_of(token, where), check_count(rank, 'rank')
-            hits: Hits = gallery.search(check_query(text), rank, score)
-            if len(hits) < rank: raise UserError(f'There are {len(hits)} pictures only.')
+            gallery, rank = self.gallery_of(token, where), check_number(rank, 'rank')
+            hits: Hits = gallery.search(check_query(text), max(1, min(rank, 50)), score)
+            if not 1 <= rank <= len(hits):
+                raise UserError(f'There are {len(hits)} pictures only.')
             return explanation_html(explain(self.model, hits.text, hits.paths[rank - 1], score))
         except UserError as e: return error_html(e)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'TABLE_SCHEMA', 'CHUNK', 'BATCH', 'LONG_PART', 'is_utf8', 'list_pictures', 'GalleryTable', 'GalleryFiles',
-           'plain_value', 'filter_sql', 'file_stamp', 'GalleryEncoder', 'GalleryWriter', 'GalleryKeeper', 'open_keeper',
-           'check_model']
+           'plain_value', 'filter_sql', 'file_stamp', 'GalleryEncoder', 'GalleryNotes', 'GalleryWriter',
+           'GalleryKeeper', 'open_keeper', 'check_model']
 
 # %% ../nbs/59_gallery.ipynb #9fab6a21
 import fcntl
@@ -227,7 +227,27 @@ class GalleryEncoder(GalleryFiles):
         return good, bad, F.normalize(f_id, dim=-1), f_id.norm(dim=-1)
 
 # %% ../nbs/59_gallery.ipynb #e790e80b
-class GalleryWriter(GalleryEncoder):
+class GalleryNotes(GalleryEncoder):
+    "What is told of pictures that are in the table."
+    def note_columns(self, table: pd.DataFrame) -> None:
+        "What a table newly says of pictures that are here and encoded."
+        if not len(table) or set(table) == {'file'}: return
+        with self.db(write=True) as db:
+            here = db.execute('select file, identity, meta from pictures')
+            known, news = {file: (identity, json.loads(meta)) for file, identity, meta in here}, []
+            for row in table.to_dict('records'):
+                said = {name: x for name, x in zip(row, map(plain_value, row.values())) if x is not None}
+                file, (identity, meta) = said.pop('file'), known[row['file']]
+                new = said.pop('identity', identity)
+                more = {name: x for name, x in json.loads(json.dumps(said, default=str)).items()
+                        if name not in meta or meta[name] != x}             # 1.0 does not replace 1
+                if new != identity or more:
+                    news.append((identity if new == identity else new, json.dumps(meta | more), file))
+            db.executemany('update pictures set identity = ?, meta = ? where file = ?', news)
+            if news: self.next_version(db)
+
+# %% ../nbs/59_gallery.ipynb #fae2aba6
+class GalleryWriter(GalleryNotes):
     "A gallery that grows."
     def take(self, root: Path | None, table: pd.DataFrame,   # of `list_pictures`
              progress: bool = True) -> None:
@@ -248,20 +268,6 @@ class GalleryWriter(GalleryEncoder):
                     self.write_chunk(table.iloc[rows], [stamps[i] for i in rows], root, bar)
             self.join_parts()
         self.refresh()
-
-    def note_columns(self, table: pd.DataFrame) -> None:
-        "What a table newly says of pictures that are here and encoded."
-        if not len(table) or set(table) == {'file'}: return
-        with self.db(write=True) as db:
-            here = db.execute('select file, identity, meta from pictures')
-            known, news = {file: (identity, json.loads(meta)) for file, identity, meta in here}, []
-            for row in table.to_dict('records'):
-                said = {name: x for name, x in zip(row, map(plain_value, row.values())) if x is not None}
-                file, (identity, meta) = said.pop('file'), known[row['file']]
-                now = said.pop('identity', identity), meta | json.loads(json.dumps(said, default=str))
-                if now != (identity, meta): news.append((now[0], json.dumps(now[1]), file))
-            db.executemany('update pictures set identity = ?, meta = ? where file = ?', news)
-            if news: self.next_version(db)
 
     def write_chunk(self, table: pd.DataFrame, stamps: list, root: Path | None, bar) -> None:
         "Features first, then their rows."

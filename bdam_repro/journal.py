@@ -219,7 +219,10 @@ def recover(path: Path,                 # a descriptions file, maybe damaged at 
     _cut_behind(path, found.end)
     if found.dropped:
         lose(found.dropped_cost)
-        _drop_failed(path)
+        try: _drop_failed(path)
+        except BaseException:
+            lose(-found.dropped_cost)       # the lines are still there
+            raise
     return found
 
 # %% ../nbs/21_journal.ipynb #bfc62e8e

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SYNTH_OPTIONS', 'BDAM_OPTIONS', 'FUSION_OPTIONS', 'GRADNORM_OPTIONS', 'DECIDING_MODULES', 'check_extra',
-           'from_globals', 'unmet_needs', 'idle_options', 'own_values', 'idle_line', 'tree_words', 'source_fingerprint',
-           'code_fingerprint', 'run_modules', 'joined_modules', 'changed_modules']
+           'near_options', 'from_globals', 'unmet_needs', 'idle_options', 'own_values', 'idle_line', 'tree_words',
+           'source_fingerprint', 'code_fingerprint', 'run_modules', 'joined_modules', 'changed_modules']
 
 # %% ../nbs/07_parameters.ipynb #6e3baf0a
 import ast
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -35,12 +36,17 @@ def check_extra(names: dict[str, Any],     # the notebook's `globals()`
             raise UserError(say) from None
 
 # %% ../nbs/07_parameters.ipynb #2a39c569
+def near_options(name: str) -> list[str]:   # `name` itself, where an option is spelled so or nearly so
+    return [name] if difflib.get_close_matches(name, Config.model_fields, cutoff=.85) else []
+
 def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
                 ) -> Config:                  # the options; under `IN_TEST` the smoke preset
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
     check_extra(names, extra)
-    given = {k: v for k, v in given_names(names).items() if k not in extra}
+    # a later cell may leave a list of its own; one that is named like an option is a mistyped one
+    def is_meant(k, v): return not isinstance(v, (list, tuple, dict)) or k in near_options(k)
+    given = {k: v for k, v in given_names(names).items() if k not in extra and is_meant(k, v)}
     for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name
         raise UserError(f'{k} is now a {type(names[k]).__name__}, no parameter: run the cell of the '
                         f'parameters again')

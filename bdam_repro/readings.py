@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'SHOWN', 'READING_RULE', 'READING_VERDICTS', 'TIE_RULES', 'TIES', 'GATE_VALUES', 'RADII', 'STYLE_READINGS',
-           'OTHER_PARTS', 'plot_readings', 'reading_verdict', 'validation_r1', 'reading_findings', 'default_findings',
+           'OTHER_PARTS', 'plot_readings', 'reading_verdict', 'validation_r1', 'default_findings', 'reading_findings',
            'all_readings', 'beside_default', 'dual_ranking', 'break_ties', 'run_ties', 'tie_readings', 'gate_readings',
            'halved_features', 'history_folders', 'histories', 'chosen_epoch', 'selection_readings', 'small_differences',
            'nested_gains', 'style_scores', 'style_readings', 'part_a']
@@ -60,6 +60,18 @@ def validation_r1(e: Evidence, side: Side, beside: Side | None = None) -> float:
     return float(t['val_R1'].mean())
 
 # %% ../nbs/81_readings.ipynb #aaa5c8c4
+def default_findings(e: Evidence, r: Reading, run: Side) -> list[Finding]:
+    "The same rows for the default: values, without a difference."
+    source = run_source(e, run)
+    out = [Finding('a', r.n, r.name, 'val R-1', 'yes', validation_r1(e, run), verdict='default', **source)]
+    for score, metric, shown in SHOWN:
+        d = dict(verdict=NOT_RUN)
+        if e.folders(run):
+            d = dict(value=seed_query_values(e, run, metric, score)[0].mean(), verdict='default')
+        out.append(Finding('a', r.n, r.name, shown, 'yes', **d, rule=READING_RULE, **source))
+    return out
+
+# %% ../nbs/81_readings.ipynb #6b30261d
 def reading_findings(e: Evidence, r: Reading) -> list[Finding]:
     "What a reading is worth: one row for validation, three for test."
     run, ref = reading_run(r, e.base), reading_reference(r, e.base)
@@ -73,17 +85,6 @@ def reading_findings(e: Evidence, r: Reading) -> list[Finding]:
         d = compare_runs(e, run, ref, metric, score)
         d['verdict'] = reading_verdict(d)
         out.append(Finding('a', r.n, name, shown, 'no', **d, rule=READING_RULE))
-    return out
-
-def default_findings(e: Evidence, r: Reading, run: Side) -> list[Finding]:
-    "The same rows for the default: values, without a difference."
-    source = run_source(e, run)
-    out = [Finding('a', r.n, r.name, 'val R-1', 'yes', validation_r1(e, run), verdict='default', **source)]
-    for score, metric, shown in SHOWN:
-        d = dict(verdict=NOT_RUN)
-        if e.folders(run):
-            d = dict(value=seed_query_values(e, run, metric, score)[0].mean(), verdict='default')
-        out.append(Finding('a', r.n, r.name, shown, 'yes', **d, rule=READING_RULE, **source))
     return out
 
 # %% ../nbs/81_readings.ipynb #bbfd3eb5
@@ -222,7 +223,7 @@ def small_differences(e: Evidence) -> list[Finding]:
     small = d[(d['metric'] == 'R1') & (d['score'] == 'own') & (d['diff'].abs() < 1) & d['lo'].notna()]
     sure = (small['lo'] > 0) | (small['hi'] < 0)
     common = dict(evidence='differences.csv',
-                  rule='of the comparisons in differences.csv; intervals: those whose interval excludes 0')
+                  rule='of the comparisons in differences.csv with an interval; intervals: excluding 0')
     return [Finding('a', 24, 'trust', 'differences under a point', 'no', len(small), **common),
             Finding('a', 24, 'intervals', 'differences under a point', 'yes', int(sure.sum()), **common)]
 

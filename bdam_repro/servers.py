@@ -33,7 +33,7 @@ from .answers import NoAnswer, Reply, completion_of, error_words, read_reply, re
 # %% ../nbs/19_servers.ipynb #f18e1c1c
 def is_address(url: str) -> bool:
     "Whether a URL has a host, and a port that is a number or none."
-    try: return bool(re.match(r'https?://[^/]', url)) and urlsplit(url).port != 0
+    try: return bool(re.match(r'https?://', url) and urlsplit(url).hostname) and urlsplit(url).port != 0
     except ValueError: return False
 
 def make_client() -> openai.AsyncOpenAI:
@@ -45,10 +45,10 @@ def make_client() -> openai.AsyncOpenAI:
         raise UserError('OPENAI_API_KEY is not set: export it first'
                         ' (any word will do for a local server that asks for none).')
     if not (key.isascii() and key.isprintable()):
-        raise UserError('OPENAI_API_KEY holds a character that no key has, such as "…": copy it again.')
+        raise UserError('OPENAI_API_KEY holds a character that no key has, as "…": copy it again.')
     if url and not is_address(url):
         raise UserError('OPENAI_BASE_URL is not an address: it begins with http:// or https://'
-                        ' and mostly ends in /v1.')
+                        ' and mostly ends in /v1; a port is a number.')
     # openai's own repetitions would not be counted; aiohttp takes half the processor time of httpx
     return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0,
                               http_client=openai.DefaultAioHttpClient())
@@ -136,12 +136,16 @@ _WAIT = re.compile(r'(?:try again|retry) (?:in|after) (?:(\d{1,4})m(?!s))?'
 
 def retry_after(headers: Mapping[str, str], said: str = '') -> float:
     "Seconds from `retry-after-ms`, `Retry-After` (a number or an HTTP date) or the words; 0 without any."
-    try:
-        if ms := headers.get('retry-after-ms'): return float(ms) / 1000 if math.isfinite(float(ms)) else 0.0
-        if value := headers.get('retry-after'):
-            if re.fullmatch(r'[\d.]+', value): return float(value)
-            return max(parsedate_to_datetime(value).timestamp() - time.time(), 0)
-    except (ValueError, TypeError, OverflowError): return 0.0
+    def told(words, unit=1.):                 # seconds; None where it is no number
+        try: seconds = float(words)*unit
+        except (ValueError, TypeError): return None
+        return max(seconds, 0.) if math.isfinite(seconds) else None
+    finer, value = told(headers.get('retry-after-ms'), .001), headers.get('retry-after')
+    if finer is not None: return finer
+    if value and (plain := told(value)) is not None: return plain
+    if value:
+        try: return max(parsedate_to_datetime(value).timestamp() - time.time(), 0)
+        except (ValueError, TypeError, OverflowError): return 0.0
     in_words = _WAIT.search(said)
     if not in_words: return 0.0
     minutes, seconds, unit = in_words.groups()
@@ -228,7 +232,8 @@ def sort_problem(server: Server, sent: Manner, code: int,
         if not (named and _REFUSES.search(said)): return Transient(words, after)
     if code in (401, 403) or (code == 400 and _KEY.search(said)):
         return Hopeless(f'the server refuses the key ({code}: {said}): check OPENAI_API_KEY')
-    no_model = code == 400 and _NO_MODEL.search(said) and not named_options(said)
+    named = named_options(said.replace(server.form.model, ''))         # a model's name may hold "seed"
+    no_model = code == 400 and _NO_MODEL.search(said) and not named
     if no_model or (code == 404 and not is_about_pictures(said)):
         return Hopeless(f'the server knows no such model or address ({code}: {said}):'
                         f' check the model\'s name "{server.form.model}" and OPENAI_BASE_URL')
@@ -273,7 +278,9 @@ def empty_problem(server: Server, sent: Manner, e: NoAnswer) -> Exception:
     said = redact(str(e), server.client.api_key)[:300]
     is_status = e.code is not None and 400 <= e.code < 600
     if is_status: return sort_problem(server, sent, e.code, said, retry_after({}, said))
-    if said and named_options(said) and _REFUSES.search(said): return sort_problem(server, sent, 400, said)
+    is_page = said.startswith('a web page')                             # its words are no server's answer
+    refuses = not is_page and named_options(said) and _REFUSES.search(said)
+    if refuses: return sort_problem(server, sent, 400, said)
     address = 'is it the right address? it mostly ends in /v1'
     if said.startswith(('a web page', 'no JSON')): return Transient(f'the server sends {said} ({address})')
     if said: return Transient(f'the server answers without an answer ({said})')

@@ -32,7 +32,7 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         arrived = [(x, grad) for x, grad in zip(ctx.inner, grads) if grad is not None]
-        ctx.thread.walk_back(*zip(*arrived))
+        if arrived: ctx.thread.walk_back(*zip(*arrived))
         return None, None, None
 
 # %% ../nbs/35_threads.ipynb #e0d967f0

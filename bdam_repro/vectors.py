@@ -96,11 +96,11 @@ def take_rows(parts: Sequence[np.ndarray], rows: np.ndarray   # positions
 # %% ../nbs/47_vectors.ipynb #2a7d0357
 def index_top(index: faiss.Index, q: np.ndarray, parts: Sequence[np.ndarray], k: int,
               allowed: np.ndarray | None = None,   # sorted positions that may be found; None: all
-              exact_up_to: int = EXACT_UP_TO       # so few allowed ones are all compared
-             ) -> tuple[np.ndarray, np.ndarray]:   # scores and positions [Q, k]; -1 where there are no more
+              exact_up_to: int = EXACT_UP_TO       # so few, and at most half, are all compared
+             ) -> tuple[np.ndarray, np.ndarray]:   # scores and positions [Q, k] or fewer; -1: no more
     "The k best by an index; what came later, or few allowed ones, are compared exactly."
-    if allowed is not None and len(allowed) <= exact_up_to: return exact_top(q, parts, k, allowed)
     n = sum(map(len, parts))
+    if allowed is not None and len(allowed) <= min(exact_up_to, n//2): return exact_top(q, parts, k, allowed)
     inside = None if allowed is None else allowed[allowed < index.ntotal]
     select = None if inside is None else faiss.IDSelectorBatch(inside)
     want = min(max(k, 1), index.ntotal)

@@ -217,7 +217,7 @@ def irra_modules(path: str) -> types.SimpleNamespace:
     with patch.object(sys, 'path', [str(Path(path).absolute()), *sys.path]):
         try: loop, solver = importlib.import_module('processor.processor'), importlib.import_module('solver')
         except ModuleNotFoundError as e:
-            raise UserError(f"IRRA's loop needs {e.name}: pip install {e.name}") from None
+            raise UserError(f"IRRA's loop needs {e.name}: neither in the clone nor installed") from None
     spec = importlib.util.spec_from_file_location('irra_objectives', Path(path)/'model'/'objectives.py')
     losses = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(losses)
