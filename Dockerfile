@@ -1,6 +1,6 @@
 # docker build -t bdam .                    CPU
 # docker build -t bdam-cuda --target cuda . GPU, with the CUDA kernels of Mamba
-# docker run --rm -it bdam make train       (GPU: --gpus all)
+# docker run --rm -it --shm-size=2g bdam make train       (GPU: --gpus all)
 FROM python:3.11-slim-bookworm AS cpu
 ARG TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

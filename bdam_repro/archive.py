@@ -14,6 +14,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -109,11 +110,14 @@ def write_kept(file: Path, runs: Kept) -> None:
             for name, data in content.items():
                 undated = zipfile.ZipInfo(f'{folder}/{name}')     # a fixed date, else the bytes would differ
                 z.writestr(undated, data, zipfile.ZIP_STORED if name == PACKED else zipfile.ZIP_LZMA)
-    data = whole.getvalue()
-    for old in archive_parts(file)[1:]: old.unlink()
-    for k, start in enumerate(range(0, len(data), PART_BYTES), 1):
-        part = file if k == 1 else file.with_name(f'{file.name}.{k}')
-        with atomic_path(part) as tmp: tmp.write_bytes(data[start:start + PART_BYTES])
+    data, before = whole.getvalue(), archive_parts(file)
+    starts = range(0, len(data), PART_BYTES)
+    parts = [file, *(file.with_name(f'{file.name}.{k}') for k in range(2, len(starts) + 1))]
+    with ExitStack() as all_written:                        # none is renamed before the last one is written
+        for part, start in zip(parts, starts):
+            tmp = all_written.enter_context(atomic_path(part))
+            tmp.write_bytes(data[start:start + PART_BYTES])
+    for old in set(before) - set(parts): old.unlink(missing_ok=True)
 
 # %% ../nbs/68_archive.ipynb #1a87e626
 def keep_runs(root: Path,            # folder of the runs

@@ -242,10 +242,11 @@ def why_not_static(c: Config, loader: Loader, device: torch.device) -> str:   # 
                f'amp={c.amp}': c.amp == 'fp16',
                f'mining={c.mining}': c.mining == 'random',
                'grad_checkpoint': c.grad_checkpoint,
-               f'dropout={c.dropout}': c.dropout > 0,      # a resumed epoch would drop other units
+               # a resumed epoch would drop other units
+               f'dropout={c.dropout}; with dropout=0.0 it is another run, and can be': c.dropout > 0,
                'shuffle_captions': c.shuffle_captions,
                f'fusion_start={c.fusion_start}': c.fusion_grad and c.fusion_start > 0,
-               'the images do not fit in cache_gb': not loader.data.images.cached}
+               'the images do not fit in cache_gb, raise it': not loader.data.images.cached}
     return next((reason for reason, holds in reasons.items() if holds), '')
 
 SMALL = 20_000_000     # parameters; larger models are bound by arithmetic, not by the calls of kernels

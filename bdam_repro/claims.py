@@ -336,7 +336,7 @@ def balance_claim(e: Evidence) -> list[Finding]:
     found = estimate(w, runs[0]['q_pids'])
     lo, hi = found.interval()                          # NaN with one seed: not near
     near = abs(lo - 50) < NEAR and abs(hi - 50) < NEAR
-    spread = w.std()
+    spread = math.sqrt(w.var(axis=1).mean())           # within a run: how the weight varies from pair to pair
     def judged(yes, rule):
         verdict = ONE_SEED if math.isnan(lo) else 'for' if yes else 'against'
         return dict(verdict=verdict, rule=rule, decides=True, **source)

@@ -20,6 +20,7 @@ from .config import UserError, make_config
 from .pedes import PedesDataset
 from .run_data import load_data
 from .trained import TrainedModel
+from .trainer import find_device
 from .release import released_model
 from .hits import Hits, hits_html
 from .search import Gallery
@@ -205,12 +206,14 @@ def demo_main(arguments: list[str] | None = None) -> None:
     p.add_argument('--folder', help='pictures to search; without it SynthPEDES is drawn')
     p.add_argument('--data-root', default='data', help='where SynthPEDES is drawn')
     p.add_argument('--people', type=int, default=100, help='how many people are drawn')
+    p.add_argument('--device', default='cpu', help='cuda encodes many pictures sooner')
     p.add_argument('--port', type=int, default=7860, help='0: any that is free')
     args = p.parse_args(arguments)
     page = None
     try:
         import_gradio()
         model = TrainedModel.from_pretrained(args.model) if args.model else released_model(train_missing=True)
+        model.model.to(find_device(args.device))
         source = args.folder or demo_people(args.data_root, args.people)
         gallery = Gallery.build(model, source)
         bad = len(gallery.problems())

@@ -99,7 +99,8 @@ def load_encoder(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
 
     Raises `UserError` for a file that does not load and for a missing, unknown or misshapen weight."""
     if not any(folder.glob('model*.safetensors')):
-        how = '`AutoModel.from_pretrained(...).save_pretrained(...)`'
+        how = ('`AutoModel.from_pretrained(...).save_pretrained(...)`, AutoTokenizer or AutoImageProcessor'
+               ' likewise,')
         raise UserError(f'{folder} has no model.safetensors; pickled weights (.bin) can run code and are not '
                         f'read: convert them with {how} where you trust them')
     kind = ENCODER_KINDS[config.model_type]

@@ -298,7 +298,9 @@ def estimate_hours(configs: list[Config],      # the grid
     if not left: return head
     past = past_seconds(Path(root)/left[0].dataset/left[0].preset)
     every = [s for seconds in past.values() for s in seconds]
-    if not every: return f'{head}; no run of this kind is finished yet, so the time is not known'
+    if not every:
+        unknown = 'no run of this kind is finished yet, so the time is not known'
+        return f'{head}; {unknown} (the README has a GPU\'s)'
     expected = [statistics.median(past.get(run_dir(c).parent.name, every)) for c in left]
     hours = sum(expected)/3600/max(1, jobs)
     return f'{head}, about {hours:.1f} h with {jobs} at once, going by {len(every)} finished runs'

@@ -25,6 +25,7 @@ class SearchParameters(Options):
     data_root: str = 'data'
     csv: str | None = None
     sheet: str | None = None
+    device: str = 'cpu'
 
 def search_parameters(names: dict[str, Any]  # the notebook's `globals()`
                      ) -> SearchParameters:

@@ -47,6 +47,9 @@ def from_globals(names: dict[str, Any],     # the notebook's `globals()`
     # a later cell may leave a list of its own; one that is named like an option is a mistyped one
     def is_meant(k, v): return not isinstance(v, (list, tuple, dict)) or k in near_options(k)
     given = {k: v for k, v in given_names(names).items() if k not in extra and is_meant(k, v)}
+    for k, v in given.items():                        # papermill knows True and False alone; `true` is a word
+        is_switch = k in Config.model_fields and Config.model_fields[k].annotation is bool
+        if is_switch and str(v).lower() in ('true', 'false'): given[k] = str(v).lower() == 'true'
     for k in Config.model_fields.keys() & names.keys() - given.keys():          # a later cell took the name
         raise UserError(f'{k} is now a {type(names[k]).__name__}, no parameter: run the cell of the '
                         f'parameters again')

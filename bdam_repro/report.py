@@ -77,7 +77,8 @@ def audit_caption(e: Evidence) -> str:
             'chosen on validation identities; R-1 and mAP are of the fused score where there is a fusion, '
             'else of the dual one, in percent. Differences are taken within a seed, and their intervals are '
             'for other seeds and other people: a mixed model, with the spread from seed to seed estimated '
-            'from all variants. They are of 95 %, and those that decide a claim of the level at which 5 % '
+            'from all pairs of variants; those of fusions are for other towers and the same people. They are '
+            'of 95 %, and those that decide a claim of the level at which 5 % '
             'of the declared are wrong (Benjamini-Hochberg). One seed gives a number and no verdict. '
             f'Seeds: {seeds}. Code {listed(e.runs, "code_version")}.')
 
@@ -195,7 +196,7 @@ def findings_table(t: pd.DataFrame, *parts: str) -> str:
     t = t[t['part'].isin(parts) & (t['reading'] != '')]
     lines = [(r.item, r.reading, r.metric, number(r.value), difference_cell(r), r.seeds,
               verdict_cell(r) + (bound_words(r) if r.decides else '')) for r in t.itertuples()]
-    return md_table(['item', 'finding', 'metric', 'value', 'difference, 95 %', 'seeds', 'verdict'], lines)
+    return md_table(['item', 'finding', 'metric', 'value', 'difference, interval', 'seeds', 'verdict'], lines)
 
 def claim_tables(t: pd.DataFrame) -> str:   # t: the audit
     "All findings of part b: pairs of runs, those without runs in one line, the rest."

@@ -6,11 +6,13 @@
 __all__ = ['PACKAGES', 'Training', 'check_data', 'prepare', 'summary', 'headline', 'named_scores', 'validate', 'one_epoch',
            'code_version', 'device_name', 'provenance', 'intervals', 'own_weights', 'save_features', 'finish_run',
            'data_ok', 'run_metrics', 'finished', 'same_run', 'open_run', 'resume', 'StoppedBySignal', 'after_step',
-           'note_progress', 'all_epochs', 'train', 'progress_bar', 'score_table', 'result_table', 'plot_history']
+           'note_progress', 'all_epochs', 'check_device', 'train', 'progress_bar', 'score_table', 'result_table',
+           'plot_history']
 
 # %% ../nbs/53_runs.ipynb #11798395
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -47,8 +49,8 @@ from .checkpoints import (LAST, PREVIOUS, RunState, SavePlan, StopRequest, drop_
                                     resume_checkpoint, save_checkpoint, stop_now, stop_requests)
 from .metrics import bootstrap_ci, chance
 from .evaluate import evaluate
-from .trainer import (LossError, Trainer, pick_device, run_batches, single_threaded, train_epoch,
-                                 two_cores)
+from .trainer import (LossError, Trainer, pick_device, pick_dtype, run_batches,
+                                single_threaded, train_epoch, two_cores)
 
 # %% ../nbs/53_runs.ipynb #12bbcf8a
 @dataclass
@@ -98,10 +100,13 @@ def prepare(c: Config, folder: Path, progress: bool = True, dataset: PedesDatase
         print(f'{dataset.name} has no descriptions: training on captions alone, '
               'without the clothing loss (see describe.ipynb)')
     torch.manual_seed(c.seed)
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')            # what the next line asks of a GPU
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False            # debugging aid, slow
     model = build_model(c, len(tokenizer), described)
     if two_cores(c, device) and world.size == 1: model.second = SecondThread()
+    slow_bf16 = device.type == 'cuda' and c.amp == 'auto' and pick_dtype(c, device) is None
+    if progress and slow_bf16: print('this card is slow at bf16: float32; -p amp fp16 takes half the memory')
     if progress: print(plan_line(batches, c.epochs), batches.note, sep='\n' if batches.note else '')
     return Training(folder, dataset, tokenizer, Trainer(c, model, batches, device, world))
 
@@ -355,6 +360,12 @@ def all_epochs(training: Training, progress: bool) -> None:
         finally: training.log.close()
 
 # %% ../nbs/53_runs.ipynb #85a4db54
+def check_device(c: Config) -> None:
+    "Raises `UserError` where the device, or one for each process, is not there."
+    device, n = pick_device(c), torch.cuda.device_count()
+    if device.type == 'cuda' and c.processes > n:
+        raise UserError(f'processes={c.processes}, but there are {n} GPUs here: lower it, or use device=cpu')
+
 def train(c: Config,                        # from `make_config`
           runs: str | Path | None = None,   # folder of the runs; None: `runs/` in the repository
           overwrite: bool = False,          # run again what is complete
@@ -364,7 +375,7 @@ def train(c: Config,                        # from `make_config`
     """Train, select on validation, test once. Raises `UserError`.
 
     An interrupted run is resumed. A complete one is returned at once."""
-    pick_device(c)                                                         # raises before anything is written
+    check_device(c)                                                        # raises before anything is written
     check_present(c)
     world = find_world(c)
     if c.processes > 1 and world.size == 1:

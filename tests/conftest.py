@@ -3,11 +3,19 @@
 Tests marked `soak` run for minutes and only by `make soak` (`SOAK_SECONDS` for each, 600 by default).
 """
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile('patient', deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('patient')
+
+
+# nothing of the user's: no key, no switch, no proxy before the servers of this machine
+for name in [n for n in os.environ if n.startswith(('OPENAI_', 'HF_HUB_OFFLINE', 'BDAM_ROOT', 'IN_TEST'))]:
+    del os.environ[name]
+for name in ('no_proxy', 'NO_PROXY'): os.environ[name] = f'127.0.0.1,localhost,{os.environ.get(name, "")}'
 
 
 @pytest.fixture

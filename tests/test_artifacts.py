@@ -1,5 +1,6 @@
 "Tables: the same bytes from the same files, the paper's numbers to the digit, nothing where nothing was run."
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -36,6 +37,23 @@ def few(tmp_path):
 def table(p, n): return results.read_csv(p.tables_path/f'table{n}.csv', artifacts.TABLE)
 
 
+def test_a_full_disk_keeps_the_old_archive(tmp_path, monkeypatch):
+    file = tmp_path/'kept-seed0.zip'
+    runs = {f'a/{i}': {archive.PACKED: os.urandom(900_000)} for i in range(4)}
+    archive.write_kept(file, runs)
+    assert len(archive.archive_parts(file)) > 1
+    written, write = [], archive.atomic_path
+    def full_at_the_last(path):
+        written.append(path)
+        if len(written) == 3: raise UserError(f'cannot write {path}: No space left on device')
+        return write(path)
+    with monkeypatch.context() as m, pytest.raises(UserError, match='No space'):
+        m.setattr(archive, 'atomic_path', full_at_the_last)
+        archive.write_kept(file, runs | {'b/0': {archive.PACKED: os.urandom(900_000)}})
+    assert archive.read_kept(file) == runs
+    assert not list(tmp_path.glob('.*.tmp'))
+
+
 # ---- from runs.csv to the same bytes
 
 def test_tables_come_from_the_three_files_alone(made, tmp_path):
@@ -54,6 +72,7 @@ def test_collecting_again_gives_the_same_bytes(made):
 
 def test_committed_tables_are_those_of_the_committed_runs(tmp_path):
     committed = sorted((REPO/'tables').rglob('runs.csv'))
+    assert committed
     for runs in committed:
         dataset, preset = pd.read_csv(runs)[['dataset', 'preset']].iloc[0]
         for name in ('runs', 'differences', 'styles', 'fusion'):

@@ -189,6 +189,7 @@ def test_there_are_forty():
 
 
 def files(folder): return {p.relative_to(folder).as_posix() for p in folder.rglob('*')}
+def contents(folder): return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
 @pytest.mark.parametrize('case', TABLE)
@@ -200,12 +201,14 @@ def test_one_line_that_says_what_where_and_how_to_mend(world, tmp_path, case):
         shutil.rmtree(here/name)
         shutil.copytree(world/name, here/name)
     damage(here)
-    before = files(here)
+    before, as_it_was = files(here), contents(here)
     with pytest.raises(UserError) as e: call(here)
     line = str(e.value)
     assert words in line and '\n' not in line and 20 < len(line) < 600, line
     left = {name for name in files(here) - before if not name.startswith(('new', 'gallery'))}
     assert left <= {'data/CUHK-PEDES/.prepared'}, left
+    after = contents(here)
+    assert [name for name, data in as_it_was.items() if after.get(name) != data] == []
     assert not [name for name in files(here) if name.endswith('.tmp') or Path(name).name.startswith('.tmp')]
     assert not list(here.rglob('new/**/metrics.json')) and not (here/'out.jsonl').exists()
 

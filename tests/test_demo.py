@@ -1,61 +1,15 @@
 "The search page in a headless Chromium: what a person does there, and what they see."
-import os
+# ruff: noqa: F811 (fixtures)
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-import torch
-
-from bdam_repro.batches import train_tokenizer
-from bdam_repro.config import make_config
-from bdam_repro.demo import demo_people
-from bdam_repro.model import build_model
-from bdam_repro.trained import TrainedModel
+from demo_server import WAIT, home, url  # noqa: F401
 
 pytest.importorskip('gradio')
 playwright = pytest.importorskip('playwright.sync_api')
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 if not CHROMIUM: pytest.skip('no chromium here: apt-get install chromium', allow_module_level=True)
-
-REPO = Path(__file__).resolve().parent.parent
-WAIT = 60_000      # milliseconds; a busy machine is no failure
-
-
-@pytest.fixture(scope='module')
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp('demo')
-    texts = ['a tall woman in a red coat with a black bag', 'a man in blue']
-    tokenizer = train_tokenizer(texts, home/'t', 300)
-    torch.manual_seed(0)
-    model = TrainedModel(build_model(make_config(preset='smoke'), len(tokenizer)), tokenizer)
-    model.save_file(home/'model.safetensors')
-    ds = demo_people(str(home/'data'), people=6, progress=False)
-    shutil.copytree(ds.images_dir, home/'pictures')
-    (home/'broken.jpg').write_text('no picture')
-    return home
-
-
-def start(home, *arguments):
-    env = os.environ | {'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', 'BDAM_ROOT': str(home)}
-    code = 'from bdam_repro.demo import demo_main; demo_main()'
-    return subprocess.Popen([sys.executable, '-c', code, '--port', '0', *map(str, arguments)], env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-@pytest.fixture(scope='module')
-def url(home):
-    p = start(home, '--model', home/'model.safetensors', '--data-root', home/'data', '--people', 6)
-    line = p.stdout.readline()
-    assert line.startswith('http://127.0.0.1:'), line + p.stderr.read()
-    yield line.split()[0]
-    p.send_signal(signal.SIGINT)
-    p.wait(30)
 
 
 @pytest.fixture(scope='module')
@@ -83,17 +37,6 @@ def tab(browser, url):
     assert outside == []
     assert errors == []
     context.close()
-
-
-def test_the_address_that_is_printed_answers_at_once(home):
-    "Who opens it in that moment waits for the page, and is not refused."
-    p = start(home, '--model', home/'model.safetensors', '--data-root', home/'data', '--people', 6)
-    try:
-        with urllib.request.urlopen(p.stdout.readline().split()[0], timeout=WAIT/1000) as answer:
-            assert answer.status == 200 and b'<html' in answer.read()
-    finally:
-        p.send_signal(signal.SIGINT)
-        p.communicate(timeout=60)
 
 
 def field(tab): return tab.locator('#text textarea, #text input').first
@@ -177,34 +120,3 @@ def test_a_phone_needs_no_sideways_scrolling(tab):
     assert tab.evaluate('document.documentElement.scrollWidth') <= 360
 
 
-def test_only_this_machine_by_its_own_name(url):
-    import httpx
-    port = url.rsplit(':', 1)[1]
-    assert httpx.get(url).status_code == 200
-    assert httpx.get(url, headers={'Host': f'elsewhere.example:{port}'}).status_code == 400
-    assert "default-src 'self'" in httpx.get(url).headers['Content-Security-Policy']
-    assert not re.search(r'(src|href)="https?:', httpx.get(url).text.replace(url, ''))
-
-
-def test_own_folder_and_clear_lines(home):
-    p = start(home, '--model', home/'model.safetensors', '--folder', home/'pictures')
-    assert p.stdout.readline().startswith('http://127.0.0.1:')
-    p.send_signal(signal.SIGINT)
-    p.wait(30)
-    for arguments, said in ((('--model', home/'none.safetensors'), 'no file'),
-                            (('--model', home/'model.safetensors', '--folder', home/'t'), 'no pictures in')):
-        p = start(home, *arguments)
-        _, err = p.communicate(timeout=250)
-        assert p.returncode == 1 and said in err.splitlines()[-1], err
-        assert 'Traceback' not in err
-
-
-def test_many_visitors_at_once(home):
-    "Shortened: 20 for five seconds. `benchmarks/bench_demo.py` sends 50 for two minutes."
-    sys.path.insert(0, str(REPO/'benchmarks'))
-    from bench_demo import measure
-    arguments = ['--model', str(home/'model.safetensors'), '--data-root', str(home/'data'), '--people', '6']
-    with ThreadPoolExecutor(1) as thread:                # playwright has an event loop in this one
-        found = thread.submit(measure, arguments, users=20, seconds=5).result()
-    assert found['errors'] == 0, found
-    assert found['searches'] >= 20, found

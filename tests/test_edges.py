@@ -241,15 +241,14 @@ def test_a_signal_reaches_the_processes_and_is_waited_for(tmp_path):
                      f'    pathlib.Path({str(tmp_path)!r}, os.environ["RANK"]).write_text("saved")\n'
                      '    sys.exit(1)\n'
                      'signal.signal(signal.SIGTERM, end)\n'
-                     'print("ready", flush=True)\n'
+                     f'pathlib.Path({str(tmp_path)!r}, os.environ["RANK"] + ".ready").touch()\n'
                      'time.sleep(60)\n')
     start = ('import sys; from bdam_repro.launch import start_processes; '
              f'start_processes([sys.executable, {str(child)!r}], 2)')
-    parent = subprocess.Popen([sys.executable, '-c', start], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout.readline() == 'ready\n'
-    time.sleep(.5)
+    parent = subprocess.Popen([sys.executable, '-c', start])
+    while not all((tmp_path/f'{rank}.ready').exists() for rank in '01') and parent.poll() is None: time.sleep(.05)
     parent.send_signal(signal.SIGTERM)
-    assert parent.wait(30) == -signal.SIGTERM
+    assert parent.wait(60) == -signal.SIGTERM
     assert [(tmp_path/rank).read_text() for rank in '01'] == ['saved']*2
 
 

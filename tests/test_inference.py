@@ -116,11 +116,21 @@ def test_a_variant_that_varies_more_gets_a_wider_interval_where_variants_differ(
     assert estimate(z, np.arange(100), unlike).se > 2*estimate(z, np.arange(100), alike).se
 
 
-def test_no_spread_without_three_variants_of_two_seeds():
-    nan = math.nan
-    assert variant_spread([[1., 2], [3, 1]]) is None
-    assert variant_spread([[1., 2], [3, 1], [nan, 5], [nan, 2]]) is None
-    assert variant_spread([[1., 2], [3, 4], [5, 6]]) is None                       # nothing is left
+def test_no_spread_without_six_variants_of_two_seeds():
+    y = np.random.default_rng(0).normal(size=(6, 3))
+    assert variant_spread(y) is not None
+    assert variant_spread(y[:5]) is None
+    y[0, 1:] = math.nan
+    assert variant_spread(y) is None
+    assert variant_spread(np.add.outer(np.arange(6.), np.arange(3.))) is None      # nothing is left
+
+
+def test_a_pair_within_a_family_gets_a_narrower_interval_than_one_between_families():
+    rng = np.random.default_rng(0)
+    y = 3*rng.normal(size=(2, 10))[np.arange(12) % 2] + .3*rng.normal(size=(12, 10))
+    spread = variant_spread(y)
+    within, between = (estimate((y[0] - y[i])[:, None], [0], spread) for i in (2, 1))
+    assert spread.weight < 10 and between.se > 2*within.se
 
 
 def test_weights_of_a_contrast_scale_its_variance():

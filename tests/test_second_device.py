@@ -4,6 +4,7 @@ PyTorch lets a program register a device of its own. The tensors here say that t
 the CPU. An operation of both kinds of tensors is refused, as a GPU refuses it. A registered device stays with
 its process, so these tests have one of their own.
 """
+import copy
 import os
 import subprocess
 import sys
@@ -18,8 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bdam_repro import capture, runs, trainer
+from bdam_repro.batches import train_tokenizer
 from bdam_repro.config import make_config
+from bdam_repro.demo import demo_people
+from bdam_repro.model import build_model
 from bdam_repro.runs import finished, train
+from bdam_repro.search import Gallery
+from bdam_repro.trained import TrainedModel
 
 NAME = 'second'
 register = getattr(backend_registration, '_setup_privateuseone_for_python_backend', None)
@@ -107,7 +113,7 @@ def test_in_a_process_of_its_own():
     command = [sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', '-p', 'no:xdist', __file__]
     env = os.environ | {'BDAM_SECOND_DEVICE': '1', 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and '5 passed' in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and '6 passed' in done.stdout, done.stdout[-3000:]
 
 
 @inside
@@ -127,3 +133,21 @@ def test_a_run_on_a_second_device(second_device, tmp_path, variant, graph, one_t
     c = make_config(preset='smoke', variant=variant, **own)
     with Everywhere(): folder = train(c, tmp_path/'runs', progress=False)
     assert finished(folder)['epoch'] == 1 and (folder/'features.safetensors').exists()
+
+
+@inside
+def test_a_search_on_a_second_device(second_device, tmp_path):
+    "Pictures are encoded there; the answers are those of the CPU."
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(['a tall woman in a red coat']*2, tmp_path/'tokenizer', 300)
+    people = demo_people(str(tmp_path/'data'), people=4, progress=False)
+    here = TrainedModel(build_model(make_config(preset='smoke'), len(tokenizer)), tokenizer)
+    there = TrainedModel(copy.deepcopy(here.model), tokenizer)
+    found = {}
+    for place, model in (('here', here), ('there', there)):
+        with Everywhere() if model is there else nullcontext():
+            if model is there: model.model.to(torch.device(NAME, 0))
+            gallery = Gallery.build(model, people, tmp_path/place, progress=False)
+            found[place] = [gallery.search('a tall woman', 3, score).table['file'].tolist()
+                            for score in ('dual', 'fused')]
+    assert found['here'] == found['there']
