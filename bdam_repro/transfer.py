@@ -256,7 +256,7 @@ def change_from_home(answers: Answers) -> Answers:
             for (variant, cell, metric), x in answers.items()}
 
 def seeds_spread(answers: Answers, cell: str, metric: str) -> Spread | None:
-    "How much models vary from seed to seed; None for fewer than three with two seeds."
+    "How much models vary from seed to seed; None for fewer than six with two seeds."
     means = {v: answers[v, cell, metric].mean(axis=1) for v in POOLED if (v, cell, metric) in answers}
     return variant_spread(pd.DataFrame(means).T.to_numpy()) if means else None
 

@@ -246,7 +246,8 @@ def test_a_signal_reaches_the_processes_and_is_waited_for(tmp_path):
     start = ('import sys; from bdam_repro.launch import start_processes; '
              f'start_processes([sys.executable, {str(child)!r}], 2)')
     parent = subprocess.Popen([sys.executable, '-c', start])
-    while not all((tmp_path/f'{rank}.ready').exists() for rank in '01') and parent.poll() is None: time.sleep(.05)
+    ready = [tmp_path/f'{rank}.ready' for rank in '01']
+    while not all(file.exists() for file in ready) and parent.poll() is None: time.sleep(.05)
     parent.send_signal(signal.SIGTERM)
     assert parent.wait(60) == -signal.SIGTERM
     assert [(tmp_path/rank).read_text() for rank in '01'] == ['saved']*2
