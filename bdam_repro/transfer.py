@@ -11,6 +11,7 @@ __all__ = ['CELLS', 'TRANSFER_COLUMNS', 'READER', 'TRANSFER_PAIRS', 'ASKED_CELLS
            'kept_table', 'asked_sentences', 'transfer_markdown', 'read_transfer', 'write_elsewhere', 'write_transfer']
 
 # %% ../nbs/93_transfer.ipynb #f879fbd5
+import gzip
 import hashlib
 import zlib
 from collections.abc import Iterable
@@ -413,8 +414,8 @@ def write_transfer(tables: Path, t: pd.DataFrame, people: pd.DataFrame) -> pd.Da
     d = transfer_differences(people).round(4)
     write_csv(t, tables/'elsewhere.csv')
     write_csv(d, tables/'elsewhere_differences.csv')
-    with atomic_path(tables/'elsewhere_people.csv.gz') as tmp:
-        packed = dict(method='gzip', mtime=1)                            # a fixed date, for the same bytes
-        people.to_csv(tmp, index=False, lineterminator='\n', float_format='%g', compression=packed)
+    text = people.to_csv(index=False, lineterminator='\n', float_format='%g')
+    with atomic_path(tables/'elsewhere_people.csv.gz') as tmp:       # no name, no date: the same bytes
+        tmp.write_bytes(gzip.compress(text.encode(), mtime=1))
     with atomic_path(tables/'elsewhere.md') as tmp: tmp.write_text(transfer_markdown(t, d))
     return d
