@@ -83,6 +83,16 @@ def test_a_notebook_saved_in_jupyterlab_is_as_git_has_it(copy, monkeypatch):
         assert (copy/name).read_bytes() == (REPO/name).read_bytes()
 
 
+def test_the_index_shows_the_numbers_of_the_tables(tmp_path):
+    "Run anew, its cells say what the stored ones say: no table has changed since."
+    import nbformat
+    from nbclient import NotebookClient
+    stored, nb = (nbformat.read(REPO/'nbs/index.ipynb', 4) for _ in range(2))
+    NotebookClient(nb, timeout=600, resources={'metadata': {'path': str(REPO/'nbs')}}).execute()
+    def said(cell): return [out.get('data', out.get('text')) for out in cell.get('outputs', ())]
+    for before, now in zip(stored.cells, nb.cells): assert said(now) == said(before), before.source[:200]
+
+
 def test_readme_is_the_index(tmp_path):
     fresh = tmp_path/'README.md'
     run('make', '-s', 'readme', f'README={fresh}', f'BIN={BIN}', 'STAMP=', cwd=REPO)

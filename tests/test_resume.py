@@ -263,13 +263,15 @@ def test_workers_of_a_list_end_with_the_process_that_started_them(home, tmp_path
         while not condition():
             assert time.monotonic() < end and parent.poll() in (None, -signal.SIGKILL)
             time.sleep(.05)
-    wait_for((folder/'history.csv').exists)
-    workers = [int(pid) for task in Path(f'/proc/{parent.pid}/task').iterdir()
-               for pid in (task/'children').read_text().split()]
-    running = [pid for pid in workers if b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()]
-    assert running
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: not any(Path(f'/proc/{pid}/cmdline').exists() for pid in running))
+    try:
+        wait_for((folder/'history.csv').exists)
+        workers = [int(pid) for task in Path(f'/proc/{parent.pid}/task').iterdir()
+                   for pid in (task/'children').read_text().split()]
+        running = [pid for pid in workers if b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+        assert running
+        parent.kill()
+        parent.wait()
+        wait_for(lambda: not any(Path(f'/proc/{pid}/cmdline').exists() for pid in running))
+    finally: parent.kill()                                # 2000 epochs end with it
     at_end = step_of(folder)
     assert at_end > 0 and not (folder/'metrics.json').exists()
