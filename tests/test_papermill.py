@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat import v4
+from PIL import Image
 
 from bdam_repro.engine import USER_ERRORS
 
@@ -146,6 +147,28 @@ def check_refused(r, words):
     line, = errors(r.stderr)
     for word in words: assert word in line
     assert 'Traceback' not in r.stderr + r.stdout
+
+
+def test_a_search_as_the_readme_has_it(root, tmp_path):
+    "A folder of pictures, a sentence, a sheet; the released model, no dataset."
+    pictures = tmp_path/'pictures'
+    pictures.mkdir()
+    for i in range(3): Image.new('RGB', (64, 128), (80*i, 90, 120)).save(pictures/f'{i}.png')
+    asked = '-p', 'query', 'a woman with a green backpack', '-p', 'sheet', tmp_path/'hits.png', '-p', 'k', 2
+    r = piped(root, 'nbs/search.ipynb', '-p', 'folder', pictures, *asked)
+    assert r.returncode == 0, r.stderr
+    with Image.open(tmp_path/'hits.png') as sheet: assert sheet.size[0] > 64
+    kept, = (root/'runs').glob('search-*.ipynb')
+    assert 'green backpack' in kept.read_text()
+
+
+@pytest.mark.parametrize('word, value', [('true', True), ('False', False)])
+def test_a_switch_may_be_typed_in_small_letters(root, word, value):
+    asked = '-p', 'grad_checkpoint', word, '-p', 'tag', f'switch-{word}', '-p', 'max_steps', 1
+    r = piped(root, *TRAIN, *asked)
+    assert r.returncode == 0, r.stderr
+    config, = root.glob(f'runs/**/full-switch-{word}/seed0/config.json')
+    assert json.loads(config.read_text())['grad_checkpoint'] is value
 
 
 def test_help_lists_the_typed_parameters(root):
