@@ -77,9 +77,10 @@ def audit_caption(e: Evidence) -> str:
             'chosen on validation identities; R-1 and mAP are of the fused score where there is a fusion, '
             'else of the dual one, in percent. Differences are taken within a seed, and their intervals are '
             'for other seeds and other people: a mixed model, with the spread from seed to seed estimated '
-            'from all pairs of variants; those of fusions are for other towers and the same people. They are '
-            'of 95 %, and those that decide a claim of the level at which 5 % '
-            'of the declared are wrong (Benjamini-Hochberg). One seed gives a number and no verdict. '
+            'from the difference itself, with fewer than eight seeds from all pairs of variants too; those '
+            'of fusions are for other towers and the same people. They are of 95 %, and those that decide a '
+            'claim of the level at which 5 % of the declared are wrong (Benjamini-Hochberg). One seed gives '
+            'a number and no verdict. '
             f'Seeds: {seeds}. Code {listed(e.runs, "code_version")}.')
 
 # %% ../nbs/86_report.ipynb #5646c81b

@@ -197,7 +197,7 @@ def test_same_runs_same_bytes_and_no_litter(made):
     p, _, files = made
     before = [f.read_bytes() for f in files]
     assert [f.read_bytes() for f in report.write_audit(p)[1]] == before
-    assert {f.name for f in p.tables_path.iterdir()} == {'audit.csv', 'audit.md'}
+    assert {f.name for f in p.tables_path.iterdir()} == {'audit.csv', 'audit.md', 'costs.csv'}
     back = pd.read_csv(files[0], keep_default_na=False, na_values={c: [''] for c in findings.NUMBERS})
     assert list(back.columns) == findings.FINDING_COLUMNS and len(back) == before[0].count(b'\n') - 1
 

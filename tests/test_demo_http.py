@@ -34,9 +34,10 @@ def test_only_this_machine_by_its_own_name(url):
 
 def test_own_folder_and_clear_lines(home):
     p = start(home, '--model', home/'model.safetensors', '--folder', home/'pictures')
-    assert p.stdout.readline().startswith('http://127.0.0.1:')
+    with urllib.request.urlopen(p.stdout.readline().split()[0], timeout=WAIT/1000) as answer:
+        assert answer.status == 200                       # it runs, so it listens to signals
     p.send_signal(signal.SIGINT)
-    p.wait(30)
+    p.wait(60)
     for arguments, said in ((('--model', home/'none.safetensors'), 'no file'),
                             (('--model', home/'model.safetensors', '--folder', home/'t'), 'no pictures in')):
         p = start(home, *arguments)
