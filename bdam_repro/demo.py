@@ -199,6 +199,8 @@ def make_app(page: SearchPage, title: str = 'People by description'):   # fastap
     return gr.mount_gradio_app(app, make_page(page, title), '/', server_name='127.0.0.1', footer_links=[],
                                **options)
 
+
+# %% ../nbs/62_demo.ipynb #2ae03f35
 def demo_main(arguments: list[str] | None = None) -> None:
     "The command `bdam-demo`, which `make demo` calls."
     p = argparse.ArgumentParser('bdam-demo', description='Search people by description, in the browser.')

@@ -63,8 +63,8 @@ def safe_file(file: str,   # a path as an annotation file gives it
     raise UserError(f'{where}: the image path {file[:80]!r} {why}; {rule}')
 
 # %% ../nbs/10_pedes.ipynb #a12eca05
-_MARKUP = r'</?(?:br|p|div|span|[abiu]|font|strong|em|h[1-6]|li|ul|td|tr)\s*/?>'
-_DIRTY = re.compile(r'[^\x21-\x7e ]|\\|&[#\w]+;|_x[0-9A-Fa-f]{4}_|' + _MARKUP + '|  |^ | $', re.I)
+_HTML_TAG = r'</?(?:br|p|div|span|[abiu]|font|strong|em|h[1-6]|li|ul|td|tr)\s*/?>'
+_DIRTY = re.compile(r'[^\x21-\x7e ]|\\|&[#\w]+;|_x[0-9A-Fa-f]{4}_|' + _HTML_TAG + '|  |^ | $', re.I)
 _ODD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af{}\\<>=]|\w\(\)|\\u[0-9a-f]')
 _PUNCTUATION = {0x3002: '.', 0x3001: ',', 0x201c: '"', 0x201d: '"', 0x2018: "'", 0x2019: "'",
                 **{c: chr(c - 0xfee0) for c in range(0xff01, 0xff5f)}}  # the full-width forms of ASCII
@@ -73,7 +73,7 @@ def _unescape(text):  # `\r` before a small letter may be "black\red", so it sta
     text = re.sub(r'\\u([0-9A-Fa-f]{4})|\\x([0-9A-Fa-f]{2})', lambda m: chr(int(m[1] or m[2], 16)), text)
     text = re.sub(r'_x[0-9A-Fa-f]{4}_|\\[nrt](?![a-z])', ' ', text)
     text = re.sub(r'&[#\w]+;', lambda m: html.unescape(m[0]), text)           # not "jacket&notebook"
-    return re.sub(_MARKUP, ' ', text, flags=re.I)
+    return re.sub(_HTML_TAG, ' ', text, flags=re.I)
 
 def _visible(text):  # zero-width and control characters, and half UTF-16 pairs, which no tokenizer accepts
     text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
