@@ -64,7 +64,6 @@ compute: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -c 'from bdam_repro.compute import write_compute; write_compute()'
 
 test: $(STAMP)
-	@$(BIN)/python -c 'import gradio' 2>/dev/null || $(BIN)/python -m pip install --quiet $(EXACTLY) -e '.[demo]'
 	$(BIN)/ruff check .
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2 --timing
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
