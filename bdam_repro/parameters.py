@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYNTH_OPTIONS', 'BDAM_OPTIONS', 'FUSION_OPTIONS', 'GRADNORM_OPTIONS', 'DECIDING_MODULES', 'check_extra',
-           'near_options', 'from_globals', 'unmet_needs', 'idle_options', 'own_values', 'idle_line', 'tree_words',
+           'is_near_option', 'from_globals', 'unmet_needs', 'idle_options', 'own_values', 'idle_line', 'tree_words',
            'source_fingerprint', 'code_fingerprint', 'run_modules', 'joined_modules', 'changed_modules']
 
 # %% ../nbs/07_parameters.ipynb #6e3baf0a
@@ -36,8 +36,9 @@ def check_extra(names: dict[str, Any],     # the notebook's `globals()`
             raise UserError(say) from None
 
 # %% ../nbs/07_parameters.ipynb #2a39c569
-def near_options(name: str) -> list[str]:   # `name` itself, where an option is spelled so or nearly so
-    return [name] if difflib.get_close_matches(name, Config.model_fields, cutoff=.85) else []
+def is_near_option(name: str) -> bool:
+    "Whether an option is spelled so, or nearly so."
+    return bool(difflib.get_close_matches(name, Config.model_fields, cutoff=.85))
 
 def from_globals(names: dict[str, Any],     # the notebook's `globals()`
                  extra: tuple[str, ...] = ()  # parameters of the notebook that are no option
@@ -45,7 +46,7 @@ def from_globals(names: dict[str, Any],     # the notebook's `globals()`
     "The configuration of a papermill notebook. Raises `UserError` for a parameter that nothing reads."
     check_extra(names, extra)
     # a later cell may leave a list of its own; one that is named like an option is a mistyped one
-    def is_meant(k, v): return not isinstance(v, (list, tuple, dict)) or k in near_options(k)
+    def is_meant(k, v): return not isinstance(v, (list, tuple, dict)) or is_near_option(k)
     given = {k: v for k, v in given_names(names).items() if k not in extra and is_meant(k, v)}
     for k, v in given.items():                        # papermill knows True and False alone; `true` is a word
         is_switch = k in Config.model_fields and Config.model_fields[k].annotation is bool
