@@ -25,7 +25,8 @@ import pandas as pd
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
-from .answers import NoAnswer, Reply, completion_of, error_words, json_value, read_reply, redact
+from .answers import (NoAnswer, Reply, as_sentence, completion_of, error_words, json_value,
+                                read_reply, redact)
 from .config import UserError, atomic_path
 from .picture_files import check_place
 from .servers import Manner, count_answer, keep_client, most_prompt_tokens, request_body, run_sync
@@ -33,9 +34,8 @@ from .journal import Journal, Report
 from .offline import rows_to_describe
 from .mllm import DescribeSettings, History, first_messages, image_url, whole_number
 from .describe import (UNREADABLE, DescribeRun, CostEstimate, OnlineSettings, advance_bar,
-                                as_sentence, book_answer,
-                                 estimate_cost, print_estimate, probe_alone, record_image, start_run,
-                                 unreadable, used_up)
+                                book_answer, estimate_cost, print_estimate, probe_alone, record_image,
+                                start_run, unreadable, used_up)
 
 # %% ../nbs/25_batchmode.ipynb #62788615
 class BatchSettings(DescribeSettings):
@@ -121,7 +121,7 @@ def batch_line(b: BatchRun, image: str) -> tuple[bytes | None, float]:  # the re
         check_place(s.images_dir/image, s.images_dir)
     except UNREADABLE as e:
         cost = s.cost(history.prompt_tokens, history.completion_tokens) or 0.0       # of earlier rounds
-        record_image(b.run, image, None, unreadable(image, e), history, cost, latency=0.0)
+        record_image(b.run, image, None, unreadable(image, e, s.images_dir), history, cost, latency=0.0)
         b.state.history.pop(image, None)
         return None, 0.0
     messages = history.messages(first_messages(s.policy, s.style_of(image)[1], url))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNREADABLE', 'FIRST', 'ReservedPlace', 'SlidingWindow', 'OnlineSettings', 'StopRun', 'DescribeRun', 'start_run',
            'used_up', 'reserve_budget', 'count_failure', 'book_answer', 'ask_within_limits', 'ask_patiently',
-           'record_image', 'unreadable', 'describe_image', 'advance_bar', 'what_helps', 'as_sentence', 'probe_alone',
-           'CostEstimate', 'estimate_cost', 'print_estimate', 'describe_async', 'describe']
+           'record_image', 'unreadable', 'describe_image', 'advance_bar', 'what_helps', 'probe_alone', 'CostEstimate',
+           'estimate_cost', 'print_estimate', 'describe_async', 'describe']
 
 # %% ../nbs/24_describe.ipynb #6ef4d730
 import asyncio
@@ -31,7 +31,7 @@ from .config import UserError
 from .picture_files import ImageError, check_place
 from .servers import (Answer, Hopeless, Refused, Server, Transient, ask_server, guess_tokens,
                                 is_about_pictures, keep_client, most_prompt_tokens, run_sync)
-from .answers import Description
+from .answers import Description, as_sentence, cause_of
 from .journal import Journal, JournalLine, Report, read_journal
 from .offline import rows_to_describe
 from .mllm import DescribeSettings, History, first_messages, image_url, whole_number
@@ -244,7 +244,10 @@ def record_image(run: DescribeRun, image: str, description: Description | None, 
 
 # what Pillow raises, and our own
 UNREADABLE = (ImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-def unreadable(image: str, e: Exception) -> str: return f'image: {image} cannot be read ({type(e).__name__})'
+def unreadable(image: str, e: Exception, folder: Path) -> str:
+    "Why a picture cannot be used, in our own words where we have some; they hold no path of this machine."
+    own = str(e).replace(f'{folder/image}: ', '').replace(str(folder), 'images_dir')
+    return f'image: {image} cannot be read ({own if isinstance(e, ImageError) else type(e).__name__})'
 
 async def describe_image(run: DescribeRun, image: str) -> None:
     "Ask until the answer may be kept, then write one line. Raises `StopRun` with nothing written."
@@ -272,7 +275,7 @@ async def describe_image(run: DescribeRun, image: str) -> None:
     except UNREADABLE as e:
         not_the_picture = isinstance(e, UserError) and not isinstance(e, ImageError)
         if not_the_picture: raise               # a `ValueError` too
-        reason = unreadable(image, e)
+        reason = unreadable(image, e, s.images_dir)
     cost, seconds = s.cost(history.prompt_tokens, history.completion_tokens), time.monotonic() - start
     record_image(run, image, description, reason, history, cost, round(seconds, 3))
 
@@ -308,26 +311,26 @@ def what_helps(run: DescribeRun, cause: str) -> str:
               'server': 'see the words of the server'}
     return advice.get(cause, 'another model or another temperature may keep to the rules')
 
-def as_sentence(words: str) -> str:
-    "With a stop at its end, unless it ends with one, or asks."
-    return words if words.endswith(('.', '?', '!')) else f'{words}.'
-
 async def _probe_server(run: DescribeRun, images: Iterator[str], bar: tqdm) -> None:
     "One image after another until one is described. The run ends if the first all fail for one reason."
     known = run.journal.described > 0           # by an earlier run
     for image in images:
         await _describe_each(run, iter([image]), bar)
         good = run.report.ok or (known and run.server.proven)
+        good = good and not run.server.guessed_from         # a guess is tried with one picture more
         if good or run.stop.is_set() or len(run.refused) >= FIRST or len(run.reasons) >= FIRST: break
     if run.refused and not run.server.proven:
         words = next(iter(run.refused.values()))
-        asks = f': does the model "{run.settings.model}" read images?' if is_about_pictures(words) else ''
+        about = run.server.form.without_name(words)
+        asks = f': does the model "{run.settings.model}" read images?' if is_about_pictures(about) else ''
         run.halt(f'the server refuses every request ({words}){asks}')
-    causes = {reason.split(':')[0] for reason in run.reasons}
+    causes, n = set(map(cause_of, run.reasons)), len(run.reasons)
+    if len(causes) != 1 or run.report.ok or known: return
+    why = (f'failed for one reason ({run.reasons[-1]}); {what_helps(run, causes.pop())}.'
+           ' Try these again with -p retry_failed True')
     is_over = bar.total == run.report.skipped + run.report.ok + run.report.failed
-    if len(run.reasons) >= FIRST and not run.report.ok and not known and len(causes) == 1 and not is_over:
-        run.halt(f'the first {len(run.reasons)} pictures all failed for one reason ({run.reasons[-1]});'
-                 f' {what_helps(run, causes.pop())}. Try these again with -p retry_failed True')
+    if is_over: run.report.notes.append(f'all pictures {why}')
+    elif n >= FIRST: run.halt(f'the first {n} pictures all {why}')
 
 # %% ../nbs/24_describe.ipynb #d6631a7b
 async def _wind_down(run: DescribeRun, tasks: list[asyncio.Task], grace: float) -> None:

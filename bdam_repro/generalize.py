@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,13 @@ from sklearn.preprocessing import normalize
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
 
-from .answers import Reply, is_refusal, redact
+from .answers import Reply, as_sentence, cause_of, is_refusal, json_value, redact, whole_objects
 from .config import UserError
 from .synth import Spec, picture_rows
 from .servers import (Hopeless, Refused, RequestForm, Server, Transient, ask_server, keep_client,
                                 run_sync)
 from .lexicon import LEXICON
-from .describe import SlidingWindow, as_sentence
+from .describe import FIRST, SlidingWindow
 
 # %% ../nbs/26_generalize.ipynb #1412bb0b
 PLACEHOLDER_NAMES = ('PERSON', 'BODY', 'ITEM', 'COLOR', 'TRAIT')
@@ -185,14 +186,21 @@ def _rewrite_key(model: str, caption: str) -> str:
 
 # %% ../nbs/26_generalize.ipynb #90108012
 def _judge_rewriting(model: str, caption: str, reply: Reply, secret: str = ''     # the server's key
-                    ) -> tuple[Rewritten, bool]:   # may it be recorded
+                    ) -> tuple[Rewritten, str | None]:   # why it must not be recorded; None: it may be
     "What stands for the caption from now on, or for now."
     text, key = redact(reply.text, secret), _rewrite_key(model, caption)
-    declines = reply.refused or (is_refusal(text) and not is_refusal(caption))
+    why = _no_answer(text, caption, reply)
     fits = '\n' not in text and len(text) <= 1.5 * len(caption) + 20
-    is_answer = bool(text) and not reply.cut and not declines
     by_lexicon = Rewritten(key, 'lexicon', generalize(caption))
-    return (Rewritten(key, model, text) if is_answer and fits else by_lexicon), is_answer
+    return (by_lexicon if why or not fits else Rewritten(key, model, text)), why
+
+def _no_answer(text: str, caption: str, reply: Reply) -> str | None:
+    "Why a reply is no answer, as `cause: detail`; None where it is one."
+    if reply.refused or (is_refusal(text) and not is_refusal(caption)): return 'refusal: the model declines'
+    if reply.cut: return 'truncated: the answer was cut'
+    if not text: return f'empty: {"the model reasoned and wrote no answer" if reply.reasoned else "no text"}'
+    is_json = whole_objects(text).whole or isinstance(json_value(text), dict | list)
+    return 'json: a caption was asked for, and JSON came' if is_json else None
 
 # %% ../nbs/26_generalize.ipynb #47a9377c
 class _Answers:
@@ -238,8 +246,8 @@ async def _ask_as_wanted(server: Server, messages: list[dict], limiter: SlidingW
         except Transient:
             if server.manner == sent: raise
 
-async def _rewrite(server: Server, caption: str, limiter: SlidingWindow) -> tuple[Rewritten, bool]:
-    "One caption: the answer, and whether it may be recorded."
+async def _rewrite(server: Server, caption: str, limiter: SlidingWindow) -> tuple[Rewritten, str | None]:
+    "One caption: the answer, and why it must not be recorded, as `_judge_rewriting` says."
     messages = [{'role': 'system', 'content': REWRITE}, {'role': 'user', 'content': caption}]
     repeat = AsyncRetrying(retry=retry_if_exception_type(Transient), wait=_patience(),
                            stop=stop_after_attempt(6), reraise=True)
@@ -252,20 +260,35 @@ async def _rewrite(server: Server, caption: str, limiter: SlidingWindow) -> tupl
 # %% ../nbs/26_generalize.ipynb #fa6f87ea
 async def _rewrite_all(server: Server, todo: list[str], answers: _Answers, concurrency: int,
                        limiter: SlidingWindow, progress: bool) -> list[Rewritten]:   # what is not recorded
-    "All captions, `concurrency` at a time; the first error ends the work."
-    left, bar, instead = iter(todo), tqdm(total=len(todo), desc='generalize', disable=not progress), []
-    async def worker():
-        for caption in left:                 # shared by all workers
-            rewritten, may_be_recorded = await _rewrite(server, caption, limiter)
-            if may_be_recorded: answers.add(rewritten)
-            else: instead.append(rewritten)
+    "One caption after another until one is answered, then `concurrency` at a time; the first error ends it."
+    left, bar = iter(todo), tqdm(total=len(todo), desc='generalize', disable=not progress)
+    instead, reasons = [], []            # reasons: why each caption was not answered, None where it was
+    async def worker(captions):
+        for caption in captions:
+            rewritten, why = await _rewrite(server, caption, limiter)
+            if why: instead.append(rewritten)
+            else: answers.add(rewritten)
+            reasons.append(why)
             bar.update()
-    tasks = [asyncio.create_task(worker()) for _ in range(min(concurrency, len(todo)))]
     with bar:
+        known = any(answer.by == server.form.model for answer in answers.by_key.values())
+        while not known and None not in reasons and len(reasons) < min(FIRST, len(todo)):
+            await worker(islice(left, 1))
+        _check_first(reasons, len(todo))
+        # they share `left`
+        tasks = [asyncio.create_task(worker(left)) for _ in range(min(concurrency, len(todo)))]
         try: await asyncio.gather(*tasks)
         finally:
             for task in tasks: task.cancel()
     return instead
+
+def _check_first(reasons: list[str | None], n: int) -> None:
+    "Raises `Hopeless` where the first of `n` captions all failed for one reason."
+    causes = {cause_of(why) if why else None for why in reasons}
+    if len(causes) != 1 or None in causes or len(reasons) == n: return
+    helps = 'another model may rewrite them'
+    if 'truncated' in causes: helps = 'a thinking model needs more room: let the server allow longer answers'
+    raise Hopeless(f'the first {len(reasons)} captions all failed for one reason ({reasons[-1]}); {helps}')
 
 # %% ../nbs/26_generalize.ipynb #2330d0c4
 def generalize_with(client: openai.AsyncOpenAI,  # of `servers.make_client()`
@@ -291,7 +314,7 @@ def generalize_with(client: openai.AsyncOpenAI,  # of `servers.make_client()`
         raise UserError(f'stopped: {as_sentence(problem)} {len(answers.by_key)} answers are kept in {cache};'
                         ' run again to go on.')
     if instead:
-        tqdm.write(f'{len(instead)} of {len(todo)} captions were not answered (refused, cut or empty):'
+        tqdm.write(f'{len(instead)} of {len(todo)} captions were not answered (refused, cut, empty or JSON):'
                    ' the lexicon stands in for now, and the next call asks again')
     by_key = answers.by_key | {rewritten.key: rewritten for rewritten in instead}
     return [by_key[_rewrite_key(model, c)].text for c in captions]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['is_address', 'make_client', 'RequestForm', 'Manner', 'request_body', 'Transient', 'Refused', 'Hopeless',
-           'retry_after', 'Server', 'named_options', 'is_about_pictures', 'other_manner', 'sort_problem',
-           'status_problem', 'silence_problem', 'empty_problem', 'Answer', 'guess_tokens', 'most_prompt_tokens',
-           'count_answer', 'ask_server', 'keep_client', 'run_sync']
+           'retry_after', 'Server', 'named_options', 'is_about_pictures', 'named_and_sent', 'says_what_it_refuses',
+           'other_manner', 'sort_problem', 'status_problem', 'silence_problem', 'empty_problem', 'Answer',
+           'guess_tokens', 'most_prompt_tokens', 'count_answer', 'ask_server', 'keep_client', 'run_sync']
 
 # %% ../nbs/19_servers.ipynb #b23d1e3c
 import asyncio
@@ -66,6 +66,12 @@ class RequestForm:
     def manner(self) -> 'Manner':
         "How to ask first: with all of it."
         return Manner('json_schema' if self.schema else 'text', 'max_tokens', self.temperature)
+
+    def without_name(self, said: str) -> str:
+        "Words of a server without the model's name: it may hold *vision* or *seed*, and speaks of neither."
+        names = filter(None, {self.model, self.model.split('/')[-1].split(':')[0]})
+        longest_first = '|'.join(map(re.escape, sorted(names, key=len, reverse=True)))
+        return re.sub(rf'(?<![\w-])(?:{longest_first})(?:[-:@][\w.:@-]*\w)?(?!\w)', '', said, flags=re.I)
 
 class Manner(NamedTuple):
     "How a server wants to be asked. The state file of a batch holds it as a list; short lists are older."
@@ -166,27 +172,43 @@ class Server:
 
     def __post_init__(self): self.manner = self.manner or self.form.manner()
 
+    def next_manner(self) -> Manner:
+        "How to ask now. Once the server has answered a guess, the form before it gets another chance."
+        if not (self.guessed_from and self.proven): return self.manner
+        return self.manner._replace(mode=self.guessed_from.mode)
+
+    def withdraw_guess(self) -> None:
+        "Back to the form before a guess."
+        self.manner, self.guessed_from = self.manner._replace(mode=self.guessed_from.mode), None
+        self.notes[:] = [note for note in self.notes if not note.endswith('as a guess')]
+
 # %% ../nbs/19_servers.ipynb #c4ac455e
 _OPTIONS = {
     'seed': re.compile(r'\bseed\b', re.I),
     'detail': re.compile(r'\bdetail\b', re.I),
     'system': re.compile(r'system\W{0,3}(?:role|message|prompt|instruction)|role\W{0,5}system'
-                         r'|(?:got|unexpected role)\W+system|developer instruction|must alternate', re.I),
+                         r'|(?:got|unexpected role)\W+system|developer instruction|must alternate'
+                         r'|messages\W{0,2}0\W{0,2}role|valid role|system\W is not one of'
+                         # the roles that it takes, without ours
+                         r'|(?<!system..)(?<!system....)user\W{1,5}(?:(?:and|or)\W{1,3})?assistant', re.I),
     'temperature': re.compile(r'\btemperature\b', re.I)}
 _LEFT_OUT = {'seed': False, 'detail': False, 'system': False, 'temperature': None}
-_FORM = re.compile(r'response_?format|json|schema|guided|grammar|structured.output', re.I)
+_FORM = re.compile(r'response.?format|json.?(?:schema|object|mode|output)|schema|guided|grammar'
+                   r'|structured.?output', re.I)
 _FILTER = re.compile(r'content.?(?:filter|management|policy|moderation)|moderation|safety|responsible.?ai'
-                     r'|data_inspection|inappropriate|prohibited', re.I)
+                     r'|data_inspection|inappropriate|prohibited|high risk|(?<!case.)sensitive'
+                     r'|不安全|敏感|违规', re.I)
 _PICTURE = re.compile(r'image|picture|vision|multi-?modal|mmproj', re.I)
 _LENGTH = re.compile(r'context.?(?:length|size|window)|max_model_len|too (?:long|large|many tokens)|n_ctx',
                      re.I)
 _NO_MODEL = re.compile(r'\bmodels?\b.{0,80}(?:not exist|not found|not loaded|unknown)'
-                       r'|invalid model|no models? loaded|unknown model', re.I)
+                       r'|invalid model|no models? loaded|unknown model|decommissioned', re.I)
 _KEY = re.compile(r'api.?key|unauthori[sz]ed|authenticat', re.I)
 _MONEY = re.compile(r'insufficient.?(?:quota|balance|credit|fund)|billing_hard_limit', re.I)
-_REFUSES = re.compile(r"not.{0,12}support|unsupport|cannot|can't|invalid|unknown|unrecogni[sz]ed|unexpected"
-                      r"|not (?:permitted|allowed|enabled)|may not be|type is unavailable|forbidden"
-                      r"|must |only |fail(?:ed|ure)|error", re.I)
+_REFUSES = re.compile(r"\bnot?\b|n't\b|cannot|un(?:support|known|recogni[sz]ed|available|able)|invalid|forbid"
+                      r'|disallow|extra|missing|expected|deprecat|\bonly\b|\bmust\b|pars(?:e|ing)', re.I)
+_READS = re.compile(r'support|image input|mmproj|identify|decod|(?:multi-?modal|vision) model', re.I)
+_BUSY = re.compile(r'overload|try again|temporar|time.{0,2}out|busy|capacity', re.I)
 
 def named_options(said: str) -> list[str]:
     "The options that a refusal speaks of."
@@ -196,6 +218,17 @@ def is_about_pictures(said: str) -> bool:
     "Whether a refusal speaks of images."
     return bool(_PICTURE.search(said))
 
+def named_and_sent(sent: Manner, said: str) -> list[str]:
+    "The options that a refusal speaks of and that the request had."
+    return [name for name in named_options(said) if getattr(sent, name) != _LEFT_OUT[name]]
+
+def says_what_it_refuses(sent: Manner, said: str) -> bool:
+    "Whether words refuse something of the request, whatever their status. A server that is away does not."
+    named = bool(named_and_sent(sent, said)) or (sent.mode != 'text' and _FORM.search(said))
+    named = named or (sent.length_key == 'max_tokens' and 'max_completion_tokens' in said)
+    named = named or (is_about_pictures(said) and _READS.search(said))
+    return bool(named and _REFUSES.search(said) and not _BUSY.search(said))
+
 # %% ../nbs/19_servers.ipynb #76c7d9ec
 def other_manner(server: Server,
                  sent: Manner,   # how it was asked; `server.manner` may have changed since
@@ -203,8 +236,7 @@ def other_manner(server: Server,
                 ) -> Manner | None:   # None: there is no other way
     "How to ask next, after a refusal."
     now = server.manner
-    named = [name for name in named_options(said) if getattr(sent, name) != _LEFT_OUT[name]]
-    left_out = {name: _LEFT_OUT[name] for name in named}
+    left_out = {name: _LEFT_OUT[name] for name in named_and_sent(sent, said)}
     unsupported = re.search(r'\bmax_tokens\b', said) and 'nsupported' in said
     old_length = unsupported or 'max_completion_tokens' in said
     if old_length and sent.length_key == 'max_tokens': left_out['length_key'] = 'max_completion_tokens'
@@ -222,31 +254,27 @@ def sort_problem(server: Server, sent: Manner, code: int,
                  after: float = 0.0     # seconds that it asks to wait
                 ) -> Exception:
     "What an error means: `Transient`, `Refused` or `Hopeless`. May change how the server is asked."
-    words = f'HTTP {code}: {said}' if said else f'HTTP {code}'
-    if code == 429 and _MONEY.search(said): return Hopeless(f'the quota is exhausted ({said})')
+    words, about = f'HTTP {code}: {said}' if said else f'HTTP {code}', server.form.without_name(said)
+    if code < 500 and _MONEY.search(about): return Hopeless(f'the quota is exhausted ({said})')
     if code == 429: return Transient(words, after, blame=False)
-    if code in (408, 409): return Transient(words, after)
-    if _FILTER.search(said) and code < 500 and not named_options(said): return Refused(words, filtered=True)
-    if code >= 500:
-        named = named_options(said) or _FORM.search(said) or _PICTURE.search(said)
-        if not (named and _REFUSES.search(said)): return Transient(words, after)
-    if code in (401, 403) or (code == 400 and _KEY.search(said)):
+    is_outage = code > 501 or (code >= 500 and not says_what_it_refuses(sent, about))
+    if code in (408, 409) or is_outage: return Transient(words, after)
+    named, in_words = named_options(about), code in (200, 400)     # a status that says nothing by itself
+    if _FILTER.search(about) and code < 500 and not named: return Refused(words, filtered=True)
+    if code in (401, 403) or (in_words and _KEY.search(about)):
         return Hopeless(f'the server refuses the key ({code}: {said}): check OPENAI_API_KEY')
-    named = named_options(said.replace(server.form.model, ''))         # a model's name may hold "seed"
-    no_model = code == 400 and _NO_MODEL.search(said) and not named
-    if no_model or (code == 404 and not is_about_pictures(said)):
+    no_model = in_words and _NO_MODEL.search(about) and not named
+    if no_model or (code == 404 and not is_about_pictures(about)):
         return Hopeless(f'the server knows no such model or address ({code}: {said}):'
                         f' check the model\'s name "{server.form.model}" and OPENAI_BASE_URL')
-    if code < 500 and code not in (400, 404, 413, 415, 422): return Hopeless(words)
-    return _form_problem(server, sent, words, said)
+    if code < 500 and code not in (200, 400, 404, 413, 415, 422): return Hopeless(words)
+    return _form_problem(server, sent, words, about)
 
 def _form_problem(server: Server, sent: Manner, words: str, said: str) -> Exception:
     "A refusal: ask differently where there is another way."
     manner, before = other_manner(server, sent, said), server.manner
     if manner is None:
-        if server.guessed_from and not server.proven:       # the guess was wrong: it is this request
-            server.manner, server.guessed_from = before._replace(mode=server.guessed_from.mode), None
-            server.notes[:] = [note for note in server.notes if not note.endswith('as a guess')]
+        if server.guessed_from and not server.proven: server.withdraw_guess()    # it is this request
         return Refused(words)
     if manner != before:
         guess = manner.mode != before.mode and not _FORM.search(said)
@@ -254,6 +282,7 @@ def _form_problem(server: Server, sent: Manner, words: str, said: str) -> Except
         server.manner = manner
         note = f'the server refused a request ({said[:80]}); asking with {manner}'
         server.notes.append(note + ', as a guess' if guess else note)
+    elif server.proven: server.guessed_from = None    # the form before is refused again: the guess was right
     return Transient(f'{words[:120]}; asked differently', blame=False)
 
 # %% ../nbs/19_servers.ipynb #ebd58e9e
@@ -261,8 +290,6 @@ def status_problem(server: Server, sent: Manner, e: openai.APIStatusError) -> Ex
     "What an HTTP error means, with the server's words and without the key."
     body = e.body if e.body is not None else str(e.message)
     said = redact(error_words(body), server.client.api_key)[:300]    # cut last: no half of a key is left
-    kind = ' '.join(str(x) for x in (e.code, e.type) if x)
-    if _MONEY.search(kind) and not _MONEY.search(said): said = f'{said} ({kind})'
     return sort_problem(server, sent, e.status_code, said, retry_after(e.response.headers, said))
 
 def silence_problem(e: BaseException) -> Transient:
@@ -279,8 +306,10 @@ def empty_problem(server: Server, sent: Manner, e: NoAnswer) -> Exception:
     is_status = e.code is not None and 400 <= e.code < 600
     if is_status: return sort_problem(server, sent, e.code, said, retry_after({}, said))
     is_page = said.startswith('a web page')                             # its words are no server's answer
-    refuses = not is_page and named_options(said) and _REFUSES.search(said)
-    if refuses: return sort_problem(server, sent, 400, said)
+    about = server.form.without_name(said)
+    known = any(p.search(about) for p in (_FILTER, _KEY, _NO_MODEL, _MONEY))
+    known = known or says_what_it_refuses(sent, about)
+    if known and not is_page: return sort_problem(server, sent, 200, said)
     address = 'is it the right address? it mostly ends in /v1'
     if said.startswith(('a web page', 'no JSON')): return Transient(f'the server sends {said} ({address})')
     if said: return Transient(f'the server answers without an answer ({said})')
@@ -321,7 +350,7 @@ async def _post(server: Server, body: dict) -> object:
 
 async def ask_server(server: Server, messages: list[dict]) -> Answer:
     "Send once. Raises `Transient`, `Refused` or `Hopeless`."
-    sent, guess, problem, reply = server.manner, most_prompt_tokens(server, messages), None, None
+    sent, guess, problem, reply = server.next_manner(), most_prompt_tokens(server, messages), None, None
     try: reply = read_reply(completion_of(await _post(server, request_body(server.form, sent, messages))))
     except NoAnswer as e: problem = empty_problem(server, sent, e)
     except openai.APIStatusError as e: problem = status_problem(server, sent, e)
@@ -330,6 +359,7 @@ async def ask_server(server: Server, messages: list[dict]) -> Answer:
         problem = Transient('the answer is not a chat completion')
     # outside of `except`: the server's words, and with them a key, are in no chained traceback
     if problem: raise problem
+    if server.guessed_from and sent.mode == server.guessed_from.mode: server.withdraw_guess()
     return count_answer(server, reply, guess)
 
 # %% ../nbs/19_servers.ipynb #a920d793

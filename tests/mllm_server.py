@@ -26,6 +26,7 @@ DEFAULTS = dict(
     faults=0.0,
     kinds=None,
     latency=0.0,
+    together=0,
     hang=30.0,
     retry_after='0.02',
     status=None,
@@ -123,6 +124,7 @@ class Server:
         self.asked, self.files, self.batches = {}, {}, {}
         self.unlogged = 0  # requests that have arrived and have no line in the log yet
         self.good = self.calls = self.uploads = self.chats = 0
+        self.here, self.all_here = 0, asyncio.Event()
         self.profile = PROFILES.get(self.s['profile'], Profile)()
 
     # ---- HTTP -------------------------------------------------------------------------------------
@@ -294,6 +296,11 @@ class Server:
         if self.s['die_after'] is not None and self.good >= self.s['die_after']:
             log('dead', n)
             raise ConnectionError
+        if self.s['together'] and self.chats > 1:  # after the first: none is answered before so many are here
+            self.here += 1
+            if self.here >= self.s['together']:
+                self.all_here.set()
+            await self.all_here.wait()
         if self.s['latency']:
             await asyncio.sleep(self.s['latency'])
         await self.answer(kind, n, digest, request, writer, log)

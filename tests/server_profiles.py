@@ -77,6 +77,18 @@ class Thinking(Profile):
         return completion, JSON
 
 
+class ThinkingInTurns(Profile):
+    "It has no room to think: of every other picture the end is missing, of the others the answer."
+
+    def reply(self, completion, request):
+        asked = json.dumps(request['messages'][:2])
+        self.pictures = [*getattr(self, 'pictures', []), asked]
+        turn = list(dict.fromkeys(self.pictures)).index(asked) % 2
+        message_of(completion)['content'] = '<think>Let me see.'
+        completion['choices'][0]['finish_reason'] = 'length' if turn else 'stop'
+        return completion, JSON
+
+
 class Ollama(Profile):
     """Ollama: thoughts in `reasoning` (ollama/ollama#15288), and HTTP 500 where it cannot make a grammar
     of the schema (bmachek/lrc-ai-assistant#37)."""
@@ -131,8 +143,8 @@ class LlamaCppText(Profile):
 
 
 class Sglang(Profile):
-    """SGLang with a reasoning parser: the schema's JSON stands in `reasoning_content`, `content` is null
-    (sgl-project/sglang#14821)."""
+    """SGLang with a reasoning parser that takes all of the text for a thought: the schema's JSON stands in
+    `reasoning_content`, `content` is null (sgl-project/sglang#14821). It may be a draft, so it is none."""
 
     def reply(self, completion, request):
         message = message_of(completion)
@@ -275,6 +287,63 @@ class OpenRouter(Profile):
         return None
 
 
+class OnlyTwoRoles(Profile):
+    """MLC and LM Studio with Mistral's template (mlc-ai/mlc-llm#1681, Mintplex-Labs/anything-llm#2837): no
+    system role, in words that do not name it."""
+
+    def refuse(self, request, n):
+        if sent_system(request):
+            return 500, {'error': 'Only user and assistant roles are supported!'}
+        return None
+
+
+class RoleIsLiteral(Profile):
+    """A proxy on FastAPI whose roles are a literal type: HTTP 422 with the place of the message
+    (Alishahryar1/free-claude-code#1041 has the form)."""
+
+    def refuse(self, request, n):
+        if sent_system(request):
+            words = "Input should be 'user' or 'assistant'"
+            place = ['body', 'messages', 0, 'role']
+            return 422, {'detail': [{'type': 'literal_error', 'loc': place, 'msg': words, 'input': 'system'}]}
+        return None
+
+
+class Moonshot(Profile):
+    """Moonshot: a content filter whose name stands in the error's `type` alone (MoonshotAI/kimi-cli#1002);
+    here it refuses the first request."""
+
+    def refuse(self, request, n):
+        words = 'The request was rejected because it was considered'
+        error = {'code': 400, 'message': words, 'param': 'prompt', 'type': 'content_filter'}
+        return (400, {'error': error}) if n == 1 else None
+
+
+class Overloaded(Profile):
+    """HTTP 503 that names the model (google-gemini/gemini-cli#7227), here one for images, every third
+    time."""
+
+    def refuse(self, request, n):
+        words = f'Error: model {request["model"]}-vision is overloaded. Please try again later.'
+        return (503, {'error': {'code': 503, 'message': words}}) if n % 3 == 1 else None
+
+
+class RefusesUnder200(Profile):
+    "A gateway that passes on its provider's refusal under HTTP 200, without a code."
+
+    def refuse(self, request, n):
+        if mode(request) == 'json_schema':
+            return 200, {'error': {'message': 'response_format json_schema is not supported'}}
+        return None
+
+
+class RefusesOnce(Profile):
+    "A gateway that refuses the first request and does not say why."
+
+    def refuse(self, request, n):
+        return (400, {'error': 'bad request'}) if n == 1 else None
+
+
 class ToolCall(Profile):
     "A server that makes the schema a tool: `content` is null, the answer is the argument of a tool call."
 
@@ -283,6 +352,16 @@ class ToolCall(Profile):
         function = {'name': 'description', 'arguments': message['content']}
         message |= {'content': None, 'tool_calls': [{'id': '1', 'type': 'function', 'function': function}]}
         completion['choices'][0]['finish_reason'] = 'tool_calls'
+        return completion, JSON
+
+
+class ToolPart(Profile):
+    "A proxy of Anthropic: the answer is the input of a tool, as a part of `content`."
+
+    def reply(self, completion, request):
+        message = message_of(completion)
+        part = {'type': 'tool_use', 'id': '1', 'name': 'description', 'input': json.loads(message['content'])}
+        message['content'] = [part]
         return completion, JSON
 
 
@@ -339,6 +418,7 @@ class WebPage(Profile):
 PROFILES = {
     'vllm': Vllm,
     'thinking': Thinking,
+    'thinking-in-turns': ThinkingInTurns,
     'ollama': Ollama,
     'lmstudio': LmStudio,
     'llama.cpp': LlamaCpp,
@@ -351,7 +431,14 @@ PROFILES = {
     'fastapi': FastApi,
     'cloudflare': Cloudflare,
     'openrouter': OpenRouter,
+    'only-two-roles': OnlyTwoRoles,
+    'role-is-literal': RoleIsLiteral,
+    'moonshot': Moonshot,
+    'overloaded': Overloaded,
+    'refuses-under-200': RefusesUnder200,
+    'refuses-once': RefusesOnce,
     'tool-call': ToolCall,
+    'tool-part': ToolPart,
     'events': Events,
     'plain-text': PlainText,
     'odd-usage': OddUsage,
