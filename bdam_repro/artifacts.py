@@ -64,15 +64,15 @@ def check_budget(root: Path, runs: pd.DataFrame) -> None:
             raise UserError(f'{folder} was run with {options}: run one of them again, or move it away')
 
 # %% ../nbs/70_artifacts.ipynb #ea1deba3
-TABLE = ['method', 'variant', 'dataset', 'tag', 'score', 'metric', 'paper', 'ours', 'sd', 'n', 'seeds',
-         'diff', 'lo', 'hi']
+TABLE = ['method', 'variant', 'dataset', 'tag', 'reference', 'score', 'metric', 'paper', 'ours', 'sd', 'n',
+         'seeds', 'diff', 'lo', 'hi']
 
 def shown_metrics(n: int) -> tuple[str, ...]:
     "The metrics of a table, in printed order."
     return ('mAP', 'R1', 'R5', 'R10') if n != 5 else ('R1', 'R5', 'R10', 'mAP', 'mINP')
 
 def interval_of(diffs: pd.DataFrame,     # of `differences`
-                reference: str,          # the table's
+                reference: str,          # the row's
                 row: TableRow,
                 score: str,
                 metric: str
@@ -125,7 +125,7 @@ def build_table(n: int,                                   # 1 to 5
             seeds = seed_values(runs, row, score)
             for m in shown_metrics(n):
                 printed = paper.loc[row.method, m] if n != 5 and row.method in paper.index else math.nan
-                numbers = cell(seeds, m) | interval_of(diffs, REFERENCE[n], row, score, m)
+                numbers = cell(seeds, m) | interval_of(diffs, row.reference or REFERENCE[n], row, score, m)
                 if frozen is not None:
                     numbers |= fusion_row(frozen, row.variant, score, m, len(seeds) > 0,
                                           REFERENCE[2] in trained)
@@ -138,13 +138,14 @@ def build_table(n: int,                                   # 1 to 5
 def check_differences(table: pd.DataFrame, reference: str) -> None:
     "Every difference must be that of the means shown. Raises `UserError`."
     t = table[table['n'] > 0]
-    place = ['dataset', 'tag', 'score', 'metric']
-    of_reference = rows_where(t, variant=reference).set_index(place)
-    if FROZEN in of_reference.index.get_level_values('tag'): return       # differences are of fusion.csv
+    place = ['variant', 'tag', 'dataset', 'score', 'metric']
+    ours = t.drop_duplicates(place).set_index(place)[['ours', 'seeds']].T
+    if (reference, FROZEN) in {key[:2] for key in ours}: return           # differences are of fusion.csv
     for r in t[t['diff'].notna()].itertuples():
-        here = r.dataset, r.tag if r.tag in LAYOUT_TAGS else '', r.score, r.metric
-        if here in of_reference.index and of_reference['seeds'][here] != r.seeds: continue  # fewer are paired
-        expected = r.ours - of_reference['ours'].get(here, math.nan)
+        variant, _, tag = (r.reference or reference).partition(' ')
+        here = variant, tag or (r.tag if r.tag in LAYOUT_TAGS else ''), r.dataset, r.score, r.metric
+        if here in ours and ours[here]['seeds'] != r.seeds: continue      # fewer are paired
+        expected = r.ours - (ours[here]['ours'] if here in ours else math.nan)
         if not abs(expected - r.diff) < 2e-4:
             wrong = f'differences.csv does not belong to runs.csv ({r.variant}, {r.metric})'
             raise UserError(f'{wrong}: make both with `papermill nbs/collect.ipynb`')
@@ -155,9 +156,10 @@ def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.cs
     last = ('The last row reads every open point as close to the print as can be run (preset '
             f'`tiny-literal`, tag `{AS_PRINTED}`). ') if AS_PRINTED in set(used['tag']) else ''
     if n == 3:
-        return ('Without InfoNCE no other loss here compares captions with images. The full model has the '
-                'matching loss of Sec. 4.3 and not Eq. 1: “w/o Adversarial” removes that loss, so it is “w/o '
-                'both”. Beside the row “Matching and Eq. 1” the full model is “w/o Adversarial”. ') + last
+        return ('Without InfoNCE no other loss here compares captions with images. The printed full model has '
+                'two losses on clothing, the matching of Sec. 4.3 and Eq. 1. Ours has the first alone, so it '
+                'stands again as “w/o Adversarial”; that row, “w/o Matching” and “w/o both” are compared with '
+                '“Matching and Eq. 1”. ') + last
     if n != 1: return last
     depth = sorted({make_config(preset=preset).bdam_depth for preset in used['preset']})
     shallow, whole = (' / '.join(map(str, ds)) for ds in ([d//2 for d in depth], depth))

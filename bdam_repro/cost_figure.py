@@ -76,6 +76,7 @@ FUSION_MARKS = {
     'Mamba (tokens)': dict(color=IDENTITY_COLOR, ls='-', marker='s', mfc='white'),
     'Transformer ×1': dict(color='0.62', ls='--', marker='^'),
     'Transformer ×2': dict(color='0.4', ls='--', marker='v', mfc='white'),
+    'Transformer ×2 (tokens)': dict(color='0.4', ls='-.', marker='v'),
     'Transformer ×4': dict(color='0.1', ls='--', marker='D', ms=3.2),
     'Mamba': dict(color=IDENTITY_COLOR, ls='-', marker='s', lw=1.6),
     'Transformer, plain attention': dict(color='0.1', ls='--', marker='D', ms=3.2),
@@ -256,7 +257,7 @@ def plot_efficiency(table: pd.DataFrame,       # of `measure_fusions`
     with plt.rc_context(CHART_STYLE):
         fig = plt.figure(figsize=(7, 5.6), dpi=dpi, layout='constrained')
         top, bottom = fig.subfigures(2, 1, height_ratios=[1.45, 1])
-        title = f'(a) Six fusions at the sizes of preset {p.config.preset}'
+        title = f'(a) Seven fusions at the sizes of preset {p.config.preset}'
         top.suptitle(title, x=.01, ha='left', fontsize=8)
         left, right = top.subplots(1, 2, width_ratios=[1, 1.45])
         draw_radar(left, table)

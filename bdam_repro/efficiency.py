@@ -44,6 +44,7 @@ FUSIONS = {'Simple': ('fusion_simple', {}),                                    #
            'Mamba (tokens)': ('full', dict(fusion_input='tokens')),
            'Transformer ×1': ('fusion_transformer1', {}),
            'Transformer ×2': ('fusion_transformer2', {}),
+           'Transformer ×2 (tokens)': ('fusion_transformer2', dict(fusion_input='tokens')),
            'Transformer ×4': ('fusion_transformer4', {})}
 
 def fusion_config(name: str,                   # one of `FUSIONS`
@@ -58,7 +59,7 @@ def fusion_config(name: str,                   # one of `FUSIONS`
 
 # %% ../nbs/75_efficiency.ipynb #b293d342
 def fusion_configs(p: ArtifactParameters) -> dict[str, Config]:   # by name, in the order of `FUSIONS`
-    "The six, with the options of the finished runs. Raises `UserError` where a run folder is broken."
+    "All of them, with the options of the finished runs. Raises `UserError` where a run folder is broken."
     plain = {name: fusion_config(name, p.dataset, p.preset) for name in FUSIONS}
     done = [f.parent for c in plain.values()
             for f in sorted(run_dir(c, p.runs_path).parent.glob('seed*/metrics.json'))]
@@ -213,8 +214,8 @@ def map_on_towers(name: str,                # one of `FUSIONS`
                   measured: pd.DataFrame    # of `read_fusions`
                  ) -> dict[str, float | int | str]:   # as `map_of`
     "The same on frozen towers: the mean gain on top of the mean `dual` of all of them; sd is the gain's."
-    fusion, reading = ('Mamba', name[7:-1]) if name.startswith('Mamba') else (name, 'pooled')
-    t = rows_where(measured, fusion=fusion, reading=reading, negatives='gallery')
+    fusion, _, reading = name.removesuffix(')').partition(' (')
+    t = rows_where(measured, fusion=fusion, reading=reading or 'pooled', negatives='gallery')
     gain = t.groupby('run')['gain_mAP'].mean()
     base = measured.groupby('run')['dual_mAP'].mean().mean()     # one for all: some lack towers
     seeds = sorted(run.split('-')[0].removeprefix('seed') for run in gain.index)

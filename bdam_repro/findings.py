@@ -54,7 +54,7 @@ class Finding:
     lo: float = math.nan           # interval of diff, or of value where there is no diff
     hi: float = math.nan
     level: float = math.nan        # of the interval, in percent
-    p: float = math.nan            # of a deciding finding: that it is at the bound, or not negligible
+    p: float = math.nan            # of a deciding finding: of chance alone, at the bound or not negligible
     printed: float = math.nan      # the paper's diff
     excluded: str = ''             # whether the interval excludes the printed diff: 'yes', 'no'
     seeds: str = ''
@@ -172,10 +172,12 @@ def settle(findings: list[Finding]) -> list[Finding]:
         ps = [f.estimate.p_value(f.bound)]
         if not math.isnan(f.margin): ps.append(f.estimate.p_within(f.margin))
         return min(ps)
-    decide = {(f.reading, f.metric, f.bound): p(f) for f in findings if f.decides and f.estimate is not None}
+    tested = [f for f in findings if f.decides and not (f.estimate is None and math.isnan(f.p))]
+    decide = {(f.reading, f.metric, f.bound): f.p if f.estimate is None else p(f) for f in tested}
     level = declared_level(list(decide.values()))
     def settled(f):
-        if not f.decides or f.estimate is None: return f
+        if not f.decides: return f
+        if f.estimate is None: return replace(f, verdict=TOO_NOISY) if f.p > 1 - level else f
         return replace(with_interval(f, level), p=decide[f.reading, f.metric, f.bound])
     return [settled(f) for f in findings]
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'RIVALS', 'AS_PRINTED', 'EXTRA_ROWS', 'LAYOUT_TAGS', 'DATASET_NAMES', 'FIGURE5_VARIANTS', 'NOISE',
-           'CLOTHES', 'CHANGE', 'DATA', 'OPTIONS', 'TINY_EPOCHS', 'READINGS', 'LONGER', 'LOG_TEST', 'TAGS', 'DECIDING',
-           'NEXT', 'SEEDS', 'TableRow', 'table_rows', 'grid', 'layout_options', 'data_tag', 'Reading', 'tag_of',
-           'subsets', 'changed_options', 'reading_run', 'reading_reference', 'audit_grid', 'factorial_grid', 'tier_of',
-           'grid_by_worth', 'finished_seconds', 'past_seconds', 'estimate_hours', 'code_note', 'redo_folder',
-           'with_own_tag']
+           'CLOTHES', 'CHANGE', 'DATA', 'OPTIONS', 'TINY_EPOCHS', 'END_TO_END', 'BEST_FUSION', 'READINGS', 'LONGER',
+           'LOG_TEST', 'TAGS', 'DECIDING', 'NEXT', 'SEEDS', 'TableRow', 'table_rows', 'grid', 'layout_options',
+           'data_tag', 'Reading', 'tag_of', 'subsets', 'changed_options', 'reading_run', 'reading_reference',
+           'audit_grid', 'factorial_grid', 'tier_of', 'grid_by_worth', 'finished_seconds', 'past_seconds',
+           'estimate_hours', 'code_note', 'redo_folder', 'with_own_tag']
 
 # %% ../nbs/65_grid.ipynb #7e2ef03d
 import hashlib
@@ -36,11 +36,11 @@ RIVALS = {'full': 'Full model',                                            # Tab
           'tal': 'Baseline (TAL)'}
 AS_PRINTED = 'as_printed'
 _AS_PRINTED_ROW = 'All as printed', AS_PRINTED
+_BOTH = 'clothing=both'           # the printed full model has the matching loss and Eq. 1, ours the former
 EXTRA_ROWS = {1: [_AS_PRINTED_ROW],                                       # table -> rows of `full` with a tag
               2: [_AS_PRINTED_ROW],
-              3: [('Matching and Eq. 1', 'clothing=both'),
-                  ('Eq. 1, w/o Matching', 'clothing=literal'),
-                  _AS_PRINTED_ROW]}
+              3: [('Matching and Eq. 1', _BOTH), ('w/o Matching', 'clothing=literal'), _AS_PRINTED_ROW]}
+_BESIDE_BOTH = ('w/o Adversarial', 'w/o Matching', 'w/o both')            # rows of Table 3
 LAYOUT_TAGS = {'': 'cuhk', 'icfg': 'icfg', 'rstp': 'rstp'}       # tag of a run -> layout of SynthPEDES
 DATASET_NAMES = {'synth': 'SynthPEDES', 'cuhk': 'CUHK-PEDES', 'icfg': 'ICFG-PEDES',
                  'rstp': 'RSTPReid'}
@@ -52,6 +52,14 @@ class TableRow(NamedTuple):
     variant: str
     dataset: str
     tag: str        # of the run folders: a layout of SynthPEDES, or of an extra row; else empty
+    reference: str = ''      # 'full clothing=both': what it is compared with; empty: the table's reference
+
+def _loss_rows(dataset: str, extra: list[TableRow]) -> list[TableRow]:
+    "Table 3. Without Eq. 1 the printed model is our `full`; `no_adversarial` has neither clothing loss."
+    printed = printed_table(3)['variant'].replace('no_adversarial', 'full')
+    rows = [TableRow(*row, dataset, '') for row in printed.items()]
+    rows += [*extra[:-1], TableRow('w/o both', 'no_adversarial', dataset, ''), extra[-1]]
+    return [r._replace(reference=f'full {_BOTH}') if r.method in _BESIDE_BOTH else r for r in rows]
 
 def table_rows(n: int,                   # table, 1 to 5
                dataset: str = 'synth'    # whose runs
@@ -60,6 +68,7 @@ def table_rows(n: int,                   # table, 1 to 5
 
     Table 5 has one row per model and place: three layouts, or the three real datasets."""
     extra = [TableRow(method, 'full', dataset, tag) for method, tag in EXTRA_ROWS.get(n, ())]
+    if n == 3: return _loss_rows(dataset, extra)
     if n != 5: return [TableRow(*row, dataset, '') for row in printed_table(n)['variant'].items()] + extra
     places = [('synth', tag) for tag in LAYOUT_TAGS]
     if dataset != 'synth': places = [(name, '') for name in LAYOUT_TAGS.values()]
@@ -157,8 +166,12 @@ def tag_of(options: dict[str, Any], between: str = '-') -> str:
 TINY_EPOCHS = PRESETS['tiny']['epochs']
 _CHOICES = [(n, option, values) for n, options in OPTIONS.items() for option, values in options.items()]
 _ONE_OPTION = [Reading(n, {option: value}) for n, option, values in _CHOICES for value in values]
+# the fusion's loss reaches the towers from half of the training on, beside GradNorm
+END_TO_END = dict(fusion_grad=True, fusion_apart=True, fusion_start=.5)
+BEST_FUSION = dict(fusion_kind='transformer', fusion_input='tokens')     # of those on frozen towers, `56_frozen`
 _SEVERAL = (
     Reading(2, {}, variant='baseline_described', than='baseline'),
+    *(Reading(4, kind | END_TO_END, variant='fusion', than='baseline') for kind in ({}, BEST_FUSION)),
     Reading(6, dict(p_pos='softmax'), given=dict(clothing='literal')),
     Reading(6, dict(p_pos='sigmoid'), given=dict(clothing='literal')),
     Reading(11, dict(ids_per_batch=16, images_per_id=4)),       # an epoch is twice as long then: compare it

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PROBES', 'EXCHANGED', 'DEPENDENCE', 'FIGURE_BRANCHES', 'PLAIN_MODELS', 'ASKED', 'TRAINED', 'CLOTHES_KEPT',
            'CLOTHES_CHANGED', 'PLACES', 'GALLERIES', 'PERSON_ASKED', 'spec_of', 'gallery_rows', 'run_probe_hits',
-           'side_probe_hits', 'probe_gap', 'probe_chance', 'feature_claims', 'read_verdicts', 'exchange_claims',
-           'Dependence', 'hsic_excess', 'one_hot', 'branch_dependence', 'branches_of_figure', 'independence_claim',
-           'true_dependence', 'other_pictures', 'draw_test', 'other_r1', 'clothes_kept', 'clothes_changed',
-           'place_runs', 'PlaceResults', 'place_results', 'place_finding', 'clothes_cost', 'robust_claim',
-           'change_claims']
+           'side_probe_hits', 'probe_gap', 'probe_chance', 'feature_claims', 'read_verdicts', 'kept_estimate',
+           'exchange_claims', 'Dependence', 'hsic_excess', 'one_hot', 'branch_dependence', 'branches_of_figure',
+           'independence_claim', 'true_dependence', 'other_pictures', 'draw_test', 'other_r1', 'clothes_kept',
+           'clothes_changed', 'place_runs', 'PlaceResults', 'place_results', 'place_finding', 'clothes_cost',
+           'robust_claim', 'change_claims']
 
 # %% ../nbs/83_probes.ipynb #c636d3a8
 import json
+import math
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 
 from .config import Config, UserError
 from .pedes import PedesDataset, load_pedes
@@ -32,7 +34,7 @@ from .batches import load_tokenizer
 from .pretrained import from_pretrained
 from .losses import rbf_kernel
 from .deciding import SMALLEST_EFFECT, Side
-from .inference import estimate
+from .inference import DifferenceEstimate, estimate
 from .metrics import metrics_from_scores
 from .evaluate import evaluate
 from .trainer import pick_device, pick_dtype
@@ -136,6 +138,14 @@ def read_verdicts(e: Evidence, name: str   # of a table that has its verdicts in
     if lacks: raise UserError(f'{path} has no column {lacks[0]}: make it again')
     return t[t['verdict'].notna()]
 
+def kept_estimate(diff: float, lo: float, hi: float,   # 95 % interval
+                  seeds: str                           # such as '0 1 2'
+                 ) -> DifferenceEstimate:
+    "What a kept interval says, with the fewest degrees of freedom that its seeds allow: no p is too small."
+    n = len(seeds.split())
+    se = (hi - lo)/2/stats.t.ppf(.975, n - 1) if n > 1 else math.nan
+    return DifferenceEstimate(diff, se, n - 1., n, 0)
+
 def exchange_claims(e: Evidence) -> list[Finding]:
     "The claims `purity` and `clothing_branch`, by exchanging one layer of a picture."
     t, out = read_verdicts(e, 'interventions.csv'), []
@@ -146,7 +156,8 @@ def exchange_claims(e: Evidence) -> list[Finding]:
         if len(own):
             r = own.iloc[0]
             said = r.verdict.removeprefix(f'{item} ')
-            found = dict(value=r.value, lo=r.lo, hi=r.hi, level=95., seeds=r.seeds,
+            p = kept_estimate(*np.log([r.value, r.lo, r.hi]), r.seeds).p_value()             # of a ratio of one
+            found = dict(value=r.value, lo=r.lo, hi=r.hi, level=95., seeds=r.seeds, p=p,
                          verdict=_SAID.get(said, said), rule='that of 01_paper, on the interval of the ratio')
         out.append(Finding('b', item, name, metric, **found, evidence='interventions.csv', decides=True))
     return out
@@ -203,6 +214,7 @@ def independence_claim(e: Evidence) -> list[Finding]:
             verdict = 'against' if (excess > limit).any() else 'for'
             name += f', p = {ps.min():.3f}'
             d = dict(value=excess.mean(), hi=limit.mean(), verdict=verdict if side == FULL else '')
+            if side == FULL and (excess > limit).all(): d['p'] = ps.max()       # that of the weakest seed
             d |= folder_source(e, folders)
         d |= dict(decides=True, rule=rule) if side == FULL else dict(decides=False)
         out.append(Finding('b', 'independent', name, 'HSIC / shuffled', **d))
@@ -371,4 +383,5 @@ def change_claims(e: Evidence) -> list[Finding]:
     if not len(t): return [Finding('b', 'robust', name, PERSON_ASKED, verdict=NOT_RUN, **common)]
     return [Finding('b', 'robust', r.model.replace('change:', f'{name}:'), PERSON_ASKED, diff=r.value,
                     lo=r.lo, hi=r.hi, level=95., seeds=r.seeds, verdict=r.verdict.removeprefix('decides: '),
+                    margin=SMALLEST_EFFECT, estimate=kept_estimate(r.value, r.lo, r.hi, r.seeds),
                     rule=_CHANGE_RULE, **common) for r in t.itertuples()]

@@ -120,8 +120,9 @@ class Comparison(NamedTuple):
 
     @property
     def sides(self) -> tuple[Side, Side]:
-        "The variant and its reference; an extra row of a table is compared with the runs without a tag."
-        return (self.variant, self.tag), (self.reference, self.tag if self.tag in LAYOUT_TAGS else '')
+        "The variant and its reference: on the same layout, else without a tag of its own but the one it names."
+        variant, _, tag = self.reference.partition(' ')
+        return (self.variant, self.tag), (variant, tag or (self.tag if self.tag in LAYOUT_TAGS else ''))
 
 def comparisons(datasets: Iterable[str]) -> list[Comparison]:
     "Every comparison that a table shows, once, sorted."
@@ -129,7 +130,7 @@ def comparisons(datasets: Iterable[str]) -> list[Comparison]:
     for dataset in datasets:
         for n, reference in REFERENCE.items():
             for row in table_rows(n, dataset):
-                found.add(Comparison(row.dataset, row.tag, reference, row.variant))
+                found.add(Comparison(row.dataset, row.tag, row.reference or reference, row.variant))
     return sorted(c for c in found if c.sides[0] != c.sides[1])
 
 # %% ../nbs/66_results.ipynb #589e3e24
@@ -242,7 +243,8 @@ def comparison_rows(a: VariantResults, b: VariantResults,   # variant, reference
                     spreads: dict[str, Spread | None]       # by metric; None: of this difference alone
                    ) -> list[dict[str, Any]]:               # one per metric, with the columns `DIFFERENCES`
     "Compare a variant with its reference. Raises `UserError` where their queries differ."
-    common = dict(dataset=a.dataset, preset=a.preset, tag=a.tag, reference=b.variant, variant=a.variant,
+    reference = b.variant if b.tag in LAYOUT_TAGS else f'{b.variant} {b.tag}'
+    common = dict(dataset=a.dataset, preset=a.preset, tag=a.tag, reference=reference, variant=a.variant,
                   score=score, seeds=a.seeds, reference_seeds=b.seeds, queries=a.asked.shape[1])
     rows, people = [], a.asked[1]
     for m in METRICS:

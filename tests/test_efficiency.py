@@ -71,7 +71,7 @@ def test_what_is_measured_is_what_was_trained(tmp_path):
     found = efficiency.fusion_configs(results.ArtifactParameters(preset='smoke', runs=str(tmp_path)))
     assert {c.fusion_dim for c in found.values()} == {24} and list(found) == list(efficiency.FUSIONS)
     assert [c.fusion_input for c in found.values()] == [
-        'pooled', 'pooled', 'tokens', 'pooled', 'pooled', 'pooled']
+        'pooled', 'pooled', 'tokens', 'pooled', 'pooled', 'tokens', 'pooled']
 
 
 def test_sizes_of_a_checkpoint_come_from_its_config_alone(tmp_path):
