@@ -156,10 +156,10 @@ def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.cs
     last = ('The last row reads every open point as close to the print as can be run (preset '
             f'`tiny-literal`, tag `{AS_PRINTED}`). ') if AS_PRINTED in set(used['tag']) else ''
     if n == 3:
-        return ('Without InfoNCE no other loss here compares captions with images. The printed full model has '
-                'two losses on clothing, the matching of Sec. 4.3 and Eq. 1. Ours has the first alone, so it '
-                'stands again as “w/o Adversarial”; that row, “w/o Matching” and “w/o both” are compared with '
-                '“Matching and Eq. 1”. ') + last
+        return ('Without InfoNCE no other loss here compares captions with images. The printed full model '
+                'has two losses on clothing, the matching of Sec. 4.3 and Eq. 1. Ours has the first alone, '
+                'so it stands again as “w/o Adversarial”; that row, “w/o Matching” and “w/o both” are '
+                'compared with “Matching and Eq. 1”. ') + last
     if n != 1: return last
     depth = sorted({make_config(preset=preset).bdam_depth for preset in used['preset']})
     shallow, whole = (' / '.join(map(str, ds)) for ds in ([d//2 for d in depth], depth))

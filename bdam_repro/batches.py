@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from .config import UserError
-from .hub import TOKENIZER_FILES, hub_folder
+from .hub import TOKENIZER_FILES, has_tokenizer, hub_folder, without_marks
 from .sampler import PairSampler, PKSampler
 from .pedes import PedesDataset
 from .images import KEEP, Changes, ImageStore, change_images, draw_changes, kept, remember
@@ -73,12 +73,12 @@ def load_tokenizer(spec: str | Path,  # a hub name or a folder: BERT's, CLIP's, 
                    ) -> PreTrainedTokenizerBase:
     "A tokenizer that pads on the right. Raises `UserError` if there is none or the hub is out of reach."
     folder = hub_folder(spec, TOKENIZER_FILES)
-    has = lambda *names: all((folder/name).is_file() for name in names)
     # without this check `transformers` makes up a vocabulary of five special tokens and says nothing
-    if not (has('tokenizer.json') or has('vocab.txt') or has('vocab.json', 'merges.txt')):
+    if not has_tokenizer(folder):
         expected = 'tokenizer.json, vocab.txt, or vocab.json with merges.txt'
         raise UserError(f'{folder} holds no tokenizer: expected {expected}')
-    try: tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        with without_marks(folder) as plain: tokenizer = AutoTokenizer.from_pretrained(plain)
     except Exception as e:  # the library raises a dozen types here, all of which mean "not a tokenizer"
         why = str(e).splitlines()[0]
         raise UserError(f'{folder} holds a tokenizer that does not load: {why}') from e

@@ -94,9 +94,13 @@ class SavePlan:
 
     def by_step(self, step: int) -> bool: return self.steps > 0 and step % self.steps == 0
 
+    def affordable(self) -> bool:
+        "Whether the run has trained long enough for a checkpoint that can be left out."
+        return self.seconds > 0 and time.monotonic() - self.last >= 5*self.cost
+
     def by_time(self) -> bool:
-        if not self.seconds: return False
-        return time.monotonic() - self.last > max(self.seconds, 25*self.cost)
+        "Whether one must begin now, to be whole in time."
+        return self.affordable() and time.monotonic() - self.last > self.seconds - self.cost
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -166,7 +166,8 @@ def over_runs(d: pd.Series) -> dict[str, Any]:   # by run, NaN where a side is m
 def fusion_claims(e: Evidence) -> list[Finding]:
     "All contrasts of fusions."
     gains = fusion_gains(e)
-    return [*(fusion_finding(c, gains[c.metric]) for c in FUSION_CONTRASTS), *token_claims(e), literal_gain(e)]
+    contrasts = [fusion_finding(c, gains[c.metric]) for c in FUSION_CONTRASTS]
+    return [*contrasts, *token_claims(e), literal_gain(e)]
 
 LITERAL_GAIN = 'full-symmetric=False: fused − dual'
 
@@ -352,8 +353,7 @@ def balance_claim(e: Evidence) -> list[Finding]:
     mean = Finding('b', 'balance', 'image weight on right pairs', 'mean, %', value=found.diff, lo=lo, hi=hi,
                    verdict=ONE_SEED if math.isnan(lo) else 'for' if near else 'against', decides=True,
                    rule=f'for where all of the interval is within {NEAR:g} of 50, else against', **source)
-    seeds = source['seeds'].split()
-    spread = pd.Series(w.std(axis=1), index=[f'seed{s}' for s in seeds])       # from pair to pair, within a run
+    spread = pd.Series(w.std(axis=1), index=[f'seed{n}' for n in range(len(w))])     # within a run, by pair
     d = dict(value=spread.mean()) | over_runs(spread - LEAST_SPREAD) | source
     varies = f'image weight over right pairs, above {LEAST_SPREAD:g}'
     return [mean, replace(claim_finding('balance', varies, 'sd, %', d), reading=varies)]

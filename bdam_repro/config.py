@@ -256,7 +256,7 @@ class TrainOptions(Options):
     warmup: float = opt(5, 'epochs of linear warm-up', 'not printed', ge=0)
     grad_clip: float = opt(1.0, 'largest gradient norm; 0: no limit', ge=0)
     amp: Literal['auto', 'bf16', 'fp16', 'off'] = opt(
-        'auto', 'mixed precision; auto: bf16 where the device is quick at it')
+        'auto', 'mixed precision; auto: bf16 where the device is quick at it, else fp16 on a GPU')
     eval_every: int = opt(1, 'epochs between two validations', ge=1)
     max_steps: int = opt(0, 'end after so many steps, for a first try; 0: after `epochs`', ge=0)
     accumulate: int = opt(1, 'parts of a batch that go through the towers one after the other: less memory, '
@@ -398,9 +398,8 @@ def check_config(config: Config) -> Config:  # the same one
          'nothing relates image and text: c_align is 0 and there is no fusion loss')
     need(not c.fusion or c.c_fusion > 0,
          'a fusion that no loss trains (c_fusion=0) scores at random: set fusion=False')
-    for name in ('accumulate', 'processes'):
-        need(getattr(c, name) == 1 or c.balance != 'literal',
-             f'balance=literal differentiates twice, through the whole batch in one process: take {name}=1')
+    need(c.accumulate == 1 or c.balance != 'literal',
+         'balance=literal differentiates twice, through the batch in one piece: take accumulate=1')
     need((c.ids_per_batch*c.images_per_id) % (c.processes*c.accumulate) == 0,
          f'a batch of {c.ids_per_batch*c.images_per_id} images does not split into processes*accumulate = '
          f'{c.processes*c.accumulate} equal parts')

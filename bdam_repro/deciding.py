@@ -119,8 +119,8 @@ def printed_value(side: Side, metric: str) -> float:   # NaN: not printed
 
 def printed_difference(better: Side, worse: Side, score: str = 'own', metric: str = 'R1',
                        share: float = 1.) -> float:   # NaN: not printed
-    """The paper's share·better − worse; it prints no dual score of a model with a fusion. Its full model has both
-    losses on clothing, so its "w/o Adversarial" is our `full` beside `clothing=both`, never `no_adversarial`."""
+    """The paper's share·better − worse; it prints no dual score of a model with a fusion. Its full model has
+    both losses on clothing: its "w/o Adversarial" is our `full` beside `clothing=both`."""
     both = ('full', 'clothing=both')
     if (better, worse) == (both, ('full', '')): better, worse = ('full', ''), ('no_adversarial', '')
     elif ('no_adversarial', '') in (better, worse): return float('nan')

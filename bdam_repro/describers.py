@@ -12,6 +12,7 @@ __all__ = ['STYLE_COLUMNS', 'ADDED_COLUMNS', 'SHOWN_OF_STYLES', 'DESCRIBERS', 's
 # %% ../nbs/28_describers.ipynb #143b9677
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sklearn.metrics import adjusted_rand_score
 
 from .config import ROOT, UserError, given_names
@@ -217,7 +218,7 @@ def style_points(captions: Sequence[str],
     else:
         answers = folder/'generalized.jsonl'
         texts = generalize_with(make_client(), captions, model=generalize_model, cache=answers)
-    return embed_styles(texts, 'clip', model=clip) if clip else embed_styles(texts)
+    return embed_styles(texts, 'clip', model=os.path.expanduser(clip)) if clip else embed_styles(texts)
 
 # %% ../nbs/28_describers.ipynb #eab2d98e
 DESCRIBERS = ('synth', 'split', 'mllm')
@@ -242,34 +243,34 @@ def choose_describer(describer: str,      # one of `DESCRIBERS`, or 'auto'
 # %% ../nbs/28_describers.ipynb #a620f3be
 class DescribeParameters(BaseModel):
     "The parameters of `describe.ipynb`, which says what they mean."
-    model_config = ConfigDict(extra='forbid')
+    model_config = ConfigDict(extra='forbid', allow_inf_nan=False)
     dataset: str = 'synth'
     data_root: str | None = None
     describer: str = 'auto'
     model: str | None = None
     out: str | None = None
-    limit: int | None = None
-    concurrency: int = 100
-    rpm: int | None = None
-    tpm: int | None = None
-    timeout: float = 300.0
-    temperature: float | None = 0.7
-    max_tokens: int = 400
-    retries: int = 3
+    limit: int | None = Field(None, ge=1)
+    concurrency: int = Field(100, ge=1)
+    rpm: int | None = Field(None, ge=1)
+    tpm: int | None = Field(None, ge=1)
+    timeout: float = Field(300.0, gt=0)
+    temperature: float | None = Field(0.7, ge=0)
+    max_tokens: int = Field(400, ge=1)
+    retries: int = Field(3, ge=0)
     retry_failed: bool = False
-    price_in: float | None = None
-    price_out: float | None = None
-    budget: float | None = None
+    price_in: float | None = Field(None, ge=0)
+    price_out: float | None = Field(None, ge=0)
+    budget: float | None = Field(None, gt=0)
     dry_run: bool = False
     batch: bool = False
     ethnicity: bool = False
     styles_file: str | None = None
-    error_rate: float = 0.05
+    error_rate: float = Field(0.05, ge=0, le=1)
     seed: int = 0
 
 def check_parameters(names: Mapping[str, object]  # the notebook's `globals()`
                     ) -> DescribeParameters:
-    "The parameters of the notebook. Raises `UserError` for an unknown one or one of another type."
+    "The parameters of the notebook. Raises `UserError` for an unknown one and for a value that cannot be."
     try: return DescribeParameters(**given_names(names))
     except ValidationError as e: first = e.errors()[0]
     name, known = first['loc'][0], ', '.join(DescribeParameters.model_fields)

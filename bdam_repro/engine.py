@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -47,15 +49,25 @@ def output_name(notebook: str,   # path of the notebook
 # %% ../nbs/02_engine.ipynb #0eb19d53
 class Live:
     "Shows a cell's output as it comes: whole lines, and on a terminal the unfinished line too."
-    def __init__(self, out: TextIO): self.out, self.line = out, ''
+    def __init__(self, out: TextIO,
+                 quiet: float = 300,                               # seconds until a log gets a bar's state
+                 clock: Callable[[], float] = time.monotonic):
+        self.out, self.quiet, self.clock = out, quiet, clock
+        self.line, self.redrawn, self.spoke = '', False, clock()
 
     def write(self, text: str) -> None:
         *whole, line = (self.line + text).split('\n')
+        self.redrawn = '\r' in line or (self.redrawn and not whole)   # a bar
         self.line = line[line[:-1].rfind('\r') + 1:]                  # what was overwritten is gone
         clear = '\r\x1b[K' if self.out.isatty() else ''
         for x in whole: self.out.write(clear + x.rstrip('\r').split('\r')[-1] + '\n')
-        if clear and self.line:
-            self.out.write(clear + self.line.strip('\r')[:shutil.get_terminal_size().columns - 1])
+        if whole: self.spoke = self.clock()
+        state = self.line.strip('\r')
+        if clear and state: self.out.write(clear + state[:shutil.get_terminal_size().columns - 1])
+        elif self.redrawn and state.strip() and self.clock() - self.spoke >= self.quiet:
+            self.out.write(state + '\n')
+            self.flush()
+            self.spoke = self.clock()
 
     def flush(self) -> None: self.out.flush()
 
@@ -141,6 +153,9 @@ def run_ours(invoke,                # papermill's command, without arguments
     except PapermillExecutionError as e:
         if e.ename not in USER_ERRORS: raise
         raise click.ClickException(e.evalue) from None
+    except OSError as e:                             # of papermill itself: a disk that is full
+        say = f'cannot write {ctx.params["output_path"]} ({e.strerror or e}): free some space or name another'
+        raise click.ClickException(f'{say}; the same command goes on from what is saved') from None
     if ctx.params['output_path'] != '-': click.echo(f'executed notebook: {short(ctx.params["output_path"])}')
     return result
 

@@ -329,8 +329,8 @@ class FrozenRun:
 def find_runs(patterns: str   # folders with wildcards, by commas, relative to the repository
              ) -> list[Path]:
     "Finished runs. Raises `UserError` where there is none."
-    found = [Path(f) for p in patterns.split(',') for f in sorted(glob(str(ROOT/p.strip())))]
-    done = [folder for folder in found if (folder/'metrics.json').is_file()]
+    got = [Path(f) for p in patterns.split(',') for f in sorted(glob(str(ROOT/Path(p.strip()).expanduser())))]
+    done = [folder for folder in got if (folder/'metrics.json').is_file()]
     if not done: raise UserError(f'no finished run in {patterns}: train one first, see train.ipynb')
     return done
 

@@ -33,7 +33,7 @@ from .config import UserError
 from .synth import Spec, picture_rows
 from .servers import (Hopeless, Refused, RequestForm, Server, Transient, ask_server, keep_client,
                                 run_sync)
-from .lexicon import LEXICON
+from .lexicon import LEXICON, noun_side
 from .describe import FIRST, SlidingWindow
 
 # %% ../nbs/26_generalize.ipynb #1412bb0b
@@ -52,7 +52,7 @@ MORE_WORDS = {
             r'|trolleys?|messenger|crossbody|duffel|sacks?|pouch(?:es)?|bottles?|phones?|cellphones?'
             r'|mobiles?|bicycles?|bikes?|strollers?|books?|folders?|papers?|eyeglasses|lens(?:es)?'
             r'|jewelry|rings?|chains?|pockets?|cuffs?|hems?|zips?|straps?|laces?|soles?|lanyards?|masks?'
-            r'|mittens?',
+            r'|mittens?|packs?',
     'BODY': r'curls?|curly|locks|fringe|afro|dreadlocks|goatee|whiskers|forehead|chin|torso|thighs?'
             r'|calves|shins?|heads?|bod(?:y|ies)|bun|complexion|skin',
     'COLOR': r'crimson|scarlet|indigo|charcoal|ivory|magenta|lavender|lilac|mint|peach|coral|mustard|aqua'
@@ -64,7 +64,7 @@ MORE_WORDS = {
              r'|checks?|squares?|dots?|lines?|letters?|lettering|horizontal|vertical|diagonal'
              r'|pin(?:stripes?|striped)|plastic|canvas|rubber|metal|velvet|linen|polyester|mesh|quilted'
              r'|padded|puffy|running|sports?|school|shopping|travel|baseball|formal|casual|business'
-             r'|cargos?|brimmed|rolling|tank|length|piece|(?:button|zip|lace)(?:ed)?-(?:up|down)',
+             r'|cargos?|brimmed|rolling|tank|fanny|length|piece|(?:button|zip|lace)(?:ed)?-(?:up|down)',
 }
 
 # %% ../nbs/26_generalize.ipynb #77ade73a
@@ -94,7 +94,8 @@ def placeholder(word: str  # one word, hyphens allowed
     if neutral: return neutral.capitalize() if word[0].isupper() else neutral
     if _STYLE.fullmatch(word): return word
     for pattern, name in _CONTENT:
-        if pattern.fullmatch(word): return name
+        if pattern.fullmatch(word) or pattern.fullmatch(word.replace('-', '')): return name
+    if noun_side(word.lower()) == 'garment': return 'ITEM'
     if '-' not in word: return word
     last = placeholder(word.rsplit('-', 1)[1])
     return last if last in PLACEHOLDER_NAMES else word
@@ -114,13 +115,15 @@ def pair_placeholder(first: str, second: str) -> str | None:
 # %% ../nbs/26_generalize.ipynb #7787048e
 _PLURAL = {'is': 'are', 'was': 'were', 'has': 'have', 'does': 'do', "isn't": "aren't", "doesn't": "don't"}
 _ADVERBS = 'always|perhaps|sometimes|besides|(?:to|for|back|after)wards|(?:in|out)doors'
-_SINGULAR = rf"is|was|has|does|isn't|doesn't|(?!(?:{_ADVERBS})\b)[a-z]{{2,}}(?<![su])s"
-_THEY = re.compile(rf'\b(they) ({_SINGULAR})\b', re.I)
+_SINGULAR = rf"is|was|has|does|isn['’]t|doesn['’]t|(?!(?:{_ADVERBS})\b)[a-z]{{2,}}(?<![su])s"
+_BETWEEN = r'(?: (?:also|always|both|just|only|often|sometimes|still|then|now|[a-z]{2,}ly))*'   # *they ALSO are*
+_THEY = re.compile(rf'\b(they{_BETWEEN}) ({_SINGULAR})\b', re.I)
 _THEY_IS = re.compile(r"\b(they)(?:['’]s\b| s(?= \w+ing\b))", re.I)
 
 def plural_verb(verb: str) -> str:
     "The verb of *they* for the verb of *he* or *she*."
-    if verb.lower() in _PLURAL: return _PLURAL[verb.lower()]
+    known = _PLURAL.get(verb.lower().replace('’', "'"))
+    if known: return known.replace("'", '’') if '’' in verb else known
     if verb.lower().endswith('ies'): return verb[:-3] + 'y'
     return verb[:-2] if re.search(r'(?:ch|sh|ss|x|o)es$', verb, re.I) else verb[:-1]
 

@@ -168,7 +168,7 @@ _CHOICES = [(n, option, values) for n, options in OPTIONS.items() for option, va
 _ONE_OPTION = [Reading(n, {option: value}) for n, option, values in _CHOICES for value in values]
 # the fusion's loss reaches the towers from half of the training on, beside GradNorm
 END_TO_END = dict(fusion_grad=True, fusion_apart=True, fusion_start=.5)
-BEST_FUSION = dict(fusion_kind='transformer', fusion_input='tokens')     # of those on frozen towers, `56_frozen`
+BEST_FUSION = dict(fusion_kind='transformer', fusion_input='tokens')     # on frozen towers, `56_frozen`
 _SEVERAL = (
     Reading(2, {}, variant='baseline_described', than='baseline'),
     *(Reading(4, kind | END_TO_END, variant='fusion', than='baseline') for kind in ({}, BEST_FUSION)),

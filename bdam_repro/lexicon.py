@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IDENTITY_WORDS', 'CLOTHING_WORDS', 'SHARED_WORDS', 'LEXICON', 'LEXICON_PATTERNS', 'spoken_of', 'noun_side', 'slot_of',
            'Word', 'is_color', 'parsed_words', 'leads_to_noun', 'goes_on', 'colors_end', 'stands_apart', 'ends_phrase',
-           'begins_phrase', 'first_modifier', 'adjectives_end', 'hangs_on', 'is_of_thing', 'Phrase', 'find_phrases']
+           'begins_phrase', 'first_modifier', 'adjectives_end', 'hangs_on', 'is_of_thing', 'follows_not', 'is_measured',
+           'Phrase', 'find_phrases']
 
 # %% ../nbs/20_lexicon.ipynb #617e3b55
 import functools
@@ -356,6 +357,22 @@ def is_of_thing(words: list[Word], at: int) -> bool:
         if word.low in ('.', 'he', 'she', 'who') or side == 'person': return False
         if word.low in ('they', 'it') or side in ('hair', 'garment', 'glasses'): return True
     return False
+
+_NOT = set_of("not n't nt never without neither nor")
+_BEHIND_NOT = set_of('to be been have in with appear seem')
+
+def follows_not(words: list[Word], at: int) -> bool:
+    "'not TALL', 'neither tall nor SLIM', 'not very tall or SLIM', 'not to be WEARING', 'without GLASSES'."
+    at -= 1
+    while at > 0 and words[at].low not in _NOT | {'only', 'just'}:
+        if words[at].low not in _BEHIND_NOT and words[at].tag != 'RB': break
+        at -= 1
+    return at >= 0 and (words[at].low in _NOT or (words[at].low == 'or' and follows_not(words, at - 1)))
+
+def is_measured(words: list[Word], at: int) -> bool:
+    "'three feet TALL', 'a five year OLD boy': a child may be so."
+    before = words[at - 1].low if at else ''
+    return before in set_of('year years foot feet inch inches cm m meter meters') or before[-1:].isdigit()
 
 # %% ../nbs/20_lexicon.ipynb #0f943b7f
 class Phrase(NamedTuple):

@@ -29,7 +29,7 @@ from .batches import image_batches
 from .run_data import load_data, run_tokenizer
 from .threads import ONE_AT_A_TIME
 from .launch import end_with_parent
-from .trainer import run_batches
+from .trainer import pick_device, pick_dtype, run_batches
 from .runs import finished, train
 from .artifacts import describe_styles
 
@@ -88,8 +88,9 @@ class Outcome:
 def steps_alone(c: Config) -> bool:
     "Whether a run trains step by step, with a random generator that others must not touch."
     on_gpu = torch.cuda.is_available() and c.device != 'cpu'
+    in_fp16 = on_gpu and pick_dtype(c, pick_device(c)) == torch.float16
     special = c.balance == 'literal' or c.mining == 'random' or c.shuffle_captions or c.grad_checkpoint
-    return not on_gpu or special or c.dropout > 0 or c.graph == 'off' or c.amp == 'fp16'
+    return not on_gpu or special or c.dropout > 0 or c.graph == 'off' or in_fp16
 
 def train_shared(c: Config, runs: Path, data: SharedData) -> None:
     "`train`, with the data of the process."

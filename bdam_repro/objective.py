@@ -7,6 +7,8 @@ __all__ = ['identity_texts', 'text_options', 'align_loss', 'triplet_loss', 'clot
            'encode_batch', 'forward', 'LiteralWeights', 'make_weights', 'weights_state', 'load_weights']
 
 # %% ../nbs/43_objective.ipynb #b69248e0
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -124,8 +126,10 @@ def forward(model: Model, batch: Batch, c: Config) -> Outputs:
 # %% ../nbs/43_objective.ipynb #78b2d0f4
 class LiteralWeights(TaskWeights):
     "Eq. 5-6 as printed: w = exp(s) is learned by the same optimizer, with L_GradNorm in the loss."
-    def __init__(self, names: list[str], c: Config, opts: list[torch.optim.Optimizer], params: list[Tensor]):
+    def __init__(self, names: list[str], c: Config, opts: list[torch.optim.Optimizer], params: list[Tensor],
+                 average: Callable[[Tensor], Tensor] | None = None):        # as for `literal_gradnorm`
         super().__init__(names)
+        self.average = average
         self.s = self.s.to(params[0].device).requires_grad_()
         self.params, self.alpha, self.log_reg, self.first = params, c.gradnorm_alpha, c.log_reg, None
         own = {'params': [self.s], 'part': 'weights', 'weight_decay': 0., 'lr': c.gradnorm_lr}
@@ -135,13 +139,16 @@ class LiteralWeights(TaskWeights):
         "Eq. 6."
         L = [losses[name].double() for name in self.names]
         if self.first is None: self.first = torch.stack(L).detach().clamp_min(1e-8)
-        return literal_total(L, self.s, self.params, self.first, self.alpha, self.log_reg)
+        return literal_total(L, self.s, self.params, self.first, self.alpha, self.log_reg,
+                             average=self.average)
 
 # %% ../nbs/43_objective.ipynb #7eaf7f63
-def make_weights(names: list[str], c: Config, model: Model, opts: list[torch.optim.Optimizer]) -> TaskWeights:
+def make_weights(names: list[str], c: Config, model: Model, opts: list[torch.optim.Optimizer],
+                 average: Callable[[Tensor], Tensor] | None = None   # over processes: see `literal_gradnorm`
+                ) -> TaskWeights:
     "The task weights that the configuration asks for. One task needs none."
     if c.balance == 'fixed' or len(names) < 2: return TaskWeights(names)   # all 1
-    if c.balance == 'literal': return LiteralWeights(names, c, opts, model.shared_parameters())
+    if c.balance == 'literal': return LiteralWeights(names, c, opts, model.shared_parameters(), average)
     apart = () if c.fusion_grad and not c.fusion_apart else ('fusion',)    # its weight stays 1
     return GradNorm(names, c.gradnorm_alpha, c.gradnorm_lr, c.gradnorm_every, ref=c.gradnorm_ref,
                     log_reg=c.log_reg, ema=c.gradnorm_ema, eps=c.gradnorm_eps, apart=apart)

@@ -65,7 +65,7 @@ def safe_file(file: str,   # a path as an annotation file gives it
 # %% ../nbs/10_pedes.ipynb #a12eca05
 _HTML_TAG = r'</?(?:br|p|div|span|[abiu]|font|strong|em|h[1-6]|li|ul|td|tr)\s*/?>'
 _DIRTY = re.compile(r'[^\x21-\x7e ]|\\|&[#\w]+;|_x[0-9A-Fa-f]{4}_|' + _HTML_TAG + '|  |^ | $', re.I)
-_ODD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af{}\\<>=]|\w\(\)|\\u[0-9a-f]')
+_ODD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af{}\\<>]|\w\(\)|\\u[0-9a-f]|[=!]=| = ')
 _PUNCTUATION = {0x3002: '.', 0x3001: ',', 0x201c: '"', 0x201d: '"', 0x2018: "'", 0x2019: "'",
                 **{c: chr(c - 0xfee0) for c in range(0xff01, 0xff5f)}}  # the full-width forms of ASCII
 
@@ -220,10 +220,18 @@ def read_descriptions(path: str | Path,  # a descriptions.jsonl
     notes = [f'{path.name}: the last line was cut and is left out'] if cut else []
     return table.drop_duplicates('image', keep='last', ignore_index=True), notes
 
+def _below_imgs(table, base, column='file'):
+    "Paths are relative to imgs/. Some copies repeat it: the table without that, and a note."
+    repeated = table[column].str.startswith('imgs/')
+    if not repeated.any() or (base/'imgs/imgs').is_dir(): return table, []
+    note = f'paths that repeat imgs/, read without it: {repeated.sum():,}'
+    return table.assign(**{column: table[column].str.removeprefix('imgs/')}), [note]
+
 def attach_descriptions(ds: PedesDataset, path: str | Path,  # a whole dataset; its descriptions.jsonl
                         ) -> PedesDataset:  # the same with columns id_text and clo_text, None if not written
     "Join identity and clothing descriptions by image. UserError if the dataset lacks one of the images."
     table, notes = read_descriptions(path)
+    table = _below_imgs(table, ds.root, 'image')[0].drop_duplicates('image', keep='last')
     unknown = sorted(set(table.image) - set(ds.records.file))
     if unknown:
         found = f'{len(unknown):,} descriptions are of images that {ds.root} does not have'
@@ -287,13 +295,6 @@ def find_annotations(name: str, base: Path) -> tuple[Path, str, str]:   # base: 
     return found[0], d['path_key'], layout
 
 # %% ../nbs/10_pedes.ipynb #9c8a0eca
-def _below_imgs(records, base):
-    "Paths are relative to imgs/. Some copies repeat it: the records without that, and a note."
-    repeated = records.file.str.startswith('imgs/')
-    if not repeated.any() or (base/'imgs/imgs').is_dir(): return records, []
-    note = f'paths that repeat imgs/, read without it: {repeated.sum():,}'
-    return records.assign(file=records.file.str.removeprefix('imgs/')), [note]
-
 def _trainable(records):
     "Without the training images that have no caption, and a note that counts them."
     bare = (records.split == 'train') & (records.captions.str.len() == 0)
@@ -341,7 +342,7 @@ PROBLEMS = {'miscounted': 'wrong counts', 'shared_ids': 'identities in more than
             'tiny': f'pictures under {MIN_SIDE} pixels a side', 'huge': 'pictures too large to decode'}
 REMARKS = {'repeated_files': 'files listed twice', 'repeated_captions': 'captions given twice to one image',
            'shared_captions': 'captions given to more than one identity',
-           'long_captions': 'captions with more words than the text encoder reads tokens',
+           'long_captions': 'captions with more words and marks than the text encoder reads tokens',
            'odd_captions': 'images whose captions hold Chinese characters or program text',
            'same_bytes': 'byte-identical pictures of different identities'}
 
@@ -403,7 +404,7 @@ def _check_table(r, max_length):
     captions = r[['file', 'pid', 'captions']].explode('captions')
     text = captions.captions.fillna('')
     said_of = captions[text != ''].groupby('captions').pid.nunique()
-    words = text.str.count(' ') + 1
+    tokens = text.str.count(r'\w+|[^\w\s]+')      # a word is one at least, and so is a mark
     by_file = r.groupby('file').pid.agg(['nunique', 'size'])
     splits = r.groupby('pid').split.nunique()
     return {'shared_ids': splits.index[splits > 1].tolist(),
@@ -412,7 +413,7 @@ def _check_table(r, max_length):
             'empty_captions': captions.file[text.str.strip() == ''].unique().tolist(),
             'repeated_captions': captions.file[captions.duplicated() & (text != '')].unique().tolist(),
             'shared_captions': said_of.index[said_of > 1].tolist(),
-            'long_captions': captions.file[words > max_length].unique().tolist(),
+            'long_captions': captions.file[tokens > max_length].unique().tolist(),
             'odd_captions': captions.file[[bool(_ODD.search(t)) for t in text]].unique().tolist()}
 
 # %% ../nbs/10_pedes.ipynb #5e4fe2b6
@@ -437,7 +438,7 @@ def check_pedes(self: PedesDataset,
                 workers: int | None = None,    # threads; None: as Python chooses
                 hashes: bool = False,          # also look for byte-identical pictures of different identities
                 progress: bool | None = None,  # a progress bar; None: on a terminal only
-                max_length: int = 77,          # of the text encoder, in tokens; a word is one at least
+                max_length: int = 77,          # of the text encoder, in tokens
                 ) -> PedesReport:
     "Print and return a report: counts, leaks between splits, broken pictures, odd captions."
     counts, wrong = _count_splits(self)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from .config import UserError
 
@@ -22,10 +23,14 @@ class ImageError(UserError):
 def to_rgb(im: Image.Image  # opened by Pillow
           ) -> Image.Image: # RGB, upright
     "Any mode to RGB. Raises `ImageError` for numbers without a known white."
+    tags = getattr(im, 'tag_v2', {})            # of a TIFF; turning loses them
     im = ImageOps.exif_transpose(im)
     if im.mode in ('I', 'F'):
         raise ImageError('32-bit or floating-point pixels have no known white: save it with 8 bits per color')
-    if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
+    if im.mode.startswith('I;16'):
+        gray = (np.asarray(im) >> tags.get(BITSPERSAMPLE, (16,))[0] - 8).astype(np.uint8)
+        white_is_zero = tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+        im = Image.fromarray(255 - gray if white_is_zero else gray)
     if 'transparency' in im.info: im = im.convert('RGBA')
     return im.convert('RGB')
 

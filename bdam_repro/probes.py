@@ -156,7 +156,7 @@ def exchange_claims(e: Evidence) -> list[Finding]:
         if len(own):
             r = own.iloc[0]
             said = r.verdict.removeprefix(f'{item} ')
-            p = kept_estimate(*np.log([r.value, r.lo, r.hi]), r.seeds).p_value()             # of a ratio of one
+            p = kept_estimate(*np.log([r.value, r.lo, r.hi]), r.seeds).p_value()         # of a ratio of 1
             found = dict(value=r.value, lo=r.lo, hi=r.hi, level=95., seeds=r.seeds, p=p,
                          verdict=_SAID.get(said, said), rule='that of 01_paper, on the interval of the ratio')
         out.append(Finding('b', item, name, metric, **found, evidence='interventions.csv', decides=True))

@@ -120,7 +120,7 @@ class Comparison(NamedTuple):
 
     @property
     def sides(self) -> tuple[Side, Side]:
-        "The variant and its reference: on the same layout, else without a tag of its own but the one it names."
+        "The variant and its reference: on the same layout, else without a tag but the one it names."
         variant, _, tag = self.reference.partition(' ')
         return (self.variant, self.tag), (variant, tag or (self.tag if self.tag in LAYOUT_TAGS else ''))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GLASSES', 'data_root', 'synth_folder', 'dataset_folder', 'write_styled', 'draw_synth', 'first_people',
-           'check_pictures', 'load_data', 'training_texts', 'run_tokenizer', 'check_encoders', 'check_present',
-           'says_more_than_gender']
+           'files_with_content', 'check_pictures', 'check_data', 'load_data', 'training_texts', 'run_tokenizer',
+           'check_encoders', 'check_present', 'says_more_than_gender']
 
 # %% ../nbs/29_run_data.ipynb #1bc65349
 import os
@@ -19,7 +19,7 @@ from .synth import make_synth
 from .images import KEEP
 from .batches import load_tokenizer, save_tokenizer, train_tokenizer
 from .lexicon import spoken_of
-from .hub import hub_folder
+from .hub import MODEL_FILES, TOKENIZER_FILES, hub_folder, tower_lacks
 
 # %% ../nbs/29_run_data.ipynb #693f17b3
 def data_root(config: Config) -> Path:
@@ -69,21 +69,42 @@ def first_people(dataset: PedesDataset, n: int) -> PedesDataset:
     number = records.groupby('split')['pid'].transform(lambda pids: pids.factorize()[0])
     return replace(dataset, records=records[number < n].reset_index(drop=True))
 
+def files_with_content(folder: Path) -> set[str]:
+    "The names of the files in a folder: no link to nowhere, no folder, nothing of zero bytes."
+    try: entries = os.scandir(folder)
+    except OSError: return set()
+    with entries: return {x.name for x in entries if x.is_file() and x.stat().st_size}
+
 def check_pictures(dataset: PedesDataset) -> None:
-    "Raises `UserError` where picture files of any split are missing; opens none."
+    "Raises `UserError` where picture files of any split are missing or empty; opens none."
     there = {}                                                # folder -> names, from one listing of each
     def is_there(file):
         folder, _, name = file.rpartition('/')
-        if folder not in there:
-            try: there[folder] = set(os.listdir(dataset.images_dir/folder))
-            except OSError: there[folder] = set()
+        if folder not in there: there[folder] = files_with_content(dataset.images_dir/folder)
         return name in there[folder]
     records = dataset.records
     missing = records[[not is_there(file) for file in records['file']]]
     if missing.empty: return
     first = missing.iloc[0]
-    raise UserError(f'no such image file: {dataset.images_dir/first.file} of the split {first.split!r}, the '
-                    f'first of {len(missing)} that are missing among {len(records)}; copy them there')
+    path = dataset.images_dir/first.file
+    what = 'empty image file' if path.is_file() else 'no such image file'
+    raise UserError(f'{what}: {path} of the split {first.split!r}, the first of {len(missing)} that are '
+                    f'missing or empty among {len(records)}; copy them there')
+
+def check_data(c: Config, dataset: PedesDataset) -> None:
+    "Raises `UserError` for an empty split, and for options that read descriptions where there are none."
+    for split in ('train', 'val', 'test'):
+        if not len(dataset.split(split).captions):                         # an empty split raises
+            say = f'the split {split!r} has pictures but no captions, so there is no query'
+            raise UserError(f'{dataset.root}: {say}; add captions to the annotation file')
+    check_pictures(dataset)
+    if 'clo_text' in dataset.records: return
+    lacks = f'and {dataset.name} has none: see describe.ipynb, or take'
+    if c.fusion and c.fusion_text != 'query':
+        raise UserError(f'fusion_text={c.fusion_text} needs descriptions, {lacks} fusion_text=query')
+    if not c.bdam and c.id_text != 'caption':
+        reads = f'{c.variant} with id_text={c.id_text} reads identity descriptions'
+        raise UserError(f'{reads}, {lacks} id_text=caption')
 
 # %% ../nbs/29_run_data.ipynb #9d177ca0
 def load_data(config: Config, progress: bool = True) -> PedesDataset:
@@ -124,9 +145,12 @@ def check_encoders(c: Config) -> None:
     "Raises one `UserError` for all encoders that are not there, before the data is read."
     missing, why = [], ''
     for option in ('vision', 'text'):
-        spec = getattr(c, option)
+        spec, reads = getattr(c, option), option == 'text'
         if isinstance(spec, dict): continue
-        try: hub_folder(spec)
+        try:
+            folder = hub_folder(spec, [*MODEL_FILES, *TOKENIZER_FILES] if reads else MODEL_FILES)
+            if lacks := tower_lacks(folder, reads, c.start != 'random'):
+                raise UserError(f'{folder} has no {" and no ".join(lacks)}')
         except UserError as e: missing, why = [*missing, option], why or str(e)
     if len(missing) == 1: raise UserError(f'{missing[0]}: {why}')
     if missing:

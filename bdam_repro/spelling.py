@@ -72,6 +72,8 @@ _SPELLING = _rules([
     (r'\b(light|dark|bright) in colou?r\b', r'\1-colored'),
     (r'\b(wearing|with|in|carrying) s (?=[a-z])', r'\1 a '),
     (r'\b(blazer|jacket|coat|shirt|sweater) ?/ ?(?=(?:blazer|jacket|coat|shirt|sweater)\b)', r'\1 or '),
+    (r'\b(\w+)-(wearing|carrying) ((?:[\w-]+ ){0,3}(?:person|man|woman|male|female|boy|girl|lady|guy)\b)',
+     r'\3 \2 \1'),                                                # "the glasses-wearing young man"
     (r'\bpull over(?=[.,;]|$| and\b)', 'pullover'), (r'\bcross[ -]?body back\b', 'crossbody bag'),
 ])
 

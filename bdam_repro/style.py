@@ -126,10 +126,10 @@ def choose_k(method: str, rows: WeightedRows, seed: int, most: int = 24, sample:
     "The k of the best silhouette, on a sample."
     _, few = thin(rows, sample, seed)
     best_score, best_k = -2., 1
-    for k in range(2, min(most, len(few) - 1) + 1):
+    for k in range(2, min(most, len(few)) + 1):
         labels = centroid_labels(method, k, few, seed)
         if len(set(labels)) < 2: continue
-        score = silhouette_score(few.x, labels)
+        score = silhouette_score(few.x, labels) if len(set(labels)) < len(few) else (few.weights > 1).mean()
         if score >= best_score: best_score, best_k = score, k
     return best_k
 

@@ -50,7 +50,8 @@ def common_rates(t: pd.DataFrame) -> pd.DataFrame:   # index: lr; columns: the m
     return table.assign(mean=table.mean(axis=1))
 
 def best_temperature(t: pd.DataFrame, variant: str) -> dict[str, float]:
-    "τ and its decay with the highest validation R-1."
+    "τ and its decay with the highest validation R-1, at the rate at which all were tried."
     at = t[(t.ids_per_batch == 64) & (t.epochs == TRY_EPOCHS) & (t.variant == variant)]
+    at = at[at.lr == RATES[1]['lr']]
     best = at.loc[at.val_R1.idxmax()]
     return dict(tau=float(best.tau), tau_decay=float(best.tau_decay))

@@ -9,7 +9,7 @@ __all__ = []
 from .words import (BE_VERBS, CARRIED, CARRY_VERBS, GARMENT_VERBS, HAIRED, HAIR_DONE, HANGING,
                               HAVE_VERBS, LOOSE_ENDS, NO_ENDS, ON_IT, OVER_WORDS, POSTURE, REACHING,
                               SCENE_VERBS, SEPARATORS, TAIL_WORDS, THEIRS, TRAIT_WORDS, WEAR_VERBS)
-from .lexicon import Word, adjectives_end, is_color, is_of_thing
+from .lexicon import Word, adjectives_end, follows_not, is_color, is_measured, is_of_thing
 from .items import (CaptionItems, Item, after_be, ask_rules, hangs_on_open, read_items, reads,
                               tell_again)
 
@@ -45,7 +45,10 @@ def _verb(r: CaptionItems, at: int) -> int | None:
     if not (word.verb or word.tag.startswith('VB') or word.tag == 'MD'): return None
     return at + 1 if r.low(at) in ('including', 'plus') else ask_rules('verb', r, at)
 
-def _is_denied_verb(r: CaptionItems, at: int) -> bool: return r.low(at - 1) in ('not', "n't")
+def _is_denied_verb(r: CaptionItems, at: int) -> bool:
+    "'is not WEARING a hat or CARRYING a bag'"
+    before = at - 1 if r.low(at - 1) == 'to' else at                     # "or TO have a beard"
+    return follows_not(r.words, at) or (r.verb == 'not' and r.low(before - 1) in ('or', 'nor'))
 
 def _goes_on_in_clause(r: CaptionItems, at: int) -> bool:
     "'a coat that is long and HAS a hood'"
@@ -55,7 +58,9 @@ def _goes_on_in_clause(r: CaptionItems, at: int) -> bool:
 
 @reads('verb')
 def _scene(r: CaptionItems, at: int) -> int:
-    return r.leave(at + 1, 'not' if _is_denied_verb(r, at) and not r.open else 'scene')
+    "'cannot SEE his boots'; 'is not FACING the camera' denies nothing that is worn."
+    denied = _is_denied_verb(r, at) and not r.open and r.low(at) not in SCENE_VERBS
+    return r.leave(at + 1, 'not' if denied else 'scene')
 
 # %% ../nbs/22_verbs.ipynb #c316e652
 def _is_done(r: CaptionItems, at: int) -> bool:
@@ -104,7 +109,7 @@ def _is_told(r: CaptionItems, at: int) -> int | None:
 def _has(r: CaptionItems, at: int) -> int | None:
     if r.low(at) not in HAVE_VERBS: return None
     of_garment = r.low(at) == 'having' and r.opened('garment') and not r.gap(at)       # "a coat HAVING …"
-    return r.stretch(at + 1) if of_garment else r.leave(at + 1, 'has')
+    return r.stretch(at + 1) if of_garment else r.leave(at + 1, 'not' if _is_denied_verb(r, at) else 'has')
 
 @reads('verb')
 def _in_its_clause(r: CaptionItems, at: int) -> int | None:
@@ -148,7 +153,7 @@ def _others_verb(r: CaptionItems, at: int) -> int | None:
 # %% ../nbs/22_verbs.ipynb #9da479ed
 def _is_said_of_person(r: CaptionItems, at: int) -> bool:
     "'is TALL and SLIM', 'a man, TALL': by the parser, the adjective hangs on *is* or on the person."
-    if r.low(at) not in TRAIT_WORDS or is_of_thing(r.words, at) or r.low(at - 1) == 'years': return False
+    if r.low(at) not in TRAIT_WORDS or is_of_thing(r.words, at) or is_measured(r.words, at): return False
     for _ in range(3):
         if r.low(at) in BE_VERBS or any(p.start <= at < p.end for p in r.people): return True
         at = r.words[at].head
@@ -159,7 +164,7 @@ def _trait_word(r: CaptionItems, at: int) -> int | None:
     "'is TALL', 'BALD'."
     if r.open or r.other >= 0: return None
     if not HAIRED.fullmatch(r.low(at)) and not _is_said_of_person(r, at): return None
-    r.traits.append(r.low(at))
+    if not follows_not(r.words, at): r.traits.append(r.low(at))
     return at + 1
 
 # %% ../nbs/22_verbs.ipynb #06d07d90
@@ -173,6 +178,13 @@ def _that(r: CaptionItems, at: int) -> int | None:
     r.words[at - 1].silent |= bool(on_that)
     r.clause = True
     return at + 1
+
+@reads('word')
+def _but(r: CaptionItems, at: int) -> int | None:
+    "'is not wearing a hat BUT a scarf', 'is not wearing a hat, WITH long hair', 'has no bag IN a coat'."
+    behind = at > 0 and (r.low(at - 1) == ',' or r.words[at - 1].noun)           # not "is not dressed IN red"
+    again = r.low(at) == 'but' or (behind and r.low(at) in ('in', 'with'))
+    if r.verb == 'not' and again: return r.leave(at + 1, '')
 
 @reads('word')
 def _who(r: CaptionItems, at: int) -> int | None:

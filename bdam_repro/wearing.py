@@ -9,7 +9,8 @@ __all__ = []
 from .words import (BE_VERBS, CARRIED, CARRY_VERBS, GARMENT_VERBS, GENDER_OF, HAVE_VERBS,
                               TAIL_WORDS, THEIRS, WEAR_VERBS, set_of)
 from .lexicon import Phrase, adjectives_end, slot_of
-from .items import CaptionItems, Item, after_be, reads, same_garment, tell_again, verb_for
+from .items import (CaptionItems, Item, after_be, is_denied, reads, same_garment, tell_again,
+                              verb_for)
 
 # %% ../nbs/22_wearing.ipynb #211b90e6
 _UPON = set_of('on over across around under against by at')
@@ -89,7 +90,7 @@ def _in_her_hand(r: CaptionItems, phrase: Phrase) -> int | None:
     hand, low = r.phrases.get(phrase.end + 1), r.low(phrase.head)
     held = hand and r.low(phrase.end) == 'in' and r.low(hand.head) in ('hand', 'hands', 'arm', 'arms')
     carried = CARRIED.fullmatch(low) or slot_of(low) in ('upper', 'lower', 'whole', 'shoes')
-    if not held or not carried or hand.end in r.phrases or r.low(phrase.start) == 'no': return None
+    if not held or not carried or hand.end in r.phrases or is_denied(r, phrase): return None
     if r.verb in ('', 'has', 'wears', 'scene') and r.other < 0 and not same_garment(r, phrase):
         return r.begin('garment', 'holds', phrase).end
 

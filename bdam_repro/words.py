@@ -8,7 +8,9 @@ __all__ = ['GENDER_OF', 'PEOPLE_NOUNS', 'AGE_WORDS', 'HEIGHT_WORDS', 'SHAPE_WORD
            'BODY_NOUNS', 'PART_NOUNS', 'SLOTS_OF_PARTS', 'NOT_A_PART', 'LISTS', 'TAIL_WORDS', 'OVER_WORDS',
            'BEFORE_OTHERS', 'ELSEWHERE', 'NOT_WORN', 'SEPARATORS', 'THEIRS', 'ON_IT', 'HANGING', 'REACHING',
            'FIT_WORDS', 'COMPANY', 'PEOPLE_ONLY', 'LOOSE_WORDS', 'OF_SCENE', 'HAIR_ENDS', 'HAIR_DONE', 'NO_ENDS',
-           'POSTURE', 'AMOUNTS', 'DETERMINERS', 'LOOSE_ENDS', 'MATERIAL', 'set_of']
+           'POSTURE', 'AMOUNTS', 'DETERMINERS', 'LOOSE_ENDS', 'MATERIAL', 'NEUTRAL', 'PRONOUN_GENDER', 'ONE_OF',
+           'FULL_NOUN', 'WHOSE', 'NO_ARTICLE', 'UNCOUNTED', 'LEADING', 'MANY', 'COUNTED_HAIR', 'BEFORE_COLORS',
+           'TRAILING', 'AGED', 'ALL_IN', 'set_of']
 
 # %% ../nbs/19_words.ipynb #a0a81165
 import re
@@ -149,3 +151,47 @@ LOOSE_ENDS = set_of(
 # "a LEATHER coat": a noun before the noun
 MATERIAL = set_of('lace leather cotton silk wool knit fur velvet suede nylon fleece denim corduroy jean'
                   ' jersey')
+
+# %% ../nbs/19_words.ipynb #a0153f53
+NEUTRAL = {'his': 'their', 'her': 'their', 'hers': 'theirs', 'him': 'them', 'himself': 'themselves',
+           'herself': 'themselves'}
+PRONOUN_GENDER = dict.fromkeys(set_of('he his him himself'), 'man')
+PRONOUN_GENDER |= dict.fromkeys(set_of('she her hers herself'), 'woman')
+ONE_OF = {'men': 'man', 'women': 'woman', 'ladies': 'lady', 'males': 'male', 'females': 'female',
+          'boys': 'boy', 'girls': 'girl', 'guys': 'guy', 'gentlemen': 'gentleman', 'teen': 'teenager'}
+FULL_NOUN = {'jean': 'jeans', 'pant': 'pants', 'short': 'shorts', 'trouser': 'trousers',
+             'legging': 'leggings', 'eyeglass': 'eyeglasses'}
+# "black MEN'S shoes": left out
+WHOSE = set_of("men men's mens man's women women's womens woman's ladies lady lady's girls girl's boys boy's"
+               " male female 's")
+NO_ARTICLE = set_of('clothing attire luggage footwear sportswear swimwear underwear apparel hose jewelry'
+                    ' jewellery pantyhose hair')
+# "a shirt with WHITE LACE"
+UNCOUNTED = NO_ARTICLE | set_of('fabric fur lace text embroidery material')
+# "a coat" and "HIS coat" are told as "a coat"
+LEADING = set_of('a an the his her their its this that these those some just also then')
+MANY = set_of('one two three several another both all each no many pairs multiple')
+# "hair in A PONYTAIL"
+COUNTED_HAIR = re.compile(r'ponytail|bun|(?:buzz|crew)-cut|beard|m(?:o)?ustache|goatee|bob|haircut|hairstyle'
+                          r'|hairdo|braid|mohawk|afro|head')
+# "A LONG black coat", "A PAIR OF blue jeans": before the color
+BEFORE_COLORS = re.compile(
+    r'(?:an? )?(?:[\w ]*\bof )?(?:(?:long|short|large|small|big|thick|\w+-[\w-]+),? )*')
+# "a coat WITH THE": cut off at the end of a phrase
+TRAILING = re.compile(
+    r"(?:[\s,]+(?:and|who|is|are|was|with|has|have|in|on|to reveal|to show|that|which|also|while|a|an"
+    r"|the|of|to|at|from|or|as|well|by|for|over|their|his|her|'s|its|both|into|(?<!all )around|some|very|what"
+    r"|be|appears|looks|then|through|paired|along|draped|pulled"
+    r"|like|worn|combined|together|\w{4,}ing(?<!hanging)(?<!showing)(?<!printing)"
+    r"(?<!striping)(?<!clothing)(?<!writing)(?<!lettering)(?<!lining)"
+    r"(?<!piping)(?<!stitching)(?<!edging)(?<!trimming)))+$|[\s,]+(?:that|which) [\w-]+$", re.I)
+# "in HER TWENTIES", "60 YEARS OLD", "a FIVE YEAR OLD boy"
+AGED = re.compile(r"\bin (?:his|her|their) (?:early |mid |late |mid-)?(?:to late |to mid )?"
+                   r"(?:\w+ties|\d0'?s|teens)"
+                   r'|\b(?:about |around )?(?:\w+ (?:to|or) )?(?:\d+|five|six|seven|eight|nine|ten|twelve)'
+                   r'[ -]years?[ -]old\b', re.I)
+# "dressed ALL IN BLACK"
+ALL_IN = re.compile(r'\b(?:all )?(?:wear\w*|dressed|clad|in(?= all))(?: up)?'
+                     r'(?: mainly| mostly| completely| entirely)?(?: in)?(?: all)?(?: in)?'
+                     r' ([\w-]+(?: and [\w-]+)?)'
+                     r'(?= *(?:colou?rs?)? *(?:[.,;]|and\b|with\b|is\b|s?he\b|while\b|as\b|$))', re.I)

@@ -11,6 +11,7 @@ import argparse
 import csv
 import multiprocessing
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -35,10 +37,11 @@ from bdam_repro.fusion import mixer_layers
 from bdam_repro.mamba import mamba_ssm_kernels
 from bdam_repro.model import build_model
 from bdam_repro.run_data import load_data, run_tokenizer
-from bdam_repro.runs import finished, train
-from bdam_repro.trainer import Trainer, compile_parts, run_batches, train_epoch
+from bdam_repro.runs import code_version, finished, train
+from bdam_repro.trainer import LossLog, Trainer, compile_parts, run_batches, train_epoch
 
-COLUMNS = ('section', 'what', 'value', 'unit', 'batch', 'precision', 'device', 'torch', 'detail')
+COLUMNS = ('section', 'what', 'value', 'unit', 'batch', 'precision', 'device', 'torch', 'detail', 'cuda',
+           'code')
 
 
 class Bench:
@@ -48,7 +51,7 @@ class Bench:
         self.cuda = torch.cuda.is_available()
         self.device = torch.device('cuda' if self.cuda else 'cpu')
         self.name = torch.cuda.get_device_name() if self.cuda else 'CPU'
-        self.start, self.section = time.perf_counter(), ''
+        self.start, self.section, self.code = time.perf_counter(), '', code_version()
         self.folder = Path(tempfile.mkdtemp())
         out.parent.mkdir(parents=True, exist_ok=True)
         if not out.exists(): out.write_text(','.join(COLUMNS) + '\n')
@@ -57,7 +60,8 @@ class Bench:
             detail: str = '') -> None:
         "Write one figure and show it."
         value = float(f'{value:.5g}')
-        row = (self.section, what, value, unit, batch, precision, self.name, torch.__version__, detail)
+        row = (self.section, what, value, unit, batch, precision, self.name, torch.__version__, detail,
+               torch.version.cuda or '', self.code)
         with self.out.open('a', newline='') as f: csv.writer(f).writerow(row)
         at = time.perf_counter() - self.start
         line = f'[{at:6.1f}] {self.section:8} {what:44} {value:>12g} {unit:10} {batch} {precision} {detail}'
@@ -81,7 +85,7 @@ class Bench:
         return statistics.median(times)
 
     def peak(self, f) -> float:   # GiB; 0 on a CPU
-        "The memory that a call needs beyond what is held."
+        "The most memory that is held during a call: weights and optimizers too."
         if not self.cuda: f(); return 0.
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -123,6 +127,34 @@ def whole(bench: Bench) -> None:
         bench.row(f'a run from start to test, {variant}', time.perf_counter() - start, 's', detail=c.preset)
 
 
+def killed_run(c, runs: Path, step: int) -> None:
+    "For a process of its own: a run that is killed once a step's losses are computed."
+    note = LossLog.note
+    def kill(log, now, *args):
+        if now == step: os.kill(os.getpid(), signal.SIGKILL)
+        note(log, now, *args)
+    LossLog.note = kill
+    train(c, runs, progress=False)
+
+
+def resume(bench: Bench) -> None:
+    "A run that was killed within an epoch and started again, against one that was not: the same bits?"
+    ways = {'step by step': 'off'}
+    if bench.cuda: ways['recorded'] = 'on'
+    for name, graph in ways.items():
+        c = make_config('synth', 'smoke', data_root=str(bench.folder/'data'), graph=graph, epochs=3,
+                        save_steps=2, tag='resume')
+        whole, again = bench.folder/f'whole-{graph}', bench.folder/f'killed-{graph}'
+        process = multiprocessing.get_context('spawn').Process(target=killed_run, args=(c, again, 7))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, process.exitcode
+        weights = [load_file(train(c, runs, progress=False)/'best.safetensors') for runs in (whole, again)]
+        error = apart(*(list(w.values()) for w in weights))
+        what, detail = f'weights of a killed run, {name}', 'killed at step 7'
+        bench.row(what, error, 'relative', batch_of(c), detail=detail)
+
+
 # ---- runs of `tiny`
 
 def tiny_setup(folder: Path, smoke: bool, **options):
@@ -133,6 +165,9 @@ def tiny_setup(folder: Path, smoke: bool, **options):
     c = make_config('synth', data_root=str(folder/'data'), folder='SynthPEDES-bench', epochs=20, **options)
     dataset = load_data(c, progress=False)
     return c, dataset, run_tokenizer(c, dataset, folder/'tokenizer')
+
+
+def batch_of(c) -> int: return c.ids_per_batch*c.images_per_id             # images
 
 
 def tiny_trainer(c, dataset, tokenizer, device, seed: int = 0) -> Trainer:
@@ -241,7 +276,7 @@ def tiny(bench: Bench) -> None:
     bench.row('to build and record a run', time.perf_counter() - start, 's', n)
     runs[0].static.run(0)
     bench.row('recorded', at_once(runs, 1 if bench.smoke else 4), 'images/s', n)
-    if bench.cuda: top_kernels(partial(runs[0].static.run, 1), len(runs[0].loader), bench)
+    if bench.cuda: top_kernels(partial(runs[0].static.run, 1), len(runs[0].loader), bench, n)
     start = time.perf_counter()
     evaluate(runs[0].model, setup[1], setup[2], 'val', runs[0].amp())
     bench.row('evaluate', time.perf_counter() - start, 's', detail=f'{c.synth_val_ids} people')
@@ -266,11 +301,12 @@ def tiny_compiled(bench: Bench) -> None:
     trainer.static = trainer.static_step()
     if bench.cuda: trainer.static.capture()
     else: trainer.static.run(0)
-    bench.row('to compile and record a run', time.perf_counter() - start, 's', 64)
+    n = batch_of(setup[0])
+    bench.row('to compile and record a run', time.perf_counter() - start, 's', n)
     for name, one in (('recorded', plain), ('recorded, compiled', trainer)):
         one.static.run(0)
-        bench.row(name, at_once([one], 1 if bench.smoke else 4), 'images/s', 64)
-    if bench.cuda: top_kernels(partial(trainer.static.run, 1), len(trainer.loader), bench)
+        bench.row(name, at_once([one], 1 if bench.smoke else 4), 'images/s', n)
+    if bench.cuda: top_kernels(partial(trainer.static.run, 1), len(trainer.loader), bench, n)
 
 
 def tiny_process(folder: Path, smoke: bool, ready, results) -> None:
@@ -293,7 +329,7 @@ def processes(bench: Bench) -> None:
         ready, results = context.Barrier(count), context.Queue()
         args = bench.folder, bench.smoke, ready, results
         pool = [context.Process(target=tiny_process, args=args) for _ in range(count)]
-        tiny_setup(bench.folder, bench.smoke)
+        c, *_ = tiny_setup(bench.folder, bench.smoke)
         for p in pool: p.start()
         speeds = {1: [], 3: []}
         for _ in range(2*count):
@@ -301,7 +337,7 @@ def processes(bench: Bench) -> None:
             speeds[n].append(speed)
         for p in pool: p.join()
         for n, each in speeds.items():
-            bench.row(f'recorded, {count} processes of {n} runs', sum(each), 'images/s', 64)
+            bench.row(f'recorded, {count} processes of {n} runs', sum(each), 'images/s', batch_of(c))
 
 
 # ---- the paper's sizes
@@ -413,7 +449,7 @@ def paper(bench: Bench) -> None:
         if bench.cuda: torch.cuda.empty_cache()
     for n in sizes:
         if bench.left() < 20: return
-        trainer, batch = paper_trainer(bench, n, amp='bf16')
+        trainer, batch = paper_trainer(bench, n, amp='bf16', dropout=0.)    # as a run that is recorded
         try:
             step = recorded(trainer, bench)
             t = bench.seconds(step, repeats, 1)
@@ -421,8 +457,8 @@ def paper(bench: Bench) -> None:
             bench.row('full, recorded: out of memory', n, 'images', n, precision)
             continue
         finally: del trainer
-        bench.row('full, recorded', n/t, 'images/s', n, precision)
-        bench.row('full, recorded: MFU', 100*flops*n/t/rate, '%', n, precision)
+        bench.row('full, recorded', n/t, 'images/s', n, precision, 'dropout 0')
+        bench.row('full, recorded: MFU', 100*flops*n/t/rate, '%', n, precision, 'dropout 0')
         del step
         if bench.cuda: torch.cuda.empty_cache()
 
@@ -457,20 +493,63 @@ def shares(bench: Bench) -> None:
 
 
 def compiled(bench: Bench) -> None:
-    "The same with both encoders through `torch.compile`."
-    n = 8 if bench.smoke else 64
-    trainer, batch = paper_trainer(bench, n, amp='bf16')
-    plain = bench.seconds(lambda: trainer.train_step(batch), 4, 2)
-    start = time.perf_counter()
+    "The same step by step with encoders and BDAM compiled, by batch."
     backend = 'eager' if bench.smoke else 'inductor'
-    for tower in (trainer.model.vision, trainer.model.text):
-        tower.net = torch.compile(tower.net, dynamic=False, backend=backend)
-    trainer.train_step(batch)
-    bench.wait()
-    bench.row('to compile both encoders', time.perf_counter() - start, 's', n, 'bfloat16')
-    t = bench.seconds(lambda: trainer.train_step(batch), 6, 2)
-    detail = f'{plain/t:.2f} times the plain speed'
-    bench.row('full, encoders compiled', n/t, 'images/s', n, 'bfloat16', detail)
+    for n in (8,) if bench.smoke else (64, 128, 256):
+        if bench.left() < (10 if bench.smoke else 90): return          # a compilation takes a minute
+        trainer, batch = paper_trainer(bench, n, amp='bf16')
+        step = partial(trainer.train_step, batch)
+        plain = bench.seconds(step, 4, 2)
+        start = time.perf_counter()
+        compile_parts(trainer.model, dynamic=False, backend=backend)
+        step()
+        bench.wait()
+        bench.row('to compile encoders and BDAM', time.perf_counter() - start, 's', n, 'bfloat16')
+        t = bench.seconds(step, 6, 2)
+        detail = f'{plain/t:.2f} times the plain speed'
+        bench.row('full, encoders and BDAM compiled', n/t, 'images/s', n, 'bfloat16', detail)
+        del trainer, step
+        if bench.cuda: torch.cuda.empty_cache()
+
+
+def agree(bench: Bench) -> None:
+    "The `paper` preset on the GPU against the CPU in float32: losses and gradients of one batch."
+    n = 4
+    def found(device, amp):
+        c = paper_config(bench.smoke, amp=amp, dropout=0.)
+        torch.manual_seed(0)
+        trainer = Trainer(c, build_model(c, 30522), Made(c, n), device)
+        terms = trainer.losses(trainer.loader.batch.to(device))
+        sum(terms.values()).backward()
+        grads = [p.grad.cpu() for p in trainer.model.parameters() if p.grad is not None]
+        return torch.stack(list(terms.values())).detach().cpu(), grads
+    losses, grads = found(torch.device('cpu'), 'off')
+    for amp, precision in {'off': 'float32', 'bf16': 'bfloat16'}.items():
+        own = found(bench.device, amp)
+        bench.row('losses, GPU against CPU', apart([own[0]], [losses]), 'relative', n, precision)
+        bench.row('gradients, GPU against CPU', apart(own[1], grads), 'relative', n, precision)
+
+
+def loading(bench: Bench) -> None:
+    "How long steps of `paper` wait for batches of SynthPEDES: pictures in memory, and from their files."
+    small, _, _ = tiny_setup(bench.folder, bench.smoke)
+    same = 'folder', 'data_root', 'synth_train_ids', 'synth_val_ids', 'synth_test_ids'
+    drawn = {k: getattr(small, k) for k in same}
+    drawn |= dict(ids_per_batch=4 if bench.smoke else 32, amp='bf16')
+    workers = 1 if bench.smoke else 8
+    ways = {'pictures in memory': {},
+            f'pictures from files, workers={workers}': dict(cache_gb=0., workers=workers)}
+    for name, options in ways.items():
+        if bench.left() < 30: return
+        c = paper_config(bench.smoke, max_steps=4 if bench.smoke else 40, **drawn | options)
+        dataset = load_data(c, progress=False)
+        tokenizer = run_tokenizer(c, dataset, bench.folder/'tokenizer')
+        batches = run_batches(c, dataset, tokenizer)
+        trainer = Trainer(c, build_model(c, len(tokenizer)), batches, bench.device)
+        row = train_epoch(trainer, 0, tqdm(disable=True))
+        bench.row(f'full, {name}', row['images_per_s'], 'images/s', batch_of(c), 'bfloat16')
+        share = 100*row['wait_share']
+        bench.row(f'loader, share of the time, {name}', share, '%', batch_of(c), 'bfloat16')
 
 
 def levers(bench: Bench) -> None:
@@ -491,7 +570,7 @@ def levers(bench: Bench) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     del trainer, step
     if bench.cuda: torch.cuda.empty_cache()
-    trainer, _ = paper_trainer(bench, most, amp='bf16')
+    trainer, _ = paper_trainer(bench, most, amp='bf16', dropout=0.)        # as a run that is recorded
     model, backend = trainer.model, 'eager' if bench.smoke else 'inductor'
     compile_parts(model, dynamic=False, backend=backend)
     start = time.perf_counter()
@@ -535,9 +614,9 @@ def mamba(bench: Bench) -> None:
         bench.row(f'{name}: exponent of time in length', float(slope), '', 8, 'bfloat16', detail)
 
 
-SECTIONS = dict(whole=whole, correct=correct, tests=tests, shares=shares, processes=processes,
-                tiny_compiled=tiny_compiled, compiled=compiled, mamba=mamba, levers=levers, tiny=tiny,
-                paper=paper)
+SECTIONS = dict(whole=whole, correct=correct, tests=tests, resume=resume, agree=agree, loading=loading,
+                shares=shares, processes=processes, tiny_compiled=tiny_compiled, compiled=compiled,
+                mamba=mamba, levers=levers, tiny=tiny, paper=paper)
 
 
 def order_of_worth(out: Path) -> list[str]:

@@ -399,7 +399,7 @@ def test_presets_do_not_mix(few):
 
 def test_grid_has_what_the_tables_name():
     have = {(c.variant, c.tag) for c in grid(seeds=[0])}
-    assert {(v, tag) for n in REFERENCE for _, v, _, tag in table_rows(n)} <= have
+    assert {(row.variant, row.tag) for n in REFERENCE for row in table_rows(n)} <= have
     assert {v for v, _ in have} == set(VARIANTS) - {'baseline_all_texts'}      # of 90_change
     assert len(have) == len(grid(seeds=[0]))
 

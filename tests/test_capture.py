@@ -6,11 +6,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from bdam_repro import encoders
+from bdam_repro import model as models
 from bdam_repro.config import make_config
 from bdam_repro.model import build_model
 from bdam_repro.optimizers import Muon
 from bdam_repro.run_data import load_data, run_tokenizer
-from bdam_repro.trainer import Trainer, run_batches, train_epoch
+from bdam_repro.trainer import READ_EVERY, Trainer, run_batches, train_epoch
 
 CASES = {
     'full': {},
@@ -90,6 +91,28 @@ def test_a_step_can_be_recorded(case, data, monkeypatch):
             step.forward()
             step.measure()
             step.backward()
+
+
+@pytest.mark.parametrize('case', [*CASES, 'full fp16'])
+def test_a_step_that_is_not_recorded_does_not_look_either(case, data, monkeypatch):
+    "A GPU waits for no value in a step: not for the losses, not for what they mine, not for fp16's scale."
+    monkeypatch.setattr(encoders, 'choose_attention', lambda net, *_: net.set_attn_implementation('sdpa'))
+    monkeypatch.setattr(models, 'encode_by_length', lambda m, texts, *_: [m.encode_text(*t) for t in texts])
+    root, dataset, tokenizer = data
+    options = dict(preset='smoke', data_root=str(root), amp='fp16' if 'fp16' in case else 'off')
+    c = make_config(variant=case.split()[0], **options | CASES.get(case, {}))
+    loader = run_batches(c, dataset, tokenizer)
+    trainer = Trainer(c, build_model(c, len(tokenizer)), loader, torch.device('cpu'))
+    batch, net = next(iter(loader)), trainer.model.text.net
+    plain = net.forward
+    net.forward = lambda input_ids, attention_mask: plain(input_ids, attention_mask[:, None, None])
+    monkeypatch.setattr(Trainer, 'update', lambda self: self.clip())       # on a CPU, Adam reads its step
+    trainer.log.every, trainer.weights.calls = READ_EVERY, 1               # GradNorm reads where it is due
+    with monkeypatch.context() as m:
+        m.setattr(trainer, 'device', torch.device('cuda'))
+        assert trainer.fixed_shapes(len(batch))
+    monkeypatch.setattr(trainer, 'fixed_shapes', lambda images: True)
+    with NoLooking(): trainer.train_step(batch)
 
 
 def test_what_cannot_be_recorded_is_noticed():

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from test_training import cfg
 
 from bdam_repro import runs
 from bdam_repro import trainer as trainers
-from bdam_repro.config import UserError, run_dir
+from bdam_repro.config import UserError, make_config, run_dir
 from bdam_repro.files import read_tensors
 from bdam_repro.launch import start_processes
 from bdam_repro.run_data import load_data, run_tokenizer
@@ -89,6 +90,26 @@ def test_a_mistake_in_a_process_is_one_line(home, tmp_path, monkeypatch):
                         launch(c.model_copy(update={'data_root': str(tmp_path), 'dataset': 'rstp'}), *rest))
     with pytest.raises(UserError, match='RSTPReid') as e: train(c, tmp_path, progress=False)
     assert '\n' not in str(e.value)
+
+
+def accelerate_launch(home: Path, *told: str) -> subprocess.CompletedProcess:
+    options = dict(preset='smoke', device='cpu', amp='off', epochs=1, data_root=home/'data')
+    options |= dict(runs=home/'launched')
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+               '--main_process_port', '0', *told, '-m', 'bdam_repro.shell']
+    for name, value in options.items(): command += ['-p', name, str(value)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1000)
+
+
+@pytest.mark.timeout(1200)
+def test_accelerate_launch_trains_in_two_processes_and_refuses_what_would_be_ignored(home):
+    refused = accelerate_launch(home, '--mixed_precision', 'bf16')
+    said = [line for line in refused.stderr.splitlines() if line.startswith('error: ')]
+    assert refused.returncode and said and not (home/'launched').exists()
+    assert all('mixed_precision=bf16, but the run has amp=off' in line for line in said)
+    done = accelerate_launch(home)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert finished(run_dir(make_config(preset='smoke'), home/'launched'))['epoch'] == 1
 
 
 def test_a_batch_that_does_not_split_is_refused(home):

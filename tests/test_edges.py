@@ -43,6 +43,27 @@ def test_none_may_be_a_value_on_the_command_line(name):
     assert run_options(['-p', 'preset', 'None'])['c'].preset == 'tiny'
 
 
+def shell(tmp_path, *args, **more):
+    "`python -m bdam_repro.shell` on a run of two steps; its data and runs are in the folder."
+    few = f'preset smoke epochs 1 max_steps 2 data_root {tmp_path} runs {tmp_path}/runs'.split()
+    typed = [word for pair in zip(few[::2], few[1::2]) for word in ('-p', *pair)]
+    command = [sys.executable, '-m', 'bdam_repro.shell', *typed, *args]
+    environ = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | more
+    return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+
+
+def test_a_run_from_a_shell_whose_log_is_ascii(tmp_path):
+    "Each loss is written as value·weight; options without effect are named, and `no` deletes nothing."
+    r = shell(tmp_path, '-p', 'fusion_apart', 'true', PYTHONIOENCODING='ascii')
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.startswith('no effect here: fusion_apart') and 'epoch   1/1' in r.stdout, r.stdout
+    metrics, = tmp_path.glob('runs/**/metrics.json')
+    before = metrics.stat().st_mtime_ns
+    r = shell(tmp_path, '-p', 'fusion_apart', 'true', '-p', 'overwrite', 'no')
+    assert r.returncode == 1 and r.stderr.startswith("error: parameter overwrite='no'"), r.stderr
+    assert len(r.stderr.splitlines()) == 1 and metrics.stat().st_mtime_ns == before
+
+
 def test_options_without_effect_are_no_options_of_a_run(tmp_path):
     c = make_config('synth', 'tiny', 'baseline', log='wandb', save_minutes=10, accumulate=2)
     (tmp_path/'config.json').write_text(c.model_dump_json())

@@ -1,5 +1,7 @@
 "A GPU machine without a network: what is packed for it, and that nothing begins after a failure."
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import torch
 
 from bdam_repro.config import UserError, make_config
 from bdam_repro.many import run_line
-from bdam_repro.runs import train
+from bdam_repro.runs import code_version, train
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO/'workflow'/'offline.py'
@@ -80,6 +82,29 @@ def test_a_full_card_is_waited_for(fusion_grid, monkeypatch):
     assert fusion_grid.patient(measure, 3) == 'done' and waits == [10, 20]
     with pytest.raises(torch.OutOfMemoryError): fusion_grid.patient(measure, 1000)
     assert len(calls) == 3 + 7
+
+
+def test_the_gpu_script_on_a_cpu(tmp_path):
+    "Its sections that compare and wait, at toy sizes: a killed run, the paper's preset, a real loader."
+    path, out = REPO/'benchmarks'/'gpu.py', tmp_path/'gpu.csv'
+    command = [sys.executable, path, '--smoke', '--sections', 'resume,agree,loading', '--out', out]
+    one = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
+    subprocess.run([str(x) for x in command], check=True, timeout=500, cwd=REPO, env=os.environ | one)
+    rows = pd.read_csv(out, keep_default_na=False)
+    assert list(rows.section.drop_duplicates()) == ['resume', 'agree', 'loading']
+    value = rows.set_index(['what', 'precision']).value
+    assert value['weights of a killed run, step by step', 'float32'] == 0
+    if not torch.cuda.is_available(): assert value['losses, GPU against CPU', 'float32'] == 0
+    assert 0 < value['losses, GPU against CPU', 'bfloat16'] < .05
+    waited = rows[rows.what.str.startswith('loader, share')]
+    assert len(waited) == 2 and waited.value.between(0, 100).all() and set(waited.batch) == {8}
+    assert set(rows.code) == {code_version()}
+
+
+def test_the_gpu_script_asks_the_configuration_for_its_batch():
+    "A preset may change: rows were labeled 64 after `tiny` had grown to 128."
+    assert not re.findall(r"'(?:images/s|s)', \d+", (REPO/'benchmarks'/'gpu.py').read_text())
+    assert script(REPO/'benchmarks'/'gpu.py').batch_of(make_config('synth', 'tiny')) == 128
 
 
 def test_folders_of_towers(fusion_grid, tmp_path, monkeypatch):

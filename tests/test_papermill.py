@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -137,9 +138,42 @@ def test_unknown_parameter_or_value(root, args, words):
 @pytest.mark.parametrize('notebook, args, words', [
     ('evaluate', ['-p', 'examples', 'three'], ["examples='three'", 'integer']),
     ('evaluate', ['-p', 'run', '5'], ['run=5', 'string']),
-    ('styles', ['-p', 'methods', '3'], ['methods=3', 'string'])])
+    ('evaluate', ['-p', 'examples', 'None'], ['examples=None', 'integer']),
+    ('styles', ['-p', 'methods', '3'], ['methods=3', 'string']),
+    ('styles', ['-p', 'tag', 'icgf'], ["tag='icgf'", 'icfg']),
+    ('guide_module', ['-p', 'steps', 'forty'], ["steps='forty'", 'integer']),
+    ('guide_loss', ['-p', 'strengh', '3'], ["'strengh'", "did you mean 'strength'"]),
+    ('benchmarks', ['-p', 'quick', 'false'], ["quick='false'", 'True or False'])])
 def test_parameters_of_a_notebook_that_are_no_options(root, notebook, args, words):
     check_refused(piped(root, f'nbs/{notebook}.ipynb', *args), words)
+
+
+CHECKS = 'from_globals', 'page_parameters', 'artifact_parameters', 'check_parameters', 'search_parameters'
+
+def test_every_notebook_checks_its_parameters_and_knows_the_home_folder():
+    "The cell behind the parameters asks one of `CHECKS`; a folder among them goes through `in_repository`."
+    tried = 0
+    for path in sorted((REPO/'nbs').glob('*.ipynb')):
+        cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+        at = [i for i, c in enumerate(cells) if 'parameters' in c.metadata.get('tags', ())]
+        if not at: continue
+        tried += 1
+        behind, rest = cells[at[0] + 1].source, '\n'.join(c.source for c in cells)
+        assert any(re.search(rf'\b{check}\(', behind) for check in CHECKS), path.name
+        for name in re.findall(r'(?m)^(\w+):', cells[at[0]].source):
+            assert not re.search(rf'ROOT/{name}\b', rest), f'{path.name}: ROOT/{name}'
+    assert tried > 20
+
+
+@pytest.mark.parametrize('args, words', [
+    (['-p', 'variant', 'baseline'], ["variant='full'", "not 'baseline'"]),
+    (['-p', 'rerank', '3'], ['rerank=8', 'not 3', 'leave rerank out'])])
+def test_an_evaluation_is_of_the_run_that_was_asked_for(root, trained, args, words):
+    run = root/'runs/synth/smoke/full/seed0'
+    check_refused(piped(root, 'nbs/evaluate.ipynb', '-p', 'run', run, *args), words)
+    if args[1] == 'rerank':                              # by its options, it would be another folder
+        r = piped(root, 'nbs/evaluate.ipynb', '-p', 'preset', 'smoke', *args)
+        check_refused(r, ['no finished run', 'full-rerank=3'])
 
 
 def check_refused(r, words):
@@ -206,6 +240,21 @@ def test_other_errors_keep_their_traceback(root, tmp_path):
     notebook(tmp_path/'nbs'/'broken.ipynb', '1/0')
     r = piped(root, 'nbs/broken.ipynb', cwd=tmp_path)
     assert r.returncode == 1 and 'ZeroDivisionError' in r.stderr and 'Traceback' in r.stderr
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(root):
+    "As a terminal sends it, to papermill and its kernel, after the first epoch of far too many."
+    command = [PAPERMILL, *TRAIN, '-p', 'epochs', '100000', '-p', 'tag', 'cut']
+    p = subprocess.Popen(command, cwd=REPO, env=environment(root), stdin=subprocess.DEVNULL, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    said = ''
+    for line in p.stdout:
+        said += line
+        if re.match(r'epoch +1/', line): os.killpg(p.pid, signal.SIGINT)
+    assert p.wait() == 130, said
+    assert 'interrupted: the same command goes on' in said and 'Traceback' not in said, said
+    folder, = root.glob('runs/synth/smoke/full-cut/seed0')
+    assert (folder/'last.ckpt').exists() and not (folder/'metrics.json').exists()
 
 
 def test_every_user_error_is_known_by_name():

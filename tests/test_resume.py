@@ -132,6 +132,65 @@ def test_a_signal_stops_after_the_step_and_saves(home, whole, tmp_path, start, s
     assert bits(train(c, tmp_path, progress=False)) == bits(whole)
 
 
+@pytest.fixture
+def read_late(monkeypatch):
+    "Losses are read when an epoch ends, as on a GPU with a thousand steps per second."
+    log = trainers.LossLog
+    monkeypatch.setattr(trainers, 'LossLog', lambda names, n, files: log(names, 1000, files))
+
+
+def stop_at(monkeypatch, batch: int, act):
+    losses, seen = trainers.batch_losses, []
+    def counted(*args):
+        seen.append(1)
+        if len(seen) == 1 + batch: act()
+        return losses(*args)
+    monkeypatch.setattr(trainers, 'batch_losses', counted)
+
+
+def fail(*args, **kwargs): raise RuntimeError('the power fails')
+
+
+def test_a_signal_does_not_wait_for_losses_that_are_read_late(home, whole, tmp_path, monkeypatch, read_late):
+    c = cfg(home, **OFTEN | dict(save_steps=0))
+    with monkeypatch.context() as m:
+        stop_at(m, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match='after step 2 of 12'): train(c, tmp_path, progress=False)
+    assert bits(train(c, tmp_path, progress=False)) == bits(whole)
+
+
+def test_a_checkpoint_does_not_wait_for_losses_that_are_read_late(home, tmp_path, monkeypatch, read_late):
+    c = cfg(home, **OFTEN | dict(save_steps=0))
+    monkeypatch.setattr(checkpoints.SavePlan, 'by_time', lambda plan: True)
+    stop_at(monkeypatch, 3, fail)
+    with pytest.raises(RuntimeError, match='power'): train(c, tmp_path, progress=False)
+    assert step_of(run_dir(c, tmp_path)) == 2
+
+
+def test_a_kill_in_a_validation_costs_no_step(home, whole, tmp_path, monkeypatch):
+    c = cfg(home, **OFTEN | dict(save_steps=0))
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'evaluate', fail)
+        with pytest.raises(RuntimeError, match='power'): train(c, tmp_path, progress=False)
+    assert step_of(run_dir(c, tmp_path)) == 4 and not finished(run_dir(c, tmp_path))
+    with monkeypatch.context() as m:
+        stop_at(m, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match='after step 5'): train(c, tmp_path, progress=False)
+    assert bits(train(c, tmp_path, progress=False)) == bits(whole)
+
+
+@pytest.mark.parametrize('split', ['val', 'test'])
+def test_memory_that_is_full_in_scoring_is_one_line(home, tmp_path, monkeypatch, split):
+    evaluate = runs.evaluate
+    def full(model, dataset, tokenizer, name, *args):
+        if name == split: raise RuntimeError('CUDA error: out of memory')
+        return evaluate(model, dataset, tokenizer, name, *args)
+    monkeypatch.setattr(runs, 'evaluate', full)
+    with pytest.raises(UserError, match=r'out of memory .*: end what else uses the memory') as e:
+        train(cfg(home, epochs=1), tmp_path, progress=False)
+    assert '\n' not in str(e.value)
+
+
 def test_the_checkpoint_before_serves_where_the_last_is_broken(home, whole, tmp_path, start, capsys):
     c = cfg(home, **OFTEN)
     assert start(c, tmp_path, 'batch', 1 + 6) == signal.SIGKILL
@@ -183,9 +242,9 @@ def test_data_that_go_away_and_come_back(home, whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize('every', [1, 3])
 def test_nan_names_the_step_and_keeps_the_last_good_checkpoint(home, tmp_path, monkeypatch, every):
     c, losses, seen = cfg(home, **OFTEN | dict(save_steps=1 if every == 1 else 3)), trainers.batch_losses, []
-    def poisoned(out, batch, c):
+    def poisoned(out, batch, c, *how):
         seen.append(batch.rows)
-        terms = losses(out, batch, c)
+        terms = losses(out, batch, c, *how)
         if len(seen) > 1 + 4: terms['clothing'] = terms['clothing']*float('nan')
         return terms
     log = trainers.LossLog

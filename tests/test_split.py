@@ -646,9 +646,78 @@ def test_all_captions_of_an_image_make_one_sentence():
         'A woman with short hair wears a red coat and black jeans.',
         'She has short gray hair and glasses. She wears a jacket, white boots and a scarf.'])
     assert texts.identity == 'A woman with short gray hair and glasses.'
-    assert texts.clothing == 'The person wears a jacket, white boots, a scarf and black jeans.'
+    assert texts.clothing == 'The person wears a red coat, white boots, a scarf and black jeans.'
     assert split_caption(['The person wears a hat.', 'He runs.']).identity == 'A man.'
     assert split_caption(['A person in a hat.', 'A pedestrian.']).identity == ''
+
+
+TWO_CAPTIONS = [          # of one image, with the clothing text (and the identity text)
+    ('A man in a blue shirt.', 'He wears a shirt and jeans.', 'a blue shirt and jeans'),
+    ('He wears a shirt and jeans.', 'A man in a blue shirt.', 'a blue shirt and jeans'),
+    ('A woman wearing a pink shirt, blue jeans and white shoes.',
+     'The woman has on a shirt, pants and shoes and carries a purse.',
+     'a pink shirt, blue jeans and white shoes and carries a purse'),
+    ('She wears a red dress.', 'A woman in a dress with a belt.', 'a red dress and a belt'),
+    ('He wears white sneakers.', 'The man is in shoes and gray pants.', 'white sneakers and gray pants'),
+    ('A man wears a white shirt.', 'A man wears a black shirt.', 'a white shirt'),
+    ('A woman in a coat with a hood.', 'She wears a long, black coat and a scarf.',
+     'a long, black coat with a hood and a scarf'),
+    ('She wears a tank top and a short skirt.', 'A lady in a red top and a black skirt.',
+     'a red tank top and a short black skirt'),
+    ('A man in a vest over a white shirt.', 'He wears a shirt and a vest.', 'a vest over a white shirt'),
+    ('A man in a jacket.', 'He wears a black coat over a gray shirt.', 'a black coat over a gray shirt'),
+    ('She carries a purse and a bag.', 'A woman with a red bag and a brown purse on her arm.',
+     'a brown purse on their arm and a red bag'),
+    ('A man holds a bag.', 'He carries a black bag in his left hand and wears a shirt.',
+     'a shirt and carries a black bag in their left hand'),
+    ('A person in all black.', 'He wears a black shirt and black pants.', 'a black shirt and black pants'),
+    ('A man wearing jeans.', 'He has a blue shirt, a jacket and a pair of faded jeans.',
+     'a blue shirt, a jacket and a pair of faded jeans'),
+]
+
+
+@pytest.mark.parametrize(('one', 'other', 'clothing'), TWO_CAPTIONS, ids=range(len(TWO_CAPTIONS)))
+def test_two_captions_tell_a_garment_once_and_lose_no_detail(one, other, clothing):
+    sentence = split_caption([one, other]).clothing
+    assert sentence in (f'The person wears {clothing}.', f'The person carries {clothing}.')
+
+
+def test_two_captions_of_the_person():
+    def identity(*captions): return split_caption(captions).identity
+    assert identity('She has long hair.', 'She has black hair.') == 'A woman with long black hair.'
+    assert identity('A man with a beard and short black hair.', 'A man with a gray beard and short hair.') \
+        == 'A man with a gray beard and short black hair.'
+    assert identity('A man of slim build.', 'He is of average height.') \
+        == 'A man of average height and of slim build.'
+    assert identity('A man with glasses.', 'He has no glasses but a mustache.') \
+        == 'A man with a mustache and glasses.'
+
+
+DENIED = [
+    ('The man is not wearing glasses. He wears a coat.', 'A man.', 'a coat'),
+    ('A man without glasses wears a coat.', 'A man.', 'a coat'),
+    ("He isn't wearing glasses or a hat. He wears a coat.", 'A man.', 'a coat'),
+    ('The woman is not wearing any glasses.', 'A woman.', ''),
+    ('She wears neither a hat nor glasses, and a red coat.', 'A woman.', 'a red coat'),
+    ('He does not have a beard and wears a hat.', 'A man.', 'a hat'),
+    ('He does not wear a hat or carry a bag. He wears boots.', 'A man.', 'boots'),
+    ("He doesn't appear to be wearing glasses. He wears a coat.", 'A man.', 'a coat'),
+    ('He wears no hat or scarf, but boots.', 'A man.', 'boots'),
+    ('The man is not very tall or slim and wears a hat.', 'A man.', 'a hat'),
+    ('Her hair is not long. She wears a coat.', 'A woman.', 'a coat'),
+    ('He is not in a hat. He wears boots.', 'A man.', 'boots'),
+    ('He is not wearing glasses, with short hair and a hat.', 'A man with short hair.', 'a hat'),
+    ('He is not facing the camera, has glasses and is in a coat.', 'A man with glasses.', 'a coat'),
+    ('Her shirt is not tucked in and her hair is black.', 'A woman with black hair.', 'a shirt'),
+    ('The child is about three feet tall and wears a hat.', 'A child.', 'a hat'),
+    ('A five year old boy in a hat.', 'A boy five years old.', 'a hat'),
+    ('The glasses-wearing man has on a red hat.', 'A man with glasses.', 'a red hat'),
+]
+
+
+@pytest.mark.parametrize(('caption', 'identity', 'worn'), DENIED, ids=range(len(DENIED)))
+def test_what_is_denied_is_not_said(caption, identity, worn):
+    assert split_caption([caption]) == (identity, f'The person wears {worn}.' if worn else '')
 
 
 def test_a_glass_is_no_glasses_and_a_hand_is_nothing():

@@ -78,9 +78,33 @@ def test_dry_run_of_real_data(root):
     assert jobs(said)['describe'] == 1
 
 
-def test_a_mistake_is_one_clear_line(root):
-    code, said = snakemake(root, '--dry-run', config=['dataset=market'])
-    assert code != 0 and 'market' in said and 'Traceback' not in said
+@pytest.mark.parametrize('typed, words', [
+    ('dataset=market', ['market']),
+    ('variant=[full]', ["no 'variant'", "did you mean 'variants'"]),
+    ('redo=yes', ["redo='yes'", 'true or false']),
+    ('audit=flase', ["audit='flase'", 'true or false']),
+    ('seeds=[a]', ['seeds', "'a", 'which, such as']),
+    ('seeds=0', ['how many, such as 3']),
+    ('threads=two', ["threads='two'", 'whole number']),
+    ('options=epochs', ["options='epochs'", '{"epochs":4}'])])
+def test_a_mistake_is_one_clear_line(root, typed, words):
+    code, said = snakemake(root, '--dry-run', config=[typed])
+    assert code != 0 and 'Traceback' not in said
+    for word in words: assert word in said, said
+    assert not (root/'runs').exists()
+
+
+def test_a_number_of_seeds_and_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    few = ['preset=smoke', 'layouts=false', 'variants=baseline', 'seeds=3']
+    plan, data = ('--dry-run', '--quiet', 'rules'), 'data_root=~/reid'
+    code, said = snakemake(tmp_path, *plan, config=[*few, 'runs=~/mine', data])
+    assert code == 0 and jobs(said)['train'] == 3, said
+    (tmp_path/'reid'/'CUHK-PEDES').mkdir(parents=True)
+    (tmp_path/'reid'/'CUHK-PEDES'/'descriptions.jsonl').touch()          # the user's own, found in its place
+    code, said = snakemake(tmp_path, *plan, config=['dataset=cuhk', data])
+    assert code == 0 and jobs(said)['train'] and 'describe' not in jobs(said), said
+    assert not (tmp_path/'~').exists()
 
 
 def test_the_picture_shows_the_rules(root, tmp_path):
@@ -154,6 +178,20 @@ def test_another_option_runs_again(root, resumed):
     assert code == 0 and jobs(said)['train'] == 2
     assert jobs(said)['collect'] == 1 and 'styles' not in jobs(said)
     assert 'going by 2 finished runs' in said
+
+
+def test_an_interrupted_run_of_other_options_makes_room(root, resumed):
+    here = root.with_name('here')                             # beside it: the paths in it are relative
+    shutil.copytree(root, here)
+    c, = grid('synth', 'smoke', seeds=(1,), layouts=False, variants=['baseline'], epochs=3)
+    folder = run_dir(c, here/'runs')
+    (folder/'metrics.json').unlink()
+    for name in ('last.ckpt', 'previous.ckpt'): (folder/name).write_bytes(b'after some steps with 2 epochs')
+    (here/'own.yaml').write_text('options: {epochs: 3}\n')
+    done = folder.relative_to(here)/f'{config_hash(c)}.done'
+    code, said = snakemake(here, '--configfile', 'own.yaml', targets=[str(done)])
+    assert code == 0 and (here/done).exists(), said
+    assert json.loads((folder/'metrics.json').read_text())['config_hash'] == config_hash(c)
 
 
 def test_runs_of_other_code_are_named_and_can_be_made_anew_beside(root, resumed):

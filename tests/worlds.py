@@ -25,7 +25,12 @@ READINGS = [
     dict(clothing='both', p_pos='sigmoid'), dict(hsic_kernel='linear'), dict(hsic_kernel='rbf'),
     dict(hsic_kernel='cka'), dict(gate_reg='entropy'), dict(balance='fixed'),
     dict(fusion_text='identity'), dict(fusion_text='clothing', fusion_grad=True), dict(accumulate=2),
-    dict(accumulate=2, fusion_input='tokens', fusion_grad=True), dict(lr_vision=0.)]
+    dict(accumulate=2, fusion_input='tokens', fusion_grad=True), dict(lr_vision=0.),
+    dict(equal_texts='same', nothing_said='out', epoch_of='pairs'),                      # as `paper` has them
+    dict(image_feature='encoder', triplet_feature='raw', id_text='all'), dict(image_feature='pooled'),
+    dict(fusion_kind='product'), dict(fusion_kind='cross', fusion_input='tokens'),
+    dict(fusion_input='tokens', fusion_scan='both'), dict(mining='random'),
+    dict(balance='literal', fusion_grad=True)]
 
 
 def three_batches(c, ds, tok, world):
@@ -35,8 +40,10 @@ def three_batches(c, ds, tok, world):
     trainer = Trainer(c, model, loader, torch.device('cpu'), world)
     found = []
     for _, batch in zip(range(3), trainer.loader):
+        trainer.seed()                                             # another on each process, as in a step
         terms = trainer.gradients(batch)
         params = dict(trainer.model.named_parameters())
+        if trainer.weights.s.requires_grad: params['task weights'] = trainer.weights.s   # balance=literal
         mean_gradients(world, list(params.values()))
         grads = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
         found.append(({k: v.item() for k, v in terms.items()}, grads, trainer.weights.weights))

@@ -21,16 +21,11 @@ from bdam_repro.archive import SMALL_FILES, keeps_rankings, kept_features, query
 from bdam_repro.config import UserError, atomic_path, config_hash, run_dir
 from bdam_repro.grid import audit_grid, grid, grid_by_worth
 from bdam_repro.many import left_to_do, read_run_list, run_line, train_many
+from bdam_repro.parameters import seed_numbers
 from bdam_repro.run_data import dataset_folder
 from bdam_repro.runs import finished
 
 PART = 15*2**20      # bytes of a zip file
-
-
-def numbers(text: str) -> list[int]:
-    "'0,3,5-7' as numbers."
-    parts = [part.split('-') for part in text.split(',')]
-    return [n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)]
 
 
 class Packer:
@@ -75,7 +70,8 @@ def main():
     p.add_argument('--dataset', default='synth')
     p.add_argument('--preset', default=None)
     p.add_argument('--variants', default='', help='only these, separated by commas')
-    p.add_argument('--seeds', type=numbers, default=[0, 1, 2], help="such as 0-9 or 0,2,4")
+    p.add_argument('--seeds', type=seed_numbers, default=[0, 1, 2],
+                   help='how many, such as 3, or which: 0-9, 0,2,4')
     p.add_argument('--audit', action='store_true', help='the runs of other readings too')
     p.add_argument('--worth', action='store_true',
                    help='all runs of tables and audit, the most telling first: ten, five and three seeds')

@@ -1,5 +1,5 @@
 # make paper | paper-quick | paper-plan | paper-graph: tables, figures and audit from training runs (Snakemake, see workflow/Snakefile)
-#   DATASET=cuhk PRESET=paper     real data          SEEDS=0,1,2,3,4    other seeds
+#   DATASET=cuhk PRESET=paper     real data          SEEDS=5            five seeds; SEEDS=0,3,5-7: these
 #   PROFILE=slurm                 a cluster          JOBS=2             jobs at once (on a cluster: in the queue)
 #   REDO=1                        all runs anew, by the code as it is now: runs/code-<fingerprint>/, beside the kept ones
 #   CONFIG="variants=[full,sdm]"  any value of workflow/config.yaml
@@ -16,9 +16,9 @@ REDO    ?=
 QUOTED = $(foreach c,$(CONFIG),'$(c)')
 # snakemake takes the last --config alone
 OURS = $(if $(filter --config -C,$(ARGS)),$(error ARGS="--config ..." would replace DATASET, PRESET and SEEDS: use CONFIG="name=value"))
-PAPER_CONFIG = $(OURS)--config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) 'seeds=[$(SEEDS)]' $(if $(REDO),redo=true) $(QUOTED)
+PAPER_CONFIG = $(OURS)--config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) 'seeds=$(SEEDS)' $(if $(REDO),redo=true) $(QUOTED)
 QUICK_CONFIG = $(OURS)--configfile workflow/quick.yaml --config dataset=$(DATASET) $(if $(PRESET),preset=$(PRESET)) \
-  $(if $(filter-out file,$(origin SEEDS)),'seeds=[$(SEEDS)]') $(if $(REDO),redo=true) $(QUOTED)
+  $(if $(filter-out file,$(origin SEEDS)),'seeds=$(SEEDS)') $(if $(REDO),redo=true) $(QUOTED)
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/profiles/$(PROFILE) $(if $(JOBS),$(if $(filter local,$(PROFILE)),--cores,--jobs) $(JOBS))
 # one at a time; who holds the lock may clear what a killed one has left
 ONE_PAPER = mkdir -p runs && flock -n runs/.paper.lock sh -c '"$$@" --unlock >/dev/null 2>&1; exec "$$@"' paper
@@ -40,4 +40,4 @@ paper-graph: $(STAMP)
 
 paper-gpu: $(STAMP)
 	@$(if $(CONFIG)$(REDO),$(error paper-gpu knows DATASET PRESET SEEDS JOBS ARGS, not CONFIG and REDO)):
-	$(BIN)/python workflow/gpu_grid.py --dataset $(DATASET) $(if $(PRESET),--preset $(PRESET)) --seeds $(SEEDS) --kept tables $(if $(JOBS),--processes $(JOBS)) $(ARGS)
+	$(BIN)/python workflow/gpu_grid.py --dataset $(DATASET) $(if $(PRESET),--preset $(PRESET)) --seeds '$(SEEDS)' --kept tables $(if $(JOBS),--processes $(JOBS)) $(ARGS)
