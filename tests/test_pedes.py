@@ -323,6 +323,27 @@ def test_what_was_touched_is_counted_and_what_looks_odd_listed(tmp_path):
     ds = load_pedes('rstp', tmp_path)
     assert ds.notes == ['captions mended: 1 with escape codes, 1 with white space']
     assert ds.check().odd_captions == ['0001.jpg']
+    rows[0]['captions'], rows[1]['captions'] = ['A man in a short=sleeved shirt.'], ['x = 1']  # no typo
+    write(tmp_path, 'rstp', rows)
+    assert load_pedes('rstp', tmp_path).check(images=False).odd_captions == ['0001.jpg']
+
+
+def test_long_captions_are_counted_in_words_and_marks(tmp_path):
+    rows = rows_of('rstp')
+    rows[0]['captions'] = ['red, ' * 40]
+    write(tmp_path, 'rstp', rows)
+    ds = load_pedes('rstp', tmp_path)
+    assert ds.check(images=False).long_captions == ['0000.jpg']                      # 80, in 40 words
+    assert ds.check(images=False, max_length=80).long_captions == []
+
+
+def test_descriptions_may_repeat_imgs_as_annotations_do(tmp_path):
+    write(tmp_path, 'rstp')
+    described(tmp_path, [line('imgs/0000.jpg', 'Old.'), line('0000.jpg', 'New.'), line('imgs/0001.jpg')])
+    ds = load_pedes('rstp', tmp_path)
+    assert ds.records.id_text.tolist()[:3] == ['New.', 'A tall man.', None]
+    described(tmp_path, [line('imgs/none.jpg')])
+    with pytest.raises(UserError, match=r"does not have, first 'none\.jpg'"): load_pedes('rstp', tmp_path)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
