@@ -169,6 +169,7 @@ def fusion_claims(e: Evidence) -> list[Finding]:
     contrasts = [fusion_finding(c, gains[c.metric]) for c in FUSION_CONTRASTS]
     return [*contrasts, *token_claims(e), literal_gain(e)]
 
+# %% ../nbs/82_claims.ipynb #19b6381f
 LITERAL_GAIN = 'full-symmetric=False: fused − dual'
 
 def literal_gain(e: Evidence) -> Finding:
