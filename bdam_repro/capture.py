@@ -246,6 +246,7 @@ def why_not_static(c: Config, loader: Loader, device: torch.device) -> str:   # 
                f'dropout={c.dropout}; with dropout=0.0 it is another run, and can be': c.dropout > 0,
                'shuffle_captions': c.shuffle_captions,
                f'fusion_start={c.fusion_start}': c.fusion_grad and c.fusion_start > 0,
+               f'align_start={c.align_start}': c.align_start > 0,
                'the images do not fit in cache_gb, raise it': not loader.data.images.cached}
     return next((reason for reason, holds in reasons.items() if holds), '')
 

@@ -180,6 +180,7 @@ _SEVERAL = (
     Reading(20, dict(start='random'), variant='baseline', than='baseline'),
     Reading(20, dict(tau=0.02, tau_decay=1.0), variant='sdm', than='sdm'),       # as published
     Reading(20, dict(tau=0.015, tau_decay=1.0), variant='tal', than='tal'),
+    Reading(20, dict(align_start=.3), variant='sdm', than='sdm'),      # on towers that match already
     Reading(12, {}, variant='bdam_shallow', than='bdam'),
     Reading(22, dict(c_clothing=0.0, c_decouple=0.0, c_gate=0.0)),
     Reading(22, {}, variant='fusion'),

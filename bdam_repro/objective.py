@@ -38,11 +38,12 @@ def text_options(number: Tensor | None, c: Config) -> dict[str, Tensor]:   # num
 def align_loss(out: Outputs, batch: Batch, c: Config) -> Tensor:
     "Eq. 3 between v and each text of t_i, or the loss of a published baseline in its place."
     v, pids, losses = out.image.v, batch.pids, []
+    kind = 'infonce' if c.align_start else c.align_loss         # `options_at` sets it to 0 when its time is over
     numbers = {'caption': batch.caption_number, 'other': batch.other_number, 'identity': batch.id_number,
                'clothing': None if batch.clo_ids is None else text_ids(batch.clo_ids)}
     for name, text in identity_texts(out, c).items():
-        if c.align_loss == 'sdm': loss = sdm(v, text.t, pids, c.tau)
-        elif c.align_loss == 'tal': loss = tal(v, text.t, pids, c.margin, c.tau)
+        if kind == 'sdm': loss = sdm(v, text.t, pids, c.tau)
+        elif kind == 'tal': loss = tal(v, text.t, pids, c.margin, c.tau)
         else:
             options = text_options(numbers[name], c)
             loss = info_nce(v, text.t, c.tau, pids, c.symmetric, c.positives, **options)

@@ -144,7 +144,8 @@ def fusion_needs(c: Config) -> dict[str, tuple[bool, str]]:   # as in `unmet_nee
 def unmet_needs(c: Config) -> dict[str, str]:   # the condition that does not hold -> the options that need it
     "What this configuration leaves out, and the options that only matter there."
     has_margin = has_triplet(c) or c.align_loss == 'tal' or (c.fusion and c.fusion_loss == 'triplet')
-    has_eq3, texts = c.align_loss == 'infonce' and c.c_align > 0, 'positives symmetric equal_texts'
+    eq3, texts = c.align_loss == 'infonce' or c.align_start > 0, 'positives symmetric equal_texts'
+    has_eq3 = eq3 and c.c_align > 0
     reads_texts = c.bdam or c.id_text != 'caption' or (c.fusion and c.fusion_text != 'query')
     holds = {
         'dataset=synth': (c.dataset == 'synth', SYNTH_OPTIONS),
@@ -153,7 +154,8 @@ def unmet_needs(c: Config) -> dict[str, str]:   # the condition that does not ho
         'bdam_cross=True': (c.bdam and c.bdam_cross, 'bdam_order'),
         'bdam_gate=True': ((c.bdam and c.bdam_gate) or c.image_feature != 'pooled', 'image_feature'),
         **fusion_needs(c),
-        'align_loss=infonce': (c.align_loss == 'infonce', f'c_triplet {texts}'),
+        'align_loss=infonce': (c.align_loss == 'infonce', 'c_triplet' if eq3 else f'c_triplet {texts}'),
+        'align_loss=sdm or tal': (c.align_loss != 'infonce', 'align_start'),
         'c_align above 0': (has_eq3, texts),
         'a generated text in Eq. 3': (has_eq3 and c.id_text != 'caption', 'nothing_said'),
         'a triplet loss': (has_triplet(c), 'mining triplet_feature'),

@@ -125,9 +125,10 @@ def shuffled(batch: Batch, seed: int) -> Batch:
 
 # %% ../nbs/52_trainer.ipynb #6fed33c3
 def options_at(c: Config, done: float) -> Config:   # `done`: share of the training, 0 to 1
-    "The options of this moment: its τ, and whether the fusion's loss reaches the towers yet."
+    "The options of this moment: its τ, and which losses have begun."
     tau = c.tau*c.tau_decay**done
     now = {'tau': tau, 'tau_decay': c.tau_end/tau}                         # so tau_end = tau·tau_decay stays
+    now['align_start'] = c.align_start if done < c.align_start else 0.0
     return c.model_copy(update=now | {'fusion_grad': c.fusion_grad and done >= c.fusion_start})
 
 # %% ../nbs/52_trainer.ipynb #a85ad142

@@ -389,7 +389,7 @@ READINGS = [
     *(dict(hsic_kernel=k) for k in ('linear', 'rbf', 'cka')),
     dict(gate_reg='entropy'), dict(balance='literal'), dict(balance='fixed'), dict(gradnorm_ref='first'),
     dict(mining='random'), dict(mining='all'), dict(positives='diagonal'), dict(positives='mask'),
-    dict(symmetric=False), dict(align_loss='sdm'), dict(align_loss='tal'), dict(images_per_id=1),
+    dict(symmetric=False), dict(align_loss='sdm'), dict(align_loss='tal', align_start=.5), dict(images_per_id=1),
     dict(optimizer='adamw'), dict(grad_clip=0.), dict(text_pool='mean'),
     dict(fusion_kind='product'), dict(fusion_kind='cross', fusion_input='tokens'), dict(fusion_norm=False),
     dict(fusion_input='tokens', fusion_order='text', fusion_scan='both', fusion_read='second'),
