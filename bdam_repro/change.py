@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['QUERIES', 'TRAINED_ON', 'CHANGE_VARIANTS', 'PEOPLE_COLUMNS', 'COMPARED', 'Changing', 'changing_people',
-           'named_identity', 'person_sentence', 'Queries', 'draw_queries', 'r1_other', 'preferred', 'change_ceilings',
-           'change_run', 'query_scores', 'change_answers', 'collect_change', 'change_values', 'robust_verdict',
-           'change_table', 'claim_of', 'read_people', 'write_change']
+           'named_identity', 'person_sentence', 'Queries', 'caption_sentence', 'draw_queries', 'r1_other', 'preferred',
+           'change_ceilings', 'change_run', 'query_scores', 'change_answers', 'collect_change', 'change_values',
+           'robust_verdict', 'change_table', 'claim_of', 'read_people', 'write_change']
 
 # %% ../nbs/90_change.ipynb #5c01fb5a
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from .inference import DifferenceEstimate, estimate
 from .intervene import FIRST_PERSON, exchange, read_pictures
 from .grid import CHANGE, DATA
 from .probes import other_pictures
-from .ceiling import agreement
+from .ceiling import Heard, agreement, mentioned
 
 # %% ../nbs/90_change.ipynb #555e2c04
 @dataclass
@@ -81,7 +82,14 @@ def person_sentence(factors: dict, style: int, rng: np.random.Generator, mistake
 class Queries:
     "The queries of one kind, one per picture."
     texts: list[str]
-    named: list[dict | None]        # the factors of each; None: not noted
+    named: list[dict]               # the factors of each
+
+def caption_sentence(factors: dict, style: int, rng: np.random.Generator, mistakes: float = .025
+                    ) -> tuple[str, dict]:           # the text, and the factors that it names
+    "The usual caption, written once to listen and once for good, with the same chance."
+    again = copy.deepcopy(rng)
+    seen = mistaken(visible(factors), again, mistakes, plausible=True)
+    return caption(factors, style, rng, mistakes), mentioned(Heard(seen, style, again))
 
 def draw_queries(people: Changing, seed: int) -> dict[str, Queries]:   # by the names of `QUERIES`
     "Three queries for each picture."
@@ -89,7 +97,7 @@ def draw_queries(people: Changing, seed: int) -> dict[str, Queries]:   # by the 
     for i, f in enumerate(people.factors):
         rng = stream(seed, CAPTION, FIRST_PERSON + int(people.pids[i]), int(people.number[i]))
         style = int(rng.integers(len(STYLES)))
-        made = {'identity': person_sentence(f, style, rng), 'caption': (caption(f, style, rng), None),
+        made = {'identity': person_sentence(f, style, rng), 'caption': caption_sentence(f, style, rng),
                 'conflict': person_sentence(f, style, rng, clothes_of=people.factors[people.wearer[i]])}
         for kind, (text, named) in made.items():
             written[kind][0].append(text)
@@ -114,7 +122,11 @@ def change_ceilings(people: Changing, queries: dict[str, Queries]) -> dict[tuple
     identity = agreement(queries['identity'].named, truth)
     conflict = agreement(queries['conflict'].named, truth)
     believed = agreement([named_identity(named) for named in queries['conflict'].named], truth)
+    caption = agreement(queries['caption'].named, truth)
+    person = agreement([named_identity(named) for named in queries['caption'].named], truth)
     return {('identity', 'R-1'): r1_other(identity, people),
+            ('caption', 'R-1'): r1_other(person, people),
+            ('caption, clothes believed', 'R-1'): r1_other(caption, people),
             ('conflict', 'R-1'): r1_other(believed, people),
             ('conflict', 'person above wearer'): preferred(believed, people),
             ('conflict, clothes believed', 'R-1'): r1_other(conflict, people),

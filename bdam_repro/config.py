@@ -195,8 +195,7 @@ class FusionOptions(Options):
 class LossOptions(Options):
     align_loss: Literal['infonce', 'sdm', 'tal'] = opt(
         'infonce', 'image-text alignment: Eq. 3, or the baselines SDM and TAL', 'InfoNCE (3.5)')
-    align_start: float = opt(0.0, 'share of the training in which Eq. 3 stands in for SDM or TAL', 'not printed',
-                             ge=0, lt=1)
+    align_start: float = opt(0.0, 'share of the training in which Eq. 3 stands in', 'not printed', ge=0, lt=1)
     image_feature: Literal['gated', 'pooled', 'encoder'] = opt(
         'gated', 'v of Eq. 3, and what `dual` scores: the identity feature behind the gate, before it, or '
         "the mean of the encoder's patches", '"identity feature from the visual encoder" (3.5)')

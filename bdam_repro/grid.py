@@ -7,7 +7,7 @@ __all__ = ['REFERENCE', 'RIVALS', 'AS_PRINTED', 'EXTRA_ROWS', 'LAYOUT_TAGS', 'DA
            'CLOTHES', 'CHANGE', 'DATA', 'OPTIONS', 'TINY_EPOCHS', 'END_TO_END', 'BEST_FUSION', 'READINGS', 'LONGER',
            'LOG_TEST', 'TAGS', 'DECIDING', 'NEXT', 'SEEDS', 'TableRow', 'table_rows', 'grid', 'layout_options',
            'data_tag', 'Reading', 'tag_of', 'subsets', 'changed_options', 'reading_run', 'reading_reference',
-           'audit_grid', 'factorial_grid', 'tier_of', 'grid_by_worth', 'finished_seconds', 'past_seconds',
+           'audit_grid', 'design_grid', 'tier_of', 'grid_by_worth', 'finished_seconds', 'past_seconds',
            'estimate_hours', 'code_note', 'redo_folder', 'with_own_tag']
 
 # %% ../nbs/65_grid.ipynb #7e2ef03d
@@ -26,6 +26,7 @@ from .config import LITERAL, PRESETS, UserError, Config, config_hash, make_confi
 from .paper import table as printed_table
 from .parameters import changed_modules, code_fingerprint, own_values, run_modules
 from .factorial import loss_runs
+from .screening import screening_runs
 
 # %% ../nbs/65_grid.ipynb #3aeae508
 REFERENCE = {1: 'bdam', 2: 'fusion', 3: 'full', 4: 'full', 5: 'full'}    # table -> what the paper proposes
@@ -204,7 +205,8 @@ def subsets(options: dict[str, Any]) -> list[dict[str, Any]]:
 TAGS: dict[str, dict[str, Any]] = {tag_of(s): s for r in READINGS for s in subsets(r.given | r.options)}
 TAGS[LOG_TEST] = dict(log_test=True)
 TAGS[AS_PRINTED] = LITERAL | dict(two_captions=False)
-TAGS |= {run.side[1]: run.options for run in loss_runs() if run.side[1]}      # of `factorial_grid`
+TAGS |= {run.side[1]: run.options for run in (*loss_runs(), *screening_runs())}          # of `design_grid`
+TAGS.pop('', None)
 
 # %% ../nbs/65_grid.ipynb #87279792
 def changed_options(options: dict[str, Any], base: Config) -> dict[str, Any]:
@@ -241,13 +243,13 @@ def audit_grid(dataset: str = 'synth',
     return [config(v, tag, seed) for seed in seeds for v, tag in own]
 
 # %% ../nbs/65_grid.ipynb #ef4294d3
-def factorial_grid(dataset: str = 'synth',
-                   preset: str | None = None,          # None: that of the dataset
-                   seeds: Iterable[int] = (0,),
-                   **options                           # of `Config`, for every run
-                  ) -> list[Config]:
-    "The kinds of runs of the factorial over the losses that are rows of no table. Raises `UserError`."
-    sides = [run.side for run in loss_runs()]
+def design_grid(dataset: str = 'synth',
+                preset: str | None = None,          # None: that of the dataset
+                seeds: Iterable[int] = (0,),
+                **options                           # of `Config`, for every run
+               ) -> list[Config]:
+    "The kinds of runs of the factorial and of the screening that are rows of no table. Raises `UserError`."
+    sides = [run.side for run in (*loss_runs(), *screening_runs())]
     return [make_config(dataset, preset, v, seed=seed, tag=tag, **(options | layout_options(preset, tag)))
             for seed in seeds for v, tag in sides if tag]
 
@@ -275,6 +277,8 @@ def grid_by_worth(dataset: str = 'synth', preset: str | None = None, styles: boo
     most = range(max(SEEDS.values()))
     every = grid(dataset, preset, most, styles, layouts, **options)
     every += audit_grid(dataset, preset, most, **options)
+    every += design_grid(dataset, preset, **options)                             # one seed is enough there
+    every = list({run_dir(c): c for c in every}.values())
     rank = {side: place for place, side in enumerate(DECIDING + NEXT)}
     wanted = [c for c in every if c.seed < SEEDS[tier_of(c)]]
     def worth(c):

@@ -38,7 +38,7 @@ def text_options(number: Tensor | None, c: Config) -> dict[str, Tensor]:   # num
 def align_loss(out: Outputs, batch: Batch, c: Config) -> Tensor:
     "Eq. 3 between v and each text of t_i, or the loss of a published baseline in its place."
     v, pids, losses = out.image.v, batch.pids, []
-    kind = 'infonce' if c.align_start else c.align_loss         # `options_at` sets it to 0 when its time is over
+    kind = 'infonce' if c.align_start else c.align_loss        # `options_at` sets it to 0 in due time
     numbers = {'caption': batch.caption_number, 'other': batch.other_number, 'identity': batch.id_number,
                'clothing': None if batch.clo_ids is None else text_ids(batch.clo_ids)}
     for name, text in identity_texts(out, c).items():

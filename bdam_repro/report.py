@@ -27,7 +27,7 @@ from .tabular import number
 from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_MEASURED, NOT_RUN, NO_OPTION,
                                  ONE_SEED, Evidence, Finding, ModelQuestion, claim_verdict, findings_frame,
                                  gather, model_findings, read_audit, runs_with_findings, settle)
-from .readings import HEAD, READING_RULE, TIES, part_a
+from .readings import HEAD, IN_COMPANY, READING_RULE, TIES, part_a
 from .claims import (ALL_CLAIMS, GATE, GATE_WORTH, accuracy_claims, efficiency_claims,
                                factorial_claims, fusion_claims, gate_claims, region_claim, sota_claim,
                                style_claims)
@@ -244,8 +244,10 @@ def audit_markdown(t: pd.DataFrame,               # the audit
     "The audit to read."
     def rule(text): return f'- {text}' if text in set(t['rule']) else ''
     others = ', '.join(left_out)
+    company = IN_COMPANY['rule'] if IN_COMPANY['rule'] in set(t['rule']) else ''
+    if company: company = f'*In company*: {company} (58_screening).'
     parts = [caption, f'Left out, since trained with other options: {others}.' if others else '',
-             '## a. Open points', rule(READING_RULE), EPOCH_NOTE, readings_table(t), points_table(t),
+             '## a. Open points', rule(READING_RULE), EPOCH_NOTE, company, readings_table(t), points_table(t),
              '## b. Claims', VERDICTS, claims_table(t), claim_tables(t),
              '## c. Protocol', rule(PROTOCOL_RULE), findings_table(t, 'c'),
              '## d. Wrong descriptions', rule(NOISE_RULE), findings_table(t, 'd'),

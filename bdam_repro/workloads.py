@@ -272,8 +272,9 @@ def tiny_step(towers: bool, batch: int = 64) -> Callable:
     return lambda: [trainer.train_step(data) for _ in range(5)] and None
 
 def busy_processes(n: int) -> list[subprocess.Popen]:
-    "Processes that multiply matrices until they are killed."
-    code = 'import torch; torch.set_num_threads(1); x = torch.randn(700, 700)\nwhile True: x @ x'
+    "Processes that multiply matrices until they are killed, or this process is."
+    code = ('import os, torch; torch.set_num_threads(1); x, parent = torch.randn(700, 700), os.getppid()\n'
+            'while os.getppid() == parent: x @ x')
     return [subprocess.Popen([sys.executable, '-c', code]) for _ in range(n)]
 
 # %% ../nbs/88_workloads.ipynb #1bd306b3

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bdam_repro.archive import SMALL_FILES, keeps_rankings, kept_features, query_results, restore_runs
 from bdam_repro.config import UserError, atomic_path, config_hash, run_dir
-from bdam_repro.grid import audit_grid, grid, grid_by_worth
+from bdam_repro.grid import audit_grid, design_grid, grid, grid_by_worth
 from bdam_repro.many import left_to_do, read_run_list, run_line, train_many
 from bdam_repro.parameters import seed_numbers
 from bdam_repro.run_data import dataset_folder
@@ -93,7 +93,7 @@ def main():
         given = dict(dataset=a.dataset, preset=a.preset, seeds=a.seeds, **options)
         variants = [v for v in a.variants.split(',') if v]
         configs = grid(styles=a.dataset == 'synth', layouts=a.layouts, variants=variants, **given)
-        if a.audit: configs += audit_grid(**given)
+        if a.audit: configs += [*audit_grid(**given), *design_grid(**given | dict(seeds=a.seeds[:1]))]
     for c in configs:
         if c.dataset == 'synth' or c.descriptions == 'none': continue
         texts = dataset_folder(c)/('descriptions.jsonl' if c.descriptions == 'auto' else c.descriptions)
