@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'NUMBERED', 'wordpiece_vocab', 'save_tokenizer', 'load_tokenizer', 'train_tokenizer', 'encode_texts',
-           'trim', 'Batch', 'combine_seeds', 'uniform_share', 'CaptionChoice', 'with_stand_ins', 'silent_texts', 'Draw',
-           'Loader', 'plan_line', 'split_rows', 'kept_tokens', 'train_batches', 'image_batches', 'text_batches']
+           'trim', 'Batch', 'combine_seeds', 'CaptionChoice', 'with_stand_ins', 'silent_texts', 'Draw', 'Loader',
+           'plan_line', 'split_rows', 'kept_tokens', 'train_batches', 'image_batches', 'text_batches']
 
 # %% ../nbs/17_batches.ipynb #6a2df913
 import json
@@ -15,7 +15,7 @@ import string
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,8 @@ from .config import UserError
 from .hub import TOKENIZER_FILES, has_tokenizer, hub_folder, without_marks
 from .sampler import PairSampler, PKSampler
 from .pedes import PedesDataset
-from .images import KEEP, Changes, ImageStore, change_images, draw_changes, kept, remember
+from .images import (KEEP, Changes, ImageStore, change_images, change_on_device, change_options,
+                               draw_changes, kept, remember, uniform_share)
 
 # %% ../nbs/17_batches.ipynb #66ba1708
 SPECIAL_TOKENS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
@@ -151,12 +152,17 @@ class Batch:
     caption_number: torch.Tensor | None = None   # int64 [B], equal for equal texts
     other_number: torch.Tensor | None = None
     id_number: torch.Tensor | None = None        # -1: says nothing, see `train_batches`
+    changes: torch.Tensor | None = None          # int64 [B,7] of `Changes.table`, until `to` makes them
 
     def _each(self, change) -> 'Batch':
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: None if t is None else change(t) for name, t in tensors.items()})
+        return Batch(**{name: None if t is None else change(t) for name, t in vars(self).items()})
 
-    def to(self, device) -> 'Batch': return self._each(lambda t: t.to(device, non_blocking=True))
+    def to(self, device) -> 'Batch':
+        "On a device, and changed there where the loader has left that to it."
+        there = self._each(lambda t: t.to(device, non_blocking=True))
+        if there.changes is None: return there
+        return replace(there, images=change_on_device(there.images, there.changes), changes=None)
+
     def pin_memory(self) -> 'Batch': return self._each(torch.Tensor.pin_memory)
     def __len__(self) -> int: return len(self.rows)
 
@@ -164,14 +170,6 @@ class Batch:
 def combine_seeds(*numbers: int) -> int:  # a seed of 63 bits, never negative
     "One seed from several numbers, the same on every machine."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-def uniform_share(n: int,  # images of this rank
-                  generator: torch.Generator,
-                  part: tuple[int, int],  # (rank, world)
-                  ) -> np.ndarray:  # [n]
-    "Uniform numbers for the images of this rank, cut from those of the whole batch."
-    rank, world = part
-    return torch.rand(n*world, generator=generator)[rank*n:(rank + 1)*n].numpy()
 
 # %% ../nbs/17_batches.ipynb #d9f71837
 class _Tokens:
@@ -244,6 +242,7 @@ class Draw:
 # %% ../nbs/17_batches.ipynb #a9f19632
 class _TrainData(Dataset):
     "Item `step` is a whole batch, or the `UserError` that prevented it."
+    changed_later = False                    # whether images are left for `Batch.to` to change
     def __init__(self, records: pd.DataFrame,                         # of one split
                  rows: np.ndarray,                                    # their positions in the dataset
                  images: ImageStore, sampler: PKSampler,
@@ -252,7 +251,7 @@ class _TrainData(Dataset):
                  two_captions: bool, augmentation: bool | dict, says: Callable | None):   # `train_batches`
         self.rows, self.pids = rows, records['pid'].to_numpy()
         self.images, self.sampler = images, sampler
-        self.seed, self.augmentation = seed, augmentation
+        self.seed, self.augmentation = seed, change_options(augmentation)
         captions = list(records['captions'])
         self.choice = CaptionChoice(captions)
         self.two_captions = two_captions and bool((self.choice.counts > 1).any())    # no image may have two
@@ -278,9 +277,8 @@ class _TrainData(Dataset):
         else: i, taken = drawn, self.choice.one(drawn, uniform_share(len(drawn), generator, part))
         another = changes = None
         if self.two_captions: another = self.choice.another(i, taken, uniform_share(len(i), generator, part))
-        if self.augmentation is not False:
-            options = {} if self.augmentation is True else self.augmentation
-            changes = draw_changes(len(i), self.images.size, generator, **options, part=part)
+        if self.augmentation is not None:
+            changes = draw_changes(len(i), self.images.size, generator, **self.augmentation, part=part)
         return Draw(i, taken, another, changes)
 
     def _batch(self, step: int) -> Batch:
@@ -288,9 +286,9 @@ class _TrainData(Dataset):
         i, texts = d.images, {'caption': (self.captions, d.captions)}            # table, rows
         if d.others is not None: texts['other'] = self.captions, d.others
         texts |= {name: (tokens, i) for name, tokens in self.described.items()}
-        images = self.images[self.rows[i]]
-        if d.changes is not None: images = change_images(images, d.changes)
-        tensors = {}
+        images, tensors = self.images[self.rows[i]], {}
+        if d.changes is not None and not self.changed_later: images = change_images(images, d.changes)
+        elif d.changes is not None: tensors['changes'] = torch.from_numpy(d.changes.table())
         for name, (table, rows) in texts.items():
             tensors |= dict(zip((f'{name}_ids', f'{name}_mask'), table[rows]))
             if name in NUMBERED: tensors[f'{name}_number'] = table.number[rows]
@@ -303,6 +301,7 @@ class Loader:
     def __init__(self, data: _TrainData, workers: int):
         self.data, self.workers, self.epoch, self.start = data, workers, 0, 0
         self.wait = self.total = 0.                                   # seconds of the latest epoch
+        self.device = torch.device('cpu')                             # of the trainer, which changes this
         self.note, self.has_clo, self.has_id = data.note, 'clo' in data.described, 'id' in data.described
 
     def __len__(self) -> int: return len(self.data)
@@ -340,6 +339,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.data.plan(self.epoch)
+        self.data.changed_later = self.device.type != 'cpu'
         start, self.wait = time.perf_counter(), 0.
         batches = self._by_processes() if self.workers else self._by_thread()
         for _ in range(self.start, len(self)):

@@ -226,6 +226,7 @@ class TrainerBase:
         with memory_advice(c, f'with the weights alone on {device}'): model = model.to(device).train()
         self.c, self.model, self.loader, self.device = c, model, loader, device
         self.world, self.step = world, 0
+        loader.device = device                                             # its images are changed there
         if c.compiled: compile_parts(self.model)
         self.steps = min(c.max_steps or math.inf, c.epochs*len(loader))
         self.dtype = pick_dtype(c, device)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bdam_repro import batches
+from bdam_repro.accumulate import parts_of
 from bdam_repro.batches import (
     SPECIAL_TOKENS,
     Batch,
@@ -27,7 +28,7 @@ from bdam_repro.batches import (
 )
 from bdam_repro.config import UserError
 from bdam_repro.hub import hub_folder
-from bdam_repro.images import ImageStore, augment, decode_image
+from bdam_repro.images import ImageStore, augment, change_images, change_on_device, decode_image, draw_changes
 from bdam_repro.pedes import PedesDataset
 
 COLORS = ['red', 'green', 'blue', 'black', 'white', 'brown']
@@ -308,6 +309,37 @@ def test_augment_leaves_its_input_alone_and_repeats():
     before = x.clone()
     a, b = (augment(x, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(a, b) and torch.equal(x, before)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), h=st.integers(1, 40), w=st.integers(1, 40), pad=st.integers(0, 60),
+       flip=st.sampled_from([0, .5, 1]), erase=st.sampled_from([0, .5, 1]))
+def test_the_loop_and_the_gather_give_the_same_bytes(seed, h, w, pad, flip, erase):
+    x, g = picture(8, h, w), torch.Generator().manual_seed(seed)
+    drawn = draw_changes(8, (h, w), g, flip, pad, erase)
+    before, table = x.clone(), torch.from_numpy(drawn.table())
+    assert torch.equal(change_on_device(x, table), change_images(x, drawn)) and torch.equal(x, before)
+
+
+@pytest.mark.parametrize('options', [{}, dict(workers=1), dict(epoch_of='pairs'), dict(two_captions=True)],
+                         ids=str)
+def test_images_changed_by_the_batch_are_those_of_the_loader(dataset, tokenizer, options):
+    "Whole, in parts, and as the shares of two processes."
+    ours = make(dataset, tokenizer, **options)
+    shares = [make(dataset, tokenizer, **options, rank=rank, world=2) for rank in (0, 1)]
+    for loader in shares: loader.device = torch.device('meta')
+    for batch, *of_two in zip(ours, *shares, strict=True):
+        parts = [part for share in of_two for part in parts_of(share, 3)]
+        assert torch.equal(torch.cat([part.to('cpu').images for part in parts]), batch.images)
+        assert batch.changes is None and not torch.equal(torch.cat([b.images for b in of_two]), batch.images)
+
+
+def test_nothing_is_drawn_where_nothing_changes(dataset, tokenizer):
+    loader = make(dataset, tokenizer, augmentation=dict(flip=0, pad=0, erase=0))
+    loader.device = torch.device('meta')
+    batch = next(iter(loader))
+    assert batch.changes is None
+    assert torch.equal(batch.images, next(iter(make(dataset, tokenizer, augmentation=False))).images)
 
 
 # ------------------------------------------------------------------ tokenizers

@@ -103,7 +103,9 @@ def test_a_step_that_is_not_recorded_does_not_look_either(case, data, monkeypatc
     c = make_config(variant=case.split()[0], **options | CASES.get(case, {}))
     loader = run_batches(c, dataset, tokenizer)
     trainer = Trainer(c, build_model(c, len(tokenizer)), loader, torch.device('cpu'))
+    loader.device = torch.device('cuda')                                   # images are changed in the step
     batch, net = next(iter(loader)), trainer.model.text.net
+    assert batch.changes is not None
     plain = net.forward
     net.forward = lambda input_ids, attention_mask: plain(input_ids, attention_mask[:, None, None])
     monkeypatch.setattr(Trainer, 'update', lambda self: self.clip())       # on a CPU, Adam reads its step

@@ -51,6 +51,12 @@ def test_losses_and_gradients_of_the_cpu(data):
     for a, b in zip(*found.values(), strict=True): assert (a - b).norm() < 1e-3*b.norm()
 
 
+def test_images_changed_on_the_gpu_are_those_of_the_cpu(data):
+    loaders = [trainer_on(device, data).loader for device in ('cpu', 'cuda')]
+    for ours, theirs in zip(*loaders, strict=True):
+        assert theirs.changes is not None and torch.equal(theirs.to('cuda').images.cpu(), ours.images)
+
+
 def test_recorded_steps_are_those_of_the_cpu(data):
     recorded = trainer_on('cuda', data, graph='on')
     same_epochs(trainer_on('cpu', data), recorded, 2)

@@ -22,7 +22,9 @@ from bdam_repro import capture, runs, trainer
 from bdam_repro.batches import train_tokenizer
 from bdam_repro.config import make_config
 from bdam_repro.demo import demo_people
+from bdam_repro.images import decode_image
 from bdam_repro.model import build_model
+from bdam_repro.run_data import load_data, run_tokenizer
 from bdam_repro.runs import finished, train
 from bdam_repro.search import Gallery
 from bdam_repro.trained import TrainedModel
@@ -113,7 +115,7 @@ def test_in_a_process_of_its_own():
     command = [sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', '-p', 'no:xdist', __file__]
     env = os.environ | {'BDAM_SECOND_DEVICE': '1', 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and '6 passed' in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and '7 passed' in done.stdout, done.stdout[-3000:]
 
 
 @inside
@@ -133,6 +135,24 @@ def test_a_run_on_a_second_device(second_device, tmp_path, variant, graph, one_t
     c = make_config(preset='smoke', variant=variant, **own)
     with Everywhere(): folder = train(c, tmp_path/'runs', progress=False)
     assert finished(folder)['epoch'] == 1 and (folder/'features.safetensors').exists()
+
+
+@inside
+def test_images_are_changed_on_the_second_device(second_device, tmp_path):
+    "To the bytes of the CPU; the loader hands out what is in the files."
+    c = make_config(preset='smoke', data_root=str(tmp_path/'data'), amp='off')
+    dataset = load_data(c, progress=False)
+    tokenizer = run_tokenizer(c, dataset, tmp_path/'tokenizer')
+    plain, far = (trainer.run_batches(c, dataset, tokenizer) for _ in range(2))
+    model = build_model(c, len(tokenizer))
+    with Everywhere():
+        device = torch.device(NAME, 0)
+        there = [(b.images, b.to(device)) for b in trainer.Trainer(c, model, far, device).loader]
+        files = dataset.records['file'].tolist()
+        for ours, (handed, moved) in zip(plain, there, strict=True):
+            first = decode_image(dataset.root/'imgs'/files[ours.rows[0]], plain.data.images.size)
+            assert torch.equal(handed[0], first) and not torch.equal(handed, ours.images)
+            assert isinstance(moved.images, Far) and torch.equal(moved.images.near, ours.images)
 
 
 @inside
