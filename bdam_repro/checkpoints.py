@@ -22,6 +22,7 @@ from .config import UserError
 from .files import read_tensors, write_tensors
 from .optimizers import load_optimizers, optimizer_tensors
 from .objective import load_weights, weights_state
+from .launch import end_by_signal
 
 # %% ../nbs/49_checkpoints.ipynb #2c3080f6
 @dataclass
@@ -134,5 +135,5 @@ def stop_requests() -> Iterator[StopRequest]:
 def stop_now(number: int, say: str) -> None:
     "Stop as the signal does: `KeyboardInterrupt` with a line for SIGINT, the end of the process for SIGTERM."
     if number == signal.SIGINT: raise KeyboardInterrupt(say)
-    print(say, flush=True)
-    signal.raise_signal(number)
+    print(say)
+    end_by_signal(number)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from fcntl import ioctl
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import nbformat
 import pytest
 from nbformat import v4
 from PIL import Image
+from test_resume import step_of
+from test_training import bits
 
 from bdam_repro.engine import USER_ERRORS
 
@@ -255,6 +258,60 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(root):
     assert 'interrupted: the same command goes on' in said and 'Traceback' not in said, said
     folder, = root.glob('runs/synth/smoke/full-cut/seed0')
     assert (folder/'last.ckpt').exists() and not (folder/'metrics.json').exists()
+
+
+def children(pid) -> list[int]:
+    return [int(child) for task in Path(f'/proc/{pid}/task').iterdir()
+            for child in (task/'children').read_text().split()]
+
+
+def ended_by_sigterm(command, root, begun):
+    "SIGTERM to this process alone, once something exists: what it said. It and its kernel are gone."
+    p = subprocess.Popen(command, cwd=REPO, env=environment(root), stdin=subprocess.DEVNULL, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 300                                   # of a machine that is busy
+        while not begun():
+            assert time.monotonic() < end and p.poll() is None
+            time.sleep(.02)
+        kernels = children(p.pid)
+        p.send_signal(signal.SIGTERM)
+        said = p.communicate(timeout=120)[0]
+    finally: p.kill()
+    assert p.returncode == 143, said
+    assert kernels and not any(Path(f'/proc/{kernel}').exists() for kernel in kernels)
+    assert 'Traceback' not in said and 'Kernel died' not in said, said
+    return said
+
+
+@pytest.mark.skipif(not Path('/proc').exists(), reason='looks for processes in /proc')
+@pytest.mark.parametrize('n', [1, 2])
+def test_sigterm_to_papermill_alone_saves_and_the_same_command_goes_on(root, n):
+    run = f'synth/smoke/full-ended{n}/seed0'
+    asked = '-p', 'epochs', '12', '-p', 'tag', f'ended{n}', '-p', 'processes', str(n), '-p', 'device', 'cpu'
+    command, folder = [PAPERMILL, *TRAIN, *asked], root/'runs'/run
+    said = ended_by_sigterm(command, root, (folder/'last.ckpt').exists)
+    saved = re.search(r'(?m)^stopped and saved after step (\d+) of 48: run the same again to go on$', said)
+    assert saved, said
+    assert step_of(folder) == int(saved[1]) > 0 and not (folder/'metrics.json').exists()
+    assert said.endswith('\nstopped by SIGTERM: the same command goes on from what is saved\n')
+    again = piped(root, *command[1:])
+    assert again.returncode == 0 and f'resuming after step {saved[1]} of 48' in again.stdout, again.stderr
+    whole = piped(root, *command[1:], '-p', 'runs', 'never_ended')
+    assert whole.returncode == 0, whole.stderr
+    assert bits(folder) == bits(root/'never_ended'/run)
+
+
+@pytest.mark.skipif(not Path('/proc').exists(), reason='looks for processes in /proc')
+def test_a_kernel_that_ignores_sigterm_is_killed(root, tmp_path):
+    (tmp_path/'settings.ini').write_text('[DEFAULT]\nlib_name = bdam_repro\n')
+    notebook(tmp_path/'nbs'/'deaf.ipynb', 'import signal, time\nfrom pathlib import Path',
+             f'signal.signal(signal.SIGTERM, signal.SIG_IGN)\nPath({str(tmp_path/"begun")!r}).touch()\n'
+             'time.sleep(300)')
+    code = 'from bdam_repro import engine; engine.PATIENCE = 1; from papermill import cli; cli.papermill()'
+    said = ended_by_sigterm([sys.executable, '-c', code, str(tmp_path/'nbs'/'deaf.ipynb')], root,
+                            (tmp_path/'begun').exists)
+    assert 'its kernel did not end within 1 s of SIGTERM and was killed: the same command' in said
 
 
 def test_every_user_error_is_known_by_name():
