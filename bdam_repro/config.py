@@ -411,8 +411,8 @@ def check_config(config: Config) -> Config:  # the same one
 NO_EFFECT = {'data_root', 'device', 'graph', 'compiled', 'workers', 'cache_gb', 'grad_checkpoint',
               'log_test', 'tag', 'processes', 'save_minutes', 'save_steps', 'log', 'accumulate'}
 
-# options that are younger than kept runs, and what these had
-_LATER = {'start': 'pretrained', 'synth_outfits': 1, 'equal_texts': 'negatives', 'nothing_said': 'caption'}
+_LATER = dict(start='pretrained', synth_outfits=1, equal_texts='negatives', nothing_said='caption',
+              align_start=0.0)            # options that are younger than kept runs, and what these had
 
 def config_hash(config: Config) -> str:  # 12 hexadecimal digits
     "A short hash of all options that can change a result; a younger option counts where it is not as before."

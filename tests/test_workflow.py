@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bdam_repro.config import config_hash, run_dir
-from bdam_repro.grid import DATA, LAYOUT_TAGS, audit_grid, grid
+from bdam_repro.grid import DATA, LAYOUT_TAGS, audit_grid, design_grid, grid
 
 pytest.importorskip('snakemake')
 pytestmark = pytest.mark.timeout(1200)        # processes that start processes, on a machine that may be busy
@@ -47,9 +47,12 @@ def root(tmp_path_factory): return tmp_path_factory.mktemp('workflow')
 
 # ---- what is listed
 
+def different(configs): return len({run_dir(c) for c in configs})      # two runs are in two lists
+
+
 def test_dry_run_lists_the_grid(root):
     code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
-    found, runs = jobs(said), len(grid()) + len(audit_grid())
+    found, runs = jobs(said), different(grid() + audit_grid() + design_grid())
     folders = ({c.tag for c in audit_grid()} & set(DATA)) - set(LAYOUT_TAGS)
     assert code == 0 and found['train'] == runs
     assert found['styles'] == 3 + len(folders) and found['collect'] == 1
@@ -59,11 +62,11 @@ def test_dry_run_lists_the_grid(root):
 
 
 def test_runs_of_the_audit_can_be_left_out_or_have_more_seeds(root):
-    more = grid() + audit_grid(seeds=(0, 1))
+    more = grid() + audit_grid(seeds=(0, 1)) + design_grid()
     full = grid(variants=['full'])
     for config, runs in (('audit=false', grid()), ('audit_seeds=[0,1]', more), ('variants=[full]', full)):
         code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth', config])
-        assert code == 0 and jobs(said)['train'] == len(runs), config
+        assert code == 0 and jobs(said)['train'] == different(runs), config
     quick = '--configfile', str(REPO/'workflow'/'quick.yaml')
     code, said = snakemake(root, *quick, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
     assert code == 0 and jobs(said)['train'] == len(grid(seeds=[0], layouts=False))
