@@ -36,7 +36,7 @@ from .findings import (FULL, MODEL, NEGLIGIBLE, NOT_HERE, NOT_RUN, Evidence, Fin
                                  compare_runs, folder_source, interval_columns, model_findings, query_people,
                                  run_source, runs_with_findings, seed_query_values, side_name)
 from .readings import (HEAD, IN_COMPANY, beside_default, dual_ranking, histories, reading_verdict,
-                                 screened_effects)
+                                 screened_effects, screening_seed)
 from .screening import EMPTY_COLUMNS
 from .claims import METRIC_NAMES, noise_side
 
@@ -306,7 +306,7 @@ def empty_findings(e: Evidence) -> list[Finding]:
     for name in filter(effects.get, EMPTY_COLUMNS):
         d = interval_columns(effects[name])
         out.append(Finding('f', 'noise', f'screening, {name}', 'dual R-1', **d, verdict=reading_verdict(d),
-                           seeds='0', rule=EMPTY_RULE, evidence=IN_COMPANY['evidence']))
+                           seeds=str(screening_seed(e)), rule=EMPTY_RULE, evidence=IN_COMPANY['evidence']))
     return out
 
 def part_f(e: Evidence) -> list[Finding]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEAD', 'SHOWN', 'READING_RULE', 'READING_VERDICTS', 'IN_COMPANY', 'TIE_RULES', 'TIES', 'GATE_VALUES', 'RADII',
            'STYLE_READINGS', 'OTHER_PARTS', 'plot_readings', 'reading_verdict', 'validation_r1', 'screened_name',
-           'screened_effects', 'company_findings', 'default_findings', 'reading_findings', 'all_readings',
-           'beside_default', 'dual_ranking', 'break_ties', 'run_ties', 'tie_readings', 'gate_readings',
+           'screening_seed', 'screened_effects', 'company_findings', 'default_findings', 'reading_findings',
+           'all_readings', 'beside_default', 'dual_ranking', 'break_ties', 'run_ties', 'tie_readings', 'gate_readings',
            'halved_features', 'history_folders', 'histories', 'chosen_epoch', 'selection_readings', 'small_differences',
            'nested_gains', 'style_scores', 'style_readings', 'part_a']
 
@@ -69,30 +69,34 @@ def screened_name(r: Reading) -> str:   # empty: it is not among them
     if r.variant != 'full' or r.given: return ''
     return next((name for name, (n, options) in SCREENED.items() if (n, options) == (r.n, r.options)), '')
 
+def screening_seed(e: Evidence) -> int | None:            # None: no seed has all twenty runs
+    "The first seed with which the screening is finished."
+    of_run = [set(e.seeds(run.side)) for run in screening_runs()]
+    return min(set.intersection(*of_run), default=None)
+
 def screened_effects(e: Evidence, score: str, metric: str
                     ) -> dict[str, DifferenceEstimate]:   # empty where one of its runs is missing
     "What each reading of the screening is worth, and each empty column."
-    runs, spread = screening_runs(), e.spread(metric, score, '')
-    seeds = [s for s in e.seeds(runs[0].side) if all(s in e.seeds(run.side) for run in runs)]
-    if not seeds or spread is None: return {}
+    runs, spread, seed = screening_runs(), e.spread(metric, score, ''), screening_seed(e)
+    if seed is None or spread is None: return {}
     def found():
-        values = [seed_query_values(e, run.side, metric, score, seeds[:1])[0][0] for run in runs]
+        values = [seed_query_values(e, run.side, metric, score, [seed])[0][0] for run in runs]
         return screening_effects(values, query_people(e, runs[0].side), spread)
     return e.cached(('screening', score, metric), found)
 
-IN_COMPANY = dict(seeds='0', evidence='58_screening: 20 runs', rule=(
+IN_COMPANY = dict(evidence='58_screening: 20 runs', rule=(
     'the mean of ten runs with the reading minus that of ten without it, beside changes of other readings'))
 
 def company_findings(e: Evidence, r: Reading) -> list[Finding]:   # empty: not screened
     "The rows of a reading that was screened."
     name, runs = screened_name(r), screening_runs()
     if not name or not screened_effects(e, *SHOWN[0][:2]): return []
-    title = f'{r.name}, in company'
+    title, about = f'{r.name}, in company', IN_COMPANY | dict(seeds=str(screening_seed(e)))
     validation = [validation_r1(e, run.side, runs[0].side) for run in runs]
-    out = [Finding('a', r.n, title, 'val R-1', 'no', diff=val_effect(validation, name), **IN_COMPANY)]
+    out = [Finding('a', r.n, title, 'val R-1', 'no', diff=val_effect(validation, name), **about)]
     for score, metric, shown in SHOWN:
         d = interval_columns(screened_effects(e, score, metric)[name])
-        out.append(Finding('a', r.n, title, shown, 'no', **d, verdict=reading_verdict(d), **IN_COMPANY))
+        out.append(Finding('a', r.n, title, shown, 'no', **d, verdict=reading_verdict(d), **about))
     return out
 
 # %% ../nbs/81_readings.ipynb #aaa5c8c4

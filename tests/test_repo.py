@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from bdam_repro.parameters import DECIDING_MODULES
@@ -276,3 +277,17 @@ print(sys.modules["bdam_repro"].__file__, {{"nbdev", "fastcore", "IPython"}} & s
     assert file.startswith(str(tmp_path)) and extra == 'set()'
     entry, = [f for f in wheel.namelist() if f.endswith('entry_points.txt')]
     assert 'bdam = bdam_repro.engine:BdamEngine' in wheel.read(entry).decode()
+
+
+def test_the_page_of_the_benchmarks_tells_its_table():
+    "What the page says of the bars that are met, or not, on the quiet Intel."
+    cells = json.loads((REPO/'nbs'/'benchmarks.ipynb').read_text())['cells']
+    said = ' '.join(''.join(c['source']) for c in cells)
+    t = pd.read_csv(REPO/'tables'/'benchmarks.csv').query("machine.str.startswith('Intel')", engine='python')
+
+    def row(size, peer): return t[(t['size'] == size) & (t['peer'] == peer)].iloc[-1]
+    loop = row('1,000, server of 100 ms', 'sequential loop')
+    assert f'it is {loop.ratio:.0f} times ({loop.seconds:.1f} s for 1,000 pictures)' in said
+    irra, floor = row('19,848 × 19,848', 'IRRA').ratio, row('19,848 × 19,848', 'product alone').ratio
+    assert f'takes {floor:.2f} of our time and IRRA {irra:.1f} times as long' in said
+    assert f'the ratio without any count would be {irra/floor:.1f}' in said
