@@ -69,7 +69,7 @@ def screened_name(r: Reading) -> str:   # empty: it is not among them
     if r.variant != 'full' or r.given: return ''
     return next((name for name, (n, options) in SCREENED.items() if (n, options) == (r.n, r.options)), '')
 
-def screening_seed(e: Evidence) -> int | None:            # None: no seed has all twenty runs
+def screening_seed(e: Evidence) -> int | None:            # None: no seed has all forty runs
     "The first seed with which the screening is finished."
     of_run = [set(e.seeds(run.side)) for run in screening_runs()]
     return min(set.intersection(*of_run), default=None)
@@ -84,8 +84,8 @@ def screened_effects(e: Evidence, score: str, metric: str
         return screening_effects(values, query_people(e, runs[0].side), spread)
     return e.cached(('screening', score, metric), found)
 
-IN_COMPANY = dict(evidence='58_screening: 20 runs', rule=(
-    'the mean of ten runs with the reading minus that of ten without it, beside changes of other readings'))
+IN_COMPANY = dict(evidence='58_screening: 40 runs', rule=('the mean of twenty runs with the reading minus '
+                  'that of twenty without it, beside changes of other readings'))
 
 def company_findings(e: Evidence, r: Reading) -> list[Finding]:   # empty: not screened
     "The rows of a reading that was screened."
