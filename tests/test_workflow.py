@@ -52,24 +52,39 @@ def different(configs): return len({run_dir(c) for c in configs})      # two run
 
 def test_dry_run_lists_the_grid(root):
     code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
-    found, runs = jobs(said), different(grid() + audit_grid() + design_grid())
-    folders = ({c.tag for c in audit_grid()} & set(DATA)) - set(LAYOUT_TAGS)
+    found, runs = jobs(said), different(grid(layouts=False))
     assert code == 0 and found['train'] == runs
-    assert found['styles'] == 3 + len(folders) and found['collect'] == 1
+    assert found['styles'] == 1 and found['collect'] == 1
     assert all(found[f'table{n}'] == 1 for n in range(1, 6)) and found['audit'] == 1
     assert f'{runs} of {runs} runs to train; no run of this kind is finished yet' in said
     assert not (root/'runs').exists()
 
 
-def test_runs_of_the_audit_can_be_left_out_or_have_more_seeds(root):
-    more = grid() + audit_grid(seeds=(0, 1)) + design_grid()
-    full = grid(variants=['full'])
-    for config, runs in (('audit=false', grid()), ('audit_seeds=[0,1]', more), ('variants=[full]', full)):
-        code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth', config])
+def test_runs_of_audit_and_layouts_are_asked_for(root):
+    plan, full = ('--dry-run', '--quiet', 'rules'), grid(variants=['full'], layouts=False)
+    of_audit = grid(layouts=False) + audit_grid() + design_grid()
+    more = grid(layouts=False) + audit_grid(seeds=(0, 1)) + design_grid()
+    for config, runs in (('audit=true', of_audit), ('audit=true audit_seeds=[0,1]', more),
+                         ('layouts=true', grid()), ('variants=[full]', full)):
+        code, said = snakemake(root, *plan, config=['dataset=synth', *config.split()])
         assert code == 0 and jobs(said)['train'] == different(runs), config
+    code, said = snakemake(root, *plan, config=['dataset=synth', 'audit=true', 'layouts=true'])
+    folders = ({c.tag for c in audit_grid()} & set(DATA)) - set(LAYOUT_TAGS)
+    assert code == 0 and jobs(said)['styles'] == 3 + len(folders)
     quick = '--configfile', str(REPO/'workflow'/'quick.yaml')
-    code, said = snakemake(root, *quick, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
+    code, said = snakemake(root, *quick, *plan, config=['dataset=synth'])
     assert code == 0 and jobs(said)['train'] == len(grid(seeds=[0], layouts=False))
+
+
+def test_fusions_on_frozen_towers_are_not_trained_again(tmp_path):
+    plan, few = ('--dry-run', '--quiet', 'rules'), 'seeds=[0]'
+    (tmp_path/'tables').mkdir()
+    (tmp_path/'tables'/'fusion.csv').touch()
+    code, said = snakemake(tmp_path, *plan, config=['dataset=synth', few])
+    needed = [c for c in grid(seeds=[0], layouts=False) if not c.variant.startswith('fusion')]
+    assert code == 0 and jobs(said)['train'] == len(needed)
+    code, said = snakemake(tmp_path, *plan, config=['dataset=synth', few, 'variants=[fusion]'])
+    assert code == 0 and jobs(said)['train'] == 1                        # whoever names it, gets it
 
 
 def test_dry_run_of_real_data(root):
@@ -233,6 +248,16 @@ def test_kept_runs_are_put_back(root, elsewhere):
     for f in (root/'tables/synth-smoke').iterdir():
         assert f.read_bytes() == (elsewhere/'tables/synth-smoke'/f.name).read_bytes(), f.name
     assert 'Nothing to be done' in snakemake(elsewhere, targets=[COLLECTED])[1]
+
+
+def test_of_kept_runs_alone_nothing_is_trained(root, elsewhere):
+    "Whatever seeds are asked for: all kept runs come back, and the tables are made again though they are there."
+    config = [*TOY[:2], 'seeds=[0,5]', *TOY[3:], 'kept=true']
+    code, said = snakemake(elsewhere, '--forcerun', 'collect', config=config, targets=[COLLECTED])
+    assert code == 0 and '2 runs put back' in said and 'nothing was trained' in said, said
+    assert 'train' not in jobs(said) and jobs(said)['collect'] == 1
+    for f in (root/'tables/synth-smoke').iterdir():
+        assert f.read_bytes() == (elsewhere/'tables/synth-smoke'/f.name).read_bytes(), f.name
 
 
 def test_only_missing_kept_runs_are_trained(elsewhere):

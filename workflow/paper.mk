@@ -1,4 +1,4 @@
-# make paper | paper-quick | paper-plan | paper-graph: tables, figures and audit from training runs (Snakemake, see workflow/Snakefile)
+# make paper | paper-kept | paper-quick | paper-plan | paper-graph: tables, figures and audit from training runs (Snakemake, see workflow/Snakefile)
 #   DATASET=cuhk PRESET=paper     real data          SEEDS=5            five seeds; SEEDS=0,3,5-7: these
 #   PROFILE=slurm                 a cluster          JOBS=2             jobs at once (on a cluster: in the queue)
 #   REDO=1                        all runs anew, by the code as it is now: runs/code-<fingerprint>/, beside the kept ones
@@ -24,10 +24,13 @@ SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --profile workflow/p
 ONE_PAPER = mkdir -p runs && flock -n runs/.paper.lock sh -c '"$$@" --unlock >/dev/null 2>&1; exec "$$@"' paper
 OR_SAY = || { echo 'not done: where another make paper is running, wait for it; else start again, it goes on where it stopped'; exit 1; }
 
-.PHONY: paper paper-quick paper-plan paper-graph paper-gpu
+.PHONY: paper paper-kept paper-quick paper-plan paper-graph paper-gpu
 
 paper: $(STAMP)
 	@$(ONE_PAPER) $(SNAKEMAKE) $(PAPER_CONFIG) $(ARGS) $(OR_SAY)
+
+paper-kept: $(STAMP)
+	@$(ONE_PAPER) $(SNAKEMAKE) $(PAPER_CONFIG) kept=true --forcerun collect $(ARGS) $(OR_SAY)
 
 paper-quick: $(STAMP)
 	@$(ONE_PAPER) $(SNAKEMAKE) $(QUICK_CONFIG) $(ARGS) $(OR_SAY)
