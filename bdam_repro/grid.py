@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'RIVALS', 'AS_PRINTED', 'EXTRA_ROWS', 'LAYOUT_TAGS', 'DATASET_NAMES', 'FIGURE5_VARIANTS', 'NOISE',
            'CLOTHES', 'CHANGE', 'DATA', 'OPTIONS', 'TINY_EPOCHS', 'END_TO_END', 'BEST_FUSION', 'READINGS', 'LONGER',
-           'LOG_TEST', 'TAGS', 'DECIDING', 'NEXT', 'SEEDS', 'TableRow', 'table_rows', 'grid', 'layout_options',
-           'data_tag', 'Reading', 'tag_of', 'subsets', 'changed_options', 'reading_run', 'reading_reference',
-           'audit_grid', 'design_grid', 'tier_of', 'grid_by_worth', 'finished_seconds', 'past_seconds',
-           'estimate_hours', 'code_note', 'redo_folder', 'with_own_tag']
+           'LOG_TEST', 'TAGS', 'DECIDING', 'NEXT', 'SEEDS', 'TableRow', 'table_rows', 'grid', 'lean_grid',
+           'layout_options', 'data_tag', 'Reading', 'tag_of', 'subsets', 'changed_options', 'reading_run',
+           'reading_reference', 'audit_grid', 'design_grid', 'tier_of', 'grid_by_worth', 'finished_seconds',
+           'past_seconds', 'estimate_hours', 'code_note', 'redo_folder', 'with_own_tag']
 
 # %% ../nbs/65_grid.ipynb #7e2ef03d
 import hashlib
@@ -102,6 +102,15 @@ def grid(dataset: str = 'synth',              # 'synth', 'cuhk', 'icfg', 'rstp'
         return make_config(dataset, preset, v, seed=seed, tag=tag or None, **own, **options)
     runs = [(v, tag) for v, tag in dict.fromkeys(needed) if wanted(v)]
     return [config(v, tag, seed) for seed in seeds for v, tag in runs]
+
+# %% ../nbs/65_grid.ipynb #10106ce1
+def lean_grid(configs: list[Config],    # of `grid`
+              frozen: bool              # the fusions are measured on frozen towers
+             ) -> list[Config]:
+    "The runs that `make paper` trains: as printed with one seed, and fusions where nothing else has them."
+    first = min((c.seed for c in configs), default=0)
+    once = [c for c in configs if c.tag != AS_PRINTED or c.seed == first]
+    return [c for c in once if not (frozen and c.variant.startswith('fusion'))]
 
 # %% ../nbs/65_grid.ipynb #aa68ec16
 NOISE = (0.0, 0.2, 0.5)          # share of wrong attributes in the descriptions, beside that of the preset

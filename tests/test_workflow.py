@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bdam_repro.config import config_hash, run_dir
-from bdam_repro.grid import DATA, LAYOUT_TAGS, audit_grid, design_grid, grid
+from bdam_repro.grid import DATA, LAYOUT_TAGS, audit_grid, design_grid, grid, lean_grid
 
 pytest.importorskip('snakemake')
 pytestmark = pytest.mark.timeout(1200)        # processes that start processes, on a machine that may be busy
@@ -52,7 +52,7 @@ def different(configs): return len({run_dir(c) for c in configs})      # two run
 
 def test_dry_run_lists_the_grid(root):
     code, said = snakemake(root, '--dry-run', '--quiet', 'rules', config=['dataset=synth'])
-    found, runs = jobs(said), different(grid(layouts=False))
+    found, runs = jobs(said), different(lean_grid(grid(layouts=False), frozen=False))
     assert code == 0 and found['train'] == runs
     assert found['styles'] == 1 and found['collect'] == 1
     assert all(found[f'table{n}'] == 1 for n in range(1, 6)) and found['audit'] == 1
@@ -62,10 +62,11 @@ def test_dry_run_lists_the_grid(root):
 
 def test_runs_of_audit_and_layouts_are_asked_for(root):
     plan, full = ('--dry-run', '--quiet', 'rules'), grid(variants=['full'], layouts=False)
-    of_audit = grid(layouts=False) + audit_grid() + design_grid()
-    more = grid(layouts=False) + audit_grid(seeds=(0, 1)) + design_grid()
+    tables = lean_grid(grid(layouts=False), frozen=False)
+    of_audit = tables + audit_grid() + design_grid()
+    more = tables + audit_grid(seeds=(0, 1)) + design_grid()
     for config, runs in (('audit=true', of_audit), ('audit=true audit_seeds=[0,1]', more),
-                         ('layouts=true', grid()), ('variants=[full]', full)):
+                         ('layouts=true', lean_grid(grid(), False)), ('variants=[full]', full)):
         code, said = snakemake(root, *plan, config=['dataset=synth', *config.split()])
         assert code == 0 and jobs(said)['train'] == different(runs), config
     code, said = snakemake(root, *plan, config=['dataset=synth', 'audit=true', 'layouts=true'])
@@ -81,7 +82,7 @@ def test_fusions_on_frozen_towers_are_not_trained_again(tmp_path):
     (tmp_path/'tables').mkdir()
     (tmp_path/'tables'/'fusion.csv').touch()
     code, said = snakemake(tmp_path, *plan, config=['dataset=synth', few])
-    needed = [c for c in grid(seeds=[0], layouts=False) if not c.variant.startswith('fusion')]
+    needed = lean_grid(grid(seeds=[0], layouts=False), frozen=True)
     assert code == 0 and jobs(said)['train'] == len(needed)
     code, said = snakemake(tmp_path, *plan, config=['dataset=synth', few, 'variants=[fusion]'])
     assert code == 0 and jobs(said)['train'] == 1                        # whoever names it, gets it
@@ -251,7 +252,7 @@ def test_kept_runs_are_put_back(root, elsewhere):
 
 
 def test_of_kept_runs_alone_nothing_is_trained(root, elsewhere):
-    "Whatever seeds are asked for: all kept runs come back, and the tables are made again though they are there."
+    "Whatever seeds are asked for: all kept runs come back, and tables that are there are made again."
     config = [*TOY[:2], 'seeds=[0,5]', *TOY[3:], 'kept=true']
     code, said = snakemake(elsewhere, '--forcerun', 'collect', config=config, targets=[COLLECTED])
     assert code == 0 and '2 runs put back' in said and 'nothing was trained' in said, said
