@@ -97,6 +97,8 @@ PAIRS_BESIDE: list[tuple[str, Side, Side]] = [                     # claim, bett
     ('descriptions', ('full', 'icfg'), ('no_adversarial', 'icfg')),
     ('whole', ('full', LONGER), ('baseline', LONGER)),       # as many epochs
     ('whole', FULL, ('baseline', LONGER)),                   # about as many seconds
+    ('whole', ('full', 'icfg'), ('baseline', 'icfg')),       # other layouts of the data
+    ('whole', ('full', 'rstp'), ('baseline', 'rstp')),
     ('source', ('full', 'icfg'), ('baseline_described', 'icfg')),
     ('source', ('full', 'rstp'), ('baseline_described', 'rstp')),
     ('source', ('full', LONGER), ('baseline_described', LONGER)),
