@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OWN_CLAIMS', 'ALL_CLAIMS', 'METRIC_NAMES', 'PAIRS_BESIDE', 'GAIN_METRICS', 'LITERAL_GAIN', 'TOKENS_BESIDE', 'SLACK',
            'RIVAL_LAYERS', 'PAPER_WIDTH', 'PAPER_TOKENS', 'NEAR', 'LEAST_SPREAD', 'GATE_METRIC', 'GATE', 'GATE_WORTH',
-           'AN_OFFSET', 'claim_finding', 'compare_sides', 'noise_side', 'accuracy_claims', 'factorial_claims',
-           'fusion_gains', 'fusion_finding', 'over_runs', 'fusion_claims', 'literal_gain', 'token_claims',
-           'style_claims', 'style_agreement', 'sota_claim', 'cost_lengths', 'costs', 'number_finding', 'linear_claim',
-           'tradeoff_claim', 'efficiency_claims', 'gallery_people', 'gate_means', 'gate_gains', 'gate_claims',
-           'balance_claim', 'region_silhouettes', 'region_claim']
+           'AN_OFFSET', 'MEANS_REMOVED', 'BY_OFFSET', 'claim_finding', 'compare_sides', 'noise_side', 'accuracy_claims',
+           'factorial_claims', 'fusion_gains', 'fusion_finding', 'over_runs', 'fusion_claims', 'literal_gain',
+           'token_claims', 'style_claims', 'style_agreement', 'sota_claim', 'cost_lengths', 'costs', 'number_finding',
+           'linear_claim', 'tradeoff_claim', 'efficiency_claims', 'gallery_people', 'gate_means', 'gate_gains',
+           'gate_claims', 'balance_claim', 'region_silhouettes', 'region_claim']
 
 # %% ../nbs/82_claims.ipynb #a5eb63e5
 import math
@@ -363,6 +363,7 @@ def balance_claim(e: Evidence) -> list[Finding]:
 
 # %% ../nbs/82_claims.ipynb #4c19fed2
 AN_OFFSET = .1       # less of the silhouette than this share is left where the means are removed
+MEANS_REMOVED, BY_OFFSET = 'full, means removed', 'by an offset'
 
 def region_silhouettes(f_id: np.ndarray, f_clo: np.ndarray, keep: np.ndarray, f=unit_rows) -> np.ndarray:
     "The silhouettes of Figure 4, of −100 to 100, on its pictures."
@@ -380,8 +381,8 @@ def region_claim(e: Evidence) -> list[Finding]:
     left = np.mean([region_silhouettes(*(unit_rows(f) for f in x), keep, centered) for x in pairs])
     gain = estimate(trained - bare, people[keep])
     d = dict(value=trained.mean()) | interval_columns(gain) | folder_source(e, folders)
-    how = 'by an offset' if left < AN_OFFSET*trained.mean() else 'not by an offset alone'
-    beside = {'untrained': (bare.mean(), 'Figure 4'), f'full, means removed: {how}': (left, 'Figure 4')}
+    how = BY_OFFSET if left < AN_OFFSET*trained.mean() else 'not by an offset alone'
+    beside = {'untrained': (bare.mean(), 'Figure 4'), f'{MEANS_REMOVED}: {how}': (left, 'Figure 4')}
     return [claim_finding('tsne', name, metric, d),
             *(Finding('b', 'tsne', reading, metric, value=value, evidence=evidence, decides=False)
               for reading, (value, evidence) in beside.items())]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NEEDS_FACTORS', 'EPOCH_NOTE', 'VERDICTS', 'NULL_RUNS', 'CEILING', 'MODEL_QUESTIONS', 'part_b', 'build_audit',
            'audit_caption', 'difference_cell', 'evidence_cell', 'printed_cell', 'verdict_cell', 'md_table',
-           'readings_table', 'reading_words', 'point_words', 'points_table', 'claims_table', 'bound_words',
-           'pairs_table', 'findings_table', 'claim_tables', 'plan_table', 'audit_markdown', 'write_audit',
-           'find_in_models']
+           'readings_table', 'reading_words', 'point_words', 'points_table', 'verdict_words', 'claims_table',
+           'bound_words', 'pairs_table', 'findings_table', 'claim_tables', 'plan_table', 'audit_markdown',
+           'write_audit', 'find_in_models']
 
 # %% ../nbs/86_report.ipynb #03aef295
 import math
@@ -28,9 +28,9 @@ from .findings import (FINDING_COLUMNS, JUDGED, NOT_HERE, NOT_MEASURED, NOT_RUN,
                                  ONE_SEED, Evidence, Finding, ModelQuestion, claim_verdict, findings_frame,
                                  gather, model_findings, read_audit, runs_with_findings, settle)
 from .readings import HEAD, IN_COMPANY, READING_RULE, TIES, part_a
-from .claims import (ALL_CLAIMS, GATE, GATE_WORTH, accuracy_claims, efficiency_claims,
-                               factorial_claims, fusion_claims, gate_claims, region_claim, sota_claim,
-                               style_claims)
+from .claims import (ALL_CLAIMS, BY_OFFSET, GATE, GATE_WORTH, MEANS_REMOVED, accuracy_claims,
+                               efficiency_claims, factorial_claims, fusion_claims, gate_claims, region_claim,
+                               sota_claim, style_claims)
 from .probes import (CLOTHES_CHANGED, CLOTHES_KEPT, DEPENDENCE, FIGURE_BRANCHES, exchange_claims,
                                feature_claims, independence_claim, robust_claim)
 from .protocol import NOISE_RULE, PROTOCOL_RULE, RERANK, part_c, part_d, part_f, seed_plan
@@ -154,6 +154,20 @@ def points_table(t: pd.DataFrame) -> str:   # t: the audit
     lines = [(p.n, p.where, p.point, p.default, p.why, point_words(t, p.n)) for p in OPEN_POINTS]
     return md_table(['#', 'where', 'open point', 'our default for real data', 'why', 'measured'], lines)
 
+# %% ../nbs/86_report.ipynb #a9ed4d26
+def verdict_words(own: pd.DataFrame   # the rows of a claim in the audit
+                 ) -> str:
+    "The verdict on a claim, with what must be known beside it."
+    of = own.drop_duplicates('reading').set_index('reading')
+    item, verdict = of['item'].iloc[0], of['verdict']['']
+    if item == 'tsne' and verdict == 'holds' and f'{MEANS_REMOVED}: {BY_OFFSET}' in of.index:
+        return f'**{verdict}, {BY_OFFSET}**'
+    if item == 'gate_mean' and verdict == 'does not':
+        free = of['value'].get('no_gate_reg', math.nan)/100
+        without = '' if math.isnan(free) else f'; without it {free:.2f}'
+        return f'**{verdict}** (with our regularization{without})'
+    return f'**{verdict}**'
+
 # %% ../nbs/86_report.ipynb #37bf88d1
 def claims_table(t: pd.DataFrame) -> str:   # t: the audit
     "One line per claim, with the first of the deciding findings that made the verdict."
@@ -167,7 +181,7 @@ def claims_table(t: pd.DataFrame) -> str:   # t: the audit
         made_by = {'does not': 'against', 'holds': 'for'}.get(verdict, verdict)
         first = next((r for r in deciding if r.verdict == made_by), None)
         shown = f'{first.reading}: {evidence_cell(first)}' if first else '–'
-        lines.append((c.id, c.where, c.claim, c.printed or '–', f'**{verdict}**', counted or '–', shown,
+        lines.append((c.id, c.where, c.claim, c.printed or '–', verdict_words(own), counted or '–', shown,
                       printed_cell(first) if first else '–'))
     return md_table(['claim', 'where', 'in words', 'printed', 'verdict here', 'deciding findings',
                      'the first that made it', 'its printed number excluded?'], lines)
