@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['OWN_CLAIMS', 'ALL_CLAIMS', 'METRIC_NAMES', 'PAIRS_BESIDE', 'GAIN_METRICS', 'LITERAL_GAIN', 'TOKENS_BESIDE', 'SLACK',
-           'RIVAL_LAYERS', 'PAPER_WIDTH', 'PAPER_TOKENS', 'NEAR', 'LEAST_SPREAD', 'GATE_METRIC', 'GATE', 'GATE_WORTH',
-           'AN_OFFSET', 'MEANS_REMOVED', 'BY_OFFSET', 'claim_finding', 'compare_sides', 'noise_side', 'accuracy_claims',
-           'factorial_claims', 'fusion_gains', 'fusion_finding', 'over_runs', 'fusion_claims', 'literal_gain',
-           'token_claims', 'style_claims', 'style_agreement', 'sota_claim', 'cost_lengths', 'costs', 'number_finding',
-           'linear_claim', 'tradeoff_claim', 'efficiency_claims', 'gallery_people', 'gate_means', 'gate_gains',
-           'gate_claims', 'balance_claim', 'region_silhouettes', 'region_claim']
+           'RIVAL_LAYERS', 'PAPER_WIDTH', 'PAPER_TOKENS', 'NEAR', 'LEAST_SPREAD', 'GATE_METRIC', 'PRINTED_GATES',
+           'GATE', 'GATE_WORTH', 'AN_OFFSET', 'MEANS_REMOVED', 'BY_OFFSET', 'claim_finding', 'compare_sides',
+           'noise_side', 'accuracy_claims', 'factorial_claims', 'fusion_gains', 'fusion_finding', 'over_runs',
+           'fusion_claims', 'literal_gain', 'token_claims', 'style_claims', 'style_agreement', 'sota_claim',
+           'cost_lengths', 'costs', 'number_finding', 'linear_claim', 'tradeoff_claim', 'efficiency_claims',
+           'gallery_people', 'gate_means', 'gate_gains', 'gate_claims', 'balance_claim', 'region_silhouettes',
+           'region_claim']
 
 # %% ../nbs/82_claims.ipynb #a5eb63e5
 import math
@@ -22,7 +23,7 @@ import pandas as pd
 import torch
 
 from .config import Config, UserError, make_config
-from .paper import CLAIMS, Claim
+from .paper import CLAIMS, Claim, figure3
 from .deciding import (CONTRASTS, FUSION_CONTRASTS, FUSION_VARIANTS, SMALLEST_EFFECT, Contrast,
                                  FusionContrast, Side, printed_difference)
 from .inference import DifferenceEstimate, estimate
@@ -35,7 +36,7 @@ from .features import branch_silhouettes, centered, pick_people, unit_rows, untr
 from .efficiency import fusion_configs, fusion_flops, growth, layer_costs, one_core, sizes
 from .cost_figure import cost_machine
 from .findings import (FULL, NOT_RUN, ONE_SEED, Evidence, Finding, ModelQuestion, compare_runs,
-                                 folder_source, interval_columns, judge, model_findings,
+                                 excludes, folder_source, interval_columns, judge, model_findings,
                                  paired_interval, query_people, run_source, runs_with_findings,
                                  seed_query_values, side_name)
 from .readings import HEAD, SHOWN, style_scores
@@ -147,15 +148,18 @@ def fusion_gains(e: Evidence) -> dict[str, pd.DataFrame]:   # metric -> [runs ×
     return {m: g.assign(dual=0.) for m, g in gains.items()}
 
 def fusion_finding(c: FusionContrast,
-                   gains: pd.DataFrame      # of the contrast's metric
-                  ) -> Finding:
+                   gains: pd.DataFrame,     # of the contrast's metric
+                   decides: bool = True) -> Finding:
     "What the frozen towers say of a contrast."
     name, metric = f'{c.better} − {c.worse}, same towers', GAIN_METRICS[c.metric]
-    if not {c.better, c.worse} <= set(gains): return claim_finding(c.claim, name, metric, {})
+    if not {c.better, c.worse} <= set(gains):
+        return claim_finding(c.claim, name, metric, {}, decides=decides)
     sides = [(FUSION_VARIANTS[k], '') for k in (c.better, c.worse)]
     about = dict(value=float(gains[c.better].mean()), printed=printed_difference(*sides, metric=c.metric))
     d = over_runs(gains[c.better] - gains[c.worse]) | about
-    return replace(claim_finding(c.claim, name, metric, d, c.bound, margin=SMALLEST_EFFECT), reading=name)
+    d['excluded'] = excludes(d['lo'], d['hi'], d['printed'])
+    f = claim_finding(c.claim, name, metric, d, c.bound, decides, margin=SMALLEST_EFFECT)
+    return replace(f, reading=name)
 
 def over_runs(d: pd.Series) -> dict[str, Any]:   # by run, NaN where a side is missing -> columns of a finding
     "The mean difference with its interval, the runs being the sample."
@@ -166,10 +170,12 @@ def over_runs(d: pd.Series) -> dict[str, Any]:   # by run, NaN where a side is m
     return interval_columns(x) | dict(seeds=seeds, evidence='fusion.csv')
 
 def fusion_claims(e: Evidence) -> list[Finding]:
-    "All contrasts of fusions."
-    gains = fusion_gains(e)
-    contrasts = [fusion_finding(c, gains[c.metric]) for c in FUSION_CONTRASTS]
-    return [*contrasts, *token_claims(e), literal_gain(e)]
+    "All contrasts of fusions; beside those in R-1 the same in mAP, which the paper prints too."
+    gains, out = fusion_gains(e), []
+    for c in FUSION_CONTRASTS:
+        out.append(fusion_finding(c, gains[c.metric]))
+        if c.metric == 'R1': out.append(fusion_finding(replace(c, metric='mAP'), gains['mAP'], decides=False))
+    return [*out, *token_claims(e), literal_gain(e)]
 
 # %% ../nbs/82_claims.ipynb #19b6381f
 LITERAL_GAIN = 'full-symmetric=False: fused − dual'
@@ -311,6 +317,7 @@ def efficiency_claims(e: Evidence) -> list[Finding]:
 # %% ../nbs/82_claims.ipynb #cf3f1fd8
 NEAR, LEAST_SPREAD = 10., 1.      # percent
 GATE_METRIC = f'mean of g − {50 + NEAR:g} %'
+PRINTED_GATES = 100*figure3()[['mean', 'std']]     # percent
 
 def gallery_people(e: Evidence, times: int = 1) -> np.ndarray:   # [times·G]
     "The person in each picture of the test gallery."
@@ -341,6 +348,7 @@ def gate_claims(e: Evidence) -> list[Finding]:
             g = 100*np.stack(answers).astype(float)                                   # [seeds, G]
             excess = estimate(g - 50 - NEAR, people)
             d = dict(value=g.mean()) | interval_columns(excess) | folder_source(e, folders)
+            if side == FULL: d['printed'] = PRINTED_GATES['mean']['bdam_identity'] - 50 - NEAR
         out.append(claim_finding('gate_mean', side_name(side), GATE_METRIC, d, decides=side == FULL))
     return out + balance_claim(e)
 
@@ -352,12 +360,16 @@ def balance_claim(e: Evidence) -> list[Finding]:
     w = 100*np.stack([t['w'][:, 0] for t in runs])                                    # [seeds, Q]
     found = estimate(w, runs[0]['q_pids'])
     lo, hi = found.interval()                          # NaN with one seed: not near
+    level = math.nan if math.isnan(lo) else 95.
     near = abs(lo - 50) < NEAR and abs(hi - 50) < NEAR
+    printed = PRINTED_GATES.loc['fusion_image']
     mean = Finding('b', 'balance', 'image weight on right pairs', 'mean, %', value=found.diff, lo=lo, hi=hi,
+                   level=level, printed=printed['mean'], excluded=excludes(lo, hi, printed['mean']),
                    verdict=ONE_SEED if math.isnan(lo) else 'for' if near else 'against', decides=True,
                    rule=f'for where all of the interval is within {NEAR:g} of 50, else against', **source)
     spread = pd.Series(w.std(axis=1), index=[f'seed{n}' for n in range(len(w))])     # within a run, by pair
-    d = dict(value=spread.mean()) | over_runs(spread - LEAST_SPREAD) | source
+    d = dict(value=spread.mean(), printed=printed['std'] - LEAST_SPREAD)
+    d |= over_runs(spread - LEAST_SPREAD) | source
     varies = f'image weight over right pairs, above {LEAST_SPREAD:g}'
     return [mean, replace(claim_finding('balance', varies, 'sd, %', d), reading=varies)]
 

@@ -55,8 +55,8 @@ class Finding:
     hi: float = math.nan
     level: float = math.nan        # of the interval, in percent
     p: float = math.nan            # of a deciding finding: of chance alone, at the bound or not negligible
-    printed: float = math.nan      # the paper's diff
-    excluded: str = ''             # whether the interval excludes the printed diff: 'yes', 'no'
+    printed: float = math.nan      # the paper's diff, or its value where there is no diff
+    excluded: str = ''             # whether the interval excludes what is printed: 'yes', 'no'
     seeds: str = ''
     verdict: str = ''
     rule: str = ''                 # how the verdict came about
