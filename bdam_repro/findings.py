@@ -65,6 +65,7 @@ class Finding:
     bound: float = 0.              # what the interval is compared with
     margin: float = math.nan       # a diff within ± this is negligible; NaN: none is
     estimate: DifferenceEstimate | None = None     # behind diff, lo and hi
+    ratio: bool = False            # the estimate is of the logarithm of value, whose interval lo and hi are
 
 # %% ../nbs/80_findings.ipynb #beb073d7
 FINDING_COLUMNS = ['part', 'item', 'reading', 'default', 'metric', 'value', 'diff', 'lo', 'hi', 'level', 'p',
@@ -157,7 +158,9 @@ def with_interval(f: Finding, level: float = .95) -> Finding:
     "A finding with the interval of its estimate at this level, and its verdict."
     if f.estimate is None: return f
     lo, hi = f.estimate.interval(level)
-    verdict = judge(dict(diff=f.diff, lo=lo, hi=hi), f.bound, f.margin)
+    if f.ratio: verdict = TOO_NOISY if lo <= 0 <= hi else f.verdict    # its own rule says which side is good
+    else: verdict = judge(dict(diff=f.diff, lo=lo, hi=hi), f.bound, f.margin)
+    if f.ratio: lo, hi = math.exp(lo), math.exp(hi)
     level = 100*level if math.isfinite(lo) else math.nan                    # one seed has no interval
     return replace(f, lo=lo, hi=hi, level=level, verdict=verdict, excluded=excludes(lo, hi, f.printed))
 
