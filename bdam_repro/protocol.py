@@ -30,11 +30,11 @@ from .model import ImageFeatures, Model, TextFeatures, invalid_pair_scores, resc
 from .pretrained import from_pretrained
 from .metrics import RetrievalResult, metrics_from_scores, rank_metrics, rerank_metrics, topk
 from .inference import mean_squares, person_values, seeds_needed, seeds_to_settle
-from .grid import LOG_TEST, NOISE, TAGS
+from .grid import LOG_TEST, NOISE, TAGS, layout_options
 from .results import data_of, read_json
-from .findings import (FULL, MODEL, NEGLIGIBLE, NOT_HERE, NOT_RUN, Evidence, Finding, ModelQuestion,
-                                 compare_runs, folder_source, interval_columns, model_findings, query_people,
-                                 run_source, runs_with_findings, seed_query_values, side_name)
+from .findings import (FULL, MODEL, NEGLIGIBLE, NOT_HERE, NOT_RUN, ONE_SEED, Evidence, Finding,
+                                 ModelQuestion, compare_runs, folder_source, interval_columns, model_findings,
+                                 query_people, run_source, runs_with_findings, seed_query_values, side_name)
 from .readings import (HEAD, IN_COMPANY, beside_default, dual_ranking, histories, reading_verdict,
                                  screened_effects, screening_seed)
 from .screening import EMPTY_COLUMNS, pair_leaks, screening_runs
@@ -224,6 +224,8 @@ EMPTY_RULE = 'twenty runs against twenty others between which no reading was cha
 def tower_objective(folder: Path) -> str | None:     # None: the fusion trains the towers too
     "What trains the towers of a run: all options but those of the fusion and of the run."
     c = read_json(folder/'config.json')
+    usual = make_config(c['dataset'], c['preset'], c['variant'], **layout_options(c['preset'], c['tag']))
+    c = usual.model_dump() | c                       # a run does not name options that are younger than it
     if c['fusion'] and c['fusion_grad']: return None
     ignored = {*FusionOptions.model_fields, 'c_fusion', *RunOptions.model_fields, 'log_test', 'config_hash',
                'grad_checkpoint'}
@@ -238,23 +240,24 @@ def null_pairs(e: Evidence) -> list[tuple[Side, Side]]:
     return [pair for sides in groups.values() for pair in combinations(sides, 2)]
 
 def noise_floor(e: Evidence) -> list[Finding]:
-    "One finding per null pair with an interval, and a summary of all."
+    "One finding per null pair, and a summary of all."
     out, spread = [], []
     for a, b in null_pairs(e):
         seeds = [s for s in e.seeds(a) if s in e.seeds(b)]
         if not seeds: continue
         x, y = (seed_query_values(e, side, 'R1', 'dual', seeds)[0].mean(1) for side in (a, b))
         spread += list(x - y)
+        differ = f'{np.count_nonzero(x - y)} of {len(seeds)} not 0'
         d = compare_runs(e, a, b, 'R1', 'dual') | dict(value=abs(x - y).max(), printed=math.nan, excluded='')
-        if len(seeds) < 2: continue
         out.append(Finding('f', 'noise', f'{side_name(a)} − {side_name(b)}', 'dual R-1', **d,
-                           verdict=reading_verdict(d), rule=NOISE_FLOOR))
+                           verdict=reading_verdict(d), rule=f'{NOISE_FLOOR}; {differ}'))
     if not spread: return [Finding('f', 'noise', 'null runs', 'dual R-1', verdict=NOT_RUN)]
     called = sum(f.verdict in ('better', 'worse') for f in out)
-    rule = (f'{called} of {len(out)} pairs with several seeds are called different; value: root mean square '
+    several = sum(f.verdict != ONE_SEED for f in out)
+    rule = (f'{called} of {several} pairs with several seeds are called different; value: root mean square '
             'of the differences within a seed, hi: the largest')
     size = dict(value=float(np.sqrt(np.mean(np.square(spread)))), hi=float(np.abs(spread).max()))
-    name = f'all {len(spread)} differences of null runs'
+    name = f'all {len(spread)} differences of null runs, {np.count_nonzero(spread)} of them not 0'
     return [Finding('f', 'noise', name, 'dual R-1', **size, rule=rule, evidence='noise_floor()'), *out]
 
 # %% ../nbs/84_protocol.ipynb #2fe6a644

@@ -156,6 +156,26 @@ def test_runs_of_one_objective_are_the_noise_floor(tmp_path):
     assert names == {('baseline', 'fusion'), ('baseline', 'fusion_no_mamba'), ('fusion', 'fusion_no_mamba')}
     whole, *pairs = protocol.noise_floor(e)
     assert len(pairs) == 3 and whole.hi == max(f.value for f in pairs) and 'of 3 pairs' in whole.rule
+    assert whole.reading.startswith('all 6 differences')                # two seeds of three pairs
+
+
+def test_the_same_run_on_another_device_is_a_null_run_too(tmp_path):
+    for variant, tag in (('full', None), ('bdam', None), ('bdam', 'cpu')):
+        c = make_config('synth', 'smoke', variant, tag=tag)
+        demo_run(run_dir(c, tmp_path/'runs'), c)
+    old = tmp_path/'runs/synth/smoke/bdam/seed0/config.json'        # made before there was such an option
+    options = json.loads(old.read_text())
+    old.write_text(json.dumps({k: v for k, v in options.items() if k != 'equal_texts'}))
+    features = old.with_name('features.safetensors')
+    t = load_file(features)
+    save_file(t | {'dual.R1': np.ascontiguousarray(1 - t['dual.R1'])}, features)      # what the device did
+    places = {k: str(tmp_path/k) for k in ('runs', 'tables')}
+    e = findings.gather(ArtifactParameters(preset='smoke', **places, data_root=str(tmp_path/'data')))
+    found = {f.reading: f for f in protocol.noise_floor(e)}
+    device = found['bdam − bdam-cpu']
+    assert device.verdict == findings.ONE_SEED and device.rule.endswith('1 of 1 not 0') and device.value > 0
+    assert 'of 0 pairs' in next(iter(found.values())).rule             # one seed calls nothing different
+    assert any(re.fullmatch(r'all \d differences of null runs, \d of them not 0', name) for name in found)
 
 
 def test_what_was_not_run_has_no_difference(made):
