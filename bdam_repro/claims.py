@@ -286,17 +286,20 @@ def number_finding(item: str, reading: str, metric: str, value: float, than: flo
 def linear_claim(e: Evidence) -> list[Finding]:
     "Growth below attention's, no more seconds or FLOPs at the lengths that occur; beside: the paper's sizes."
     t, names = costs(e), f'Mamba, {RIVAL_LAYERS}'
-    exponent = growth(rows_where(t, size='preset'))['seconds']
-    out = [number_finding('linear', f'exponent of the seconds in the length: {names}', 'growth',
+    def measured_on(rows): return f', on {" and ".join(rows["machine"].unique())}'       # counts need none
+    of_preset = rows_where(t, size='preset')
+    exponent, where = growth(of_preset)['seconds'], measured_on(of_preset)
+    out = [number_finding('linear', f'exponent of the seconds in the length: {names}{where}', 'growth',
                           exponent['Mamba'], exponent[RIVAL_LAYERS])]
     places = [('preset', length) for length in cost_lengths(e.base)[:2]]
     if e.base.fusion_dim != PAPER_WIDTH: places += [('paper', 1), ('paper', PAPER_TOKENS)]
     for size, length in places:
         of = rows_where(t, size=size, length=length).set_index('layers')
         name = f'{length} tokens of width {of["width"].iloc[0]}: {names}'
-        for column, metric, unit in (('seconds', 'µs per pair', 1e6), ('flops', 'kFLOPs per pair', 1e-3)):
+        for column, metric, unit, where in (('seconds', 'µs per pair', 1e6, measured_on(of)),
+                                            ('flops', 'kFLOPs per pair', 1e-3, '')):
             mamba, rival = of[column]['Mamba']*unit, of[column][RIVAL_LAYERS]*unit
-            out.append(number_finding('linear', name, metric, mamba, rival, decides=size == 'preset'))
+            out.append(number_finding('linear', name + where, metric, mamba, rival, decides=size == 'preset'))
     return out
 
 # %% ../nbs/82_claims.ipynb #8f533df2
