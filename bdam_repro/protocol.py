@@ -7,8 +7,8 @@ __all__ = ['PAIR', 'PROTOCOL_RULE', 'RERANK', 'BLOCK_RULE', 'NOISE_RULE', 'NOISE
            'stored_features', 'pair_ranking', 'match_scores', 'rerank_ways', 'rerank_results', 'score_results',
            'score_findings', 'gain_on_test', 'selection_on_test', 'selection_finding', 'block_r1', 'block_finding',
            'part_c', 'noise_finding', 'part_d', 'plot_noise', 'tower_objective', 'null_pairs', 'noise_floor',
-           'contrast_components', 'contrast_name', 'planned_people', 'power_findings', 'empty_findings',
-           'pair_findings', 'part_f', 'seed_plan']
+           'contrast_components', 'fusion_components', 'change_components', 'contrast_name', 'planned_people',
+           'power_finding', 'power_findings', 'empty_findings', 'pair_findings', 'part_f', 'seed_plan']
 
 # %% ../nbs/84_protocol.ipynb #fd06fd85
 import json
@@ -25,20 +25,22 @@ import torch
 
 from .config import Config, FusionOptions, RunOptions, make_config
 from .synth import gallery_blocks
-from .deciding import CONTRASTS, SMALLEST_EFFECT, Contrast, Side
+from .deciding import (CONTRASTS, FUSION_CONTRASTS, SMALLEST_EFFECT, Contrast, FusionContrast,
+                                 Side)
 from .model import ImageFeatures, Model, TextFeatures, invalid_pair_scores, rescore
 from .pretrained import from_pretrained
 from .metrics import RetrievalResult, metrics_from_scores, rank_metrics, rerank_metrics, topk
 from .inference import mean_squares, person_values, seeds_needed, seeds_to_settle
 from .grid import LOG_TEST, NOISE, TAGS, layout_options
-from .results import data_of, read_json
+from .results import data_of, read_json, rows_where
 from .findings import (FULL, MODEL, NEGLIGIBLE, NOT_HERE, NOT_RUN, ONE_SEED, Evidence, Finding,
                                  ModelQuestion, compare_runs, folder_source, interval_columns, model_findings,
                                  query_people, run_source, runs_with_findings, seed_query_values, side_name)
 from .readings import (HEAD, IN_COMPANY, beside_default, dual_ranking, histories, reading_verdict,
                                  screened_effects, screening_seed)
 from .screening import EMPTY_COLUMNS, pair_leaks, screening_runs
-from .claims import METRIC_NAMES, noise_side
+from .claims import GAIN_METRICS, METRIC_NAMES, fusion_gains, noise_side
+from .probes import PERSON_ASKED, change_claims
 
 # %% ../nbs/84_protocol.ipynb #d2563f9a
 def stored_features(t: dict[str, np.ndarray]) -> tuple[TextFeatures, ImageFeatures]:
@@ -273,6 +275,24 @@ def contrast_components(e: Evidence, c: Contrast) -> tuple[float, float, float] 
     parts = total - rest/ms.m, person, rest
     return tuple(math.sqrt(max(0., v)) for v in parts)
 
+def fusion_components(gains: pd.DataFrame,     # of the contrast's metric, as of `fusion_gains`
+                      c: FusionContrast) -> tuple[float, float, float] | None:
+    "The same on frozen towers: a seed is a run of these, and all are tested on the same people."
+    if not {c.better, c.worse} <= set(gains): return None
+    d = (gains[c.better] - gains[c.worse]).dropna()
+    return (float(d.std(ddof=1)), 0., 0.) if len(d) > 1 else None
+
+def change_components(e: Evidence, name: str     # '…: full − baseline_described', as of `change_claims`
+                     ) -> tuple[float, float, float] | None:
+    "The same of models that were trained on people who change clothes, from the hits of each person."
+    path, (better, _, worse) = e.p.tables_path/'change_people.csv', name.split(': ')[-1].partition(' − ')
+    if not (worse and path.exists()): return None
+    t = rows_where(pd.read_csv(path), query='identity', metric='R-1', trained='change')
+    hits = t.set_index(['variant', 'seed']).filter(regex=r'^\d+$')             # a column per person
+    d = (hits.loc[better] - hits.loc[worse]).dropna()                          # [seeds, people]
+    if len(d) < 2: return None
+    return tuple(math.sqrt(max(0., v)) for v in mean_squares(d.to_numpy()).components)
+
 def contrast_name(c: Contrast) -> str:
     "As the audit names it."
     name = f'{side_name(c.better)} − {side_name(c.worse)}'
@@ -283,25 +303,36 @@ def planned_people(e: Evidence) -> int:
     if e.base.dataset != 'synth': return len(np.unique(query_people(e, next(iter(e.sides)))))
     return make_config('synth', e.base.preset).synth_test_ids
 
+def power_finding(name: str, metric: str,
+                  known: tuple[float, float, float] | None,     # as of `contrast_components`
+                  m: int,                                       # people
+                  variants: int = 20                            # that help to know the seeds' variance
+                 ) -> Finding:
+    "The seeds that a contrast needs."
+    metric = f'seeds for {SMALLEST_EFFECT:g} {metric}'
+    if known is None: return Finding('f', 'power', name, metric, verdict=NOT_RUN)
+    see, settle = (count(SMALLEST_EFFECT, known, m, variants=variants)
+                   for count in (seeds_needed, seeds_to_settle))
+    said = ', '.join(f'{of} {x:.1f}' for of, x in zip(('seed', 'person', 'rest'), known))
+    rule = (f'value: to see it; hi: to call it negligible where nothing is there; with {m:,} people; '
+            f'sd of {said}')
+    return Finding('f', 'power', name, metric, value=see, hi=settle, rule=rule, evidence='power_findings()')
+
 def power_findings(e: Evidence) -> list[Finding]:
-    "The seeds that each deciding contrast needs, once per contrast."
+    "The seeds that each deciding contrast needs, once per contrast; of fusions, the runs of the towers."
     out, seen, m = [], set(), planned_people(e)
     for c in CONTRASTS:
         key = replace(c, claim='', bound=0.)
         if key in seen: continue
         seen.add(key)
-        known, name = contrast_components(e, c), contrast_name(c)
-        metric = f'seeds for {SMALLEST_EFFECT:g} {METRIC_NAMES[c.score, c.metric]}'
-        if known is None:
-            out.append(Finding('f', 'power', name, metric, verdict=NOT_RUN))
-            continue
-        see, settle = seeds_needed(SMALLEST_EFFECT, known, m), seeds_to_settle(SMALLEST_EFFECT, known, m)
-        said = ', '.join(f'{of} {x:.1f}' for of, x in zip(('seed', 'person', 'rest'), known))
-        rule = (f'value: to see it; hi: to call it negligible where nothing is there; with {m:,} people; '
-                f'sd of {said}')
-        out.append(Finding('f', 'power', name, metric, value=see, hi=settle, rule=rule,
-                           evidence='power_findings()'))
-    return out
+        known = contrast_components(e, c)
+        out.append(power_finding(contrast_name(c), METRIC_NAMES[c.score, c.metric], known, m))
+    gains = fusion_gains(e)
+    for c in dict.fromkeys(replace(c, claim='', bound=0.) for c in FUSION_CONTRASTS):
+        name, known = f'{c.better} − {c.worse}, same towers', fusion_components(gains[c.metric], c)
+        out.append(power_finding(name, GAIN_METRICS[c.metric], known, m, 2))
+    names = [f.reading for f in change_claims(e)] if e.base.dataset == 'synth' else []
+    return out + [power_finding(name, PERSON_ASKED, change_components(e, name), m, 2) for name in names]
 
 # %% ../nbs/84_protocol.ipynb #3b8d3bc3
 def empty_findings(e: Evidence) -> list[Finding]:
