@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'LABEL', 'cell', 'check_budget', 'shown_metrics', 'interval_of', 'printed_rows', 'style_rows', 'build_table',
-           'check_differences', 'to_know', 'table_caption', 'ours_cell', 'delta_cell', 'paper_cell', 'count_cell',
-           'share_cell', 'ablation_columns', 'place_heading', 'place_block', 'place_blocks', 'quoted_block', 'blocks',
-           'notes', 'table_markdown', 'table_latex', 'describe_styles', 'write_styles', 'collect_styles', 'collect',
-           'write_table', 'demo_tables']
+           'check_differences', 'to_know', 'trained_on', 'table_caption', 'ours_cell', 'delta_cell', 'paper_cell',
+           'count_cell', 'share_cell', 'ablation_columns', 'place_heading', 'place_block', 'place_blocks',
+           'quoted_block', 'blocks', 'notes', 'table_markdown', 'table_latex', 'describe_styles', 'write_styles',
+           'collect_styles', 'collect', 'write_table', 'demo_tables']
 
 # %% ../nbs/70_artifacts.ipynb #e0b679af
 import json
@@ -34,9 +34,10 @@ from .results import (DIFFERENCES, KEY, ArtifactParameters, collect_runs, differ
                                 write_csv)
 from .testing import demo_runs
 from .archive import keep_runs
-from .fusion_rows import FROZEN, about_frozen, frozen_values, fusion_row
-from .tabular import (Block, Column, markdown_block, number, number_column, tex, tex_block,
-                                text_column)
+from .fusion_rows import (FROZEN, ON_ONE_WAY, ONE_WAY, about_frozen, about_one_way,
+                                    as_printed_reading, frozen_values, fusion_row, one_way_rows)
+from .tabular import (Block, Column, device_counts, markdown_block, number, number_column, tex,
+                                tex_block, text_column)
 
 # %% ../nbs/70_artifacts.ipynb #785f49f0
 def cell(t: pd.DataFrame, metric: str) -> dict[str, Any]:
@@ -110,7 +111,8 @@ def build_table(n: int,                                   # 1 to 5
                 diffs: pd.DataFrame | None = None,        # of `differences`; None: no intervals
                 styles: pd.DataFrame | None = None,       # rows of `styles.csv`, for Table 4
                 dataset: str = 'synth',                   # whose runs stand beside the print
-                fusions: pd.DataFrame | None = None       # of `read_fusions`, for Table 2
+                fusions: pd.DataFrame | None = None,      # of `read_fusions`, for Table 2
+                one_way: pd.DataFrame | None = None       # likewise, with the tag `ONE_WAY`
                ) -> tuple[pd.DataFrame, str]:             # columns `TABLE`, rows as printed; the caption
     "A table of the paper with ours beside it. Raises `UserError` where `diffs` is of other runs."
     diffs = pd.DataFrame(columns=DIFFERENCES) if diffs is None else diffs
@@ -131,9 +133,10 @@ def build_table(n: int,                                   # 1 to 5
                                           REFERENCE[2] in trained)
                 rows.append(row._asdict() | dict(score=score, metric=m, paper=printed) | numbers)
     if n == 4: rows += [r for row in table_rows(4, dataset) for r in style_rows(row, styles)]
+    if n == 2 and one_way is not None: rows += one_way_rows(one_way, dataset)
     table = pd.DataFrame(rows, columns=TABLE)
     check_differences(table, REFERENCE[n])
-    return table, table_caption(n, table, runs, dataset, fusions)
+    return table, table_caption(n, table, runs, dataset, fusions, one_way)
 
 def check_differences(table: pd.DataFrame, reference: str) -> None:
     "Every difference must be that of the means shown. Raises `UserError`."
@@ -153,8 +156,9 @@ def check_differences(table: pd.DataFrame, reference: str) -> None:
 # %% ../nbs/70_artifacts.ipynb #d25b8932
 def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.csv` behind the table
     "What a reader of Tables 1 to 3 has to know before the numbers."
-    last = ('The last row reads every open point as close to the print as can be run (preset '
-            f'`tiny-literal`, tag `{AS_PRINTED}`). ') if AS_PRINTED in set(used['tag']) else ''
+    last = ('The last row reads every open point as close to the print as can be run, by one of two '
+            f'readings where the print contradicts itself (preset `tiny-literal`, tag `{AS_PRINTED}`). '
+           ) if AS_PRINTED in set(used['tag']) else ''
     if n == 3:
         return ('Without InfoNCE no other loss here compares captions with images. The printed full model '
                 'has two losses on clothing, the matching of Sec. 4.3 and Eq. 1. Ours has the first alone, '
@@ -167,9 +171,22 @@ def to_know(n: int, used: pd.DataFrame) -> str:   # `used`: the rows of `runs.cs
             f'Table 5 has a baseline that has both. Shallow here: {shallow} of {whole} layers per branch. '
             + last)
 
+def trained_on(used: pd.DataFrame,                   # the rows of `runs.csv` behind the table
+               table: pd.DataFrame,
+               measured: Iterable[pd.DataFrame | None]     # of `read_fusions`, for Table 2
+              ) -> str:                              # empty without runs
+    "How many runs each device trained; and fusions, where rows are of frozen towers."
+    devices = device_counts(used.drop_duplicates(KEY[:-1])['device'])
+    if not devices: return ''
+    frozen = set(table['variant'][table['tag'].str.startswith(FROZEN)])
+    parts = [as_printed_reading(t) for t in measured if t is not None and len(t)]
+    fusions = [d for t in parts for d in t['device'][t['variant'].isin(frozen)]]
+    also = f'; the fusions on frozen towers on {device_counts(fusions)}' if fusions else ''
+    return f'The runs were trained on {devices}{also}. '
+
 def table_caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str,
-                  fusions: pd.DataFrame | None = None) -> str:
-    "Dataset, preset, protocol, seeds, code version."
+                  fusions: pd.DataFrame | None = None, one_way: pd.DataFrame | None = None) -> str:
+    "Dataset, preset, protocol, seeds, devices, code version."
     shown = table[table['n'] > 0][['variant', 'dataset', 'tag']].drop_duplicates()
     used = runs.merge(shown, on=['variant', 'dataset', 'tag'])
     def named(column): return ', '.join(map(str, sorted(set(used[column])))) or '–'
@@ -179,6 +196,8 @@ def table_caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str,
         where += f' (a rendered dataset: {real})'
     reference = next(row.method for row in table_rows(n, dataset) if row.variant == REFERENCE[n])
     of_frozen = about_frozen(table, fusions) if n == 2 and fusions is not None else ''
+    of_one_way = about_one_way(table, one_way) if n == 2 and one_way is not None else ''
+    devices = trained_on(used, table, (fusions, one_way) if n == 2 else ())
     how = "within a seed, for other seeds and other people (mixed model, Student's t). "
     if FROZEN in set(rows_where(table, variant=REFERENCE[n])['tag']):
         how = "within a model, for other towers and the same people (Student's t over runs of the towers). "
@@ -188,7 +207,7 @@ def table_caption(n: int, table: pd.DataFrame, runs: pd.DataFrame, dataset: str,
             'score: dual, and fused for the rows that have a fusion. '
             f'Ours: mean ± sd in percent over seeds {named("seed")}. '
             f'Δ: difference to the row “{reference}” with its 95 % interval, '
-            f'{how}{of_frozen}{to_know(n, used)}Code {named("code_version")}.')
+            f'{how}{of_frozen}{to_know(n, used)}{of_one_way}{devices}Code {named("code_version")}.')
 
 # %% ../nbs/70_artifacts.ipynb #f4a5535d
 def ours_cell(r) -> str:     # `r`: a row of a table
@@ -261,9 +280,13 @@ def blocks(n: int, table: pd.DataFrame) -> list[Block]:
     has_runs = own['n'].to_numpy() > 0
     differs = own.to_numpy()[has_runs] != dual.to_numpy()[has_runs]
     by_dual, without_styles = 'The same by dual alone', table[table['score'] != 'styles']
-    if not differs.any(): return shown
-    if n == 5: return shown + place_blocks(table, 'dual', f': {by_dual[0].lower()}{by_dual[1:]}')
-    return [*shown, Block(by_dual, ablation_columns(without_styles, 'dual'))]
+    if differs.any() and n == 5:
+        shown += place_blocks(table, 'dual', f': {by_dual[0].lower()}{by_dual[1:]}')
+    elif differs.any(): shown.append(Block(by_dual, ablation_columns(without_styles, 'dual')))
+    if ON_ONE_WAY in set(table['score']):
+        shown.append(Block(f'On towers with Eq. 3 in one direction ({ONE_WAY})',
+                           ablation_columns(table, ON_ONE_WAY)))
+    return shown
 
 def notes(table: pd.DataFrame) -> list[str]:
     "Which rows have no run, and which have fewer seeds than the others."
@@ -361,7 +384,8 @@ def write_table(n: int,                  # 1 to 5
     runs = read_runs(folder/'runs.csv')
     diffs = read_csv(folder/'differences.csv', DIFFERENCES)
     styles = read_csv(folder/'styles.csv', STYLE_COLUMNS, later=ADDED_COLUMNS)
-    table, words = build_table(n, runs, diffs, styles, p.dataset, read_fusions(p))
+    of_fusions = (read_fusions(p), read_fusions(p, ONE_WAY)) if n == 2 else (None, None)
+    table, words = build_table(n, runs, diffs, styles, p.dataset, *of_fusions)
     texts = dict(md=table_markdown(n, table, words), tex=table_latex(n, table, words))
     files = [write_csv(table, folder/f'table{n}.csv')]
     for ending, text in texts.items():

@@ -370,7 +370,9 @@ def artifact_parameters(names: dict[str, Any]  # the notebook's `globals()`
 # %% ../nbs/66_results.ipynb #44b28d13
 FUSION_TOWERS = 'baseline'      # whose frozen towers the fusions are compared on
 
-def read_fusions(p: ArtifactParameters) -> pd.DataFrame:   # no rows where nothing was measured
+def read_fusions(p: ArtifactParameters,
+                 tag: str = ''            # of the runs whose towers these are
+                ) -> pd.DataFrame:        # no rows where nothing was measured
     "`fusion.csv`, the rows that were measured on the towers of `FUSION_TOWERS`. Raises `UserError`."
     path = p.tables_path/'fusion.csv'
     needed = ['towers', 'run', 'fusion', 'reading', 'negatives', 'seed', 'gain_R1', 'gain_mAP',
@@ -382,7 +384,8 @@ def read_fusions(p: ArtifactParameters) -> pd.DataFrame:   # no rows where nothi
         raise UserError(f'{path} is no table of fusions ({str(e).splitlines()[0]}): {again}') from None
     lacks = [c for c in needed if c not in t]
     if lacks: raise UserError(f'{path} has no column {lacks[0]}: {again}')
-    return t[t['towers'] == f'{p.config.dataset}/{p.config.preset}/{FUSION_TOWERS}']
+    name = FUSION_TOWERS + (f'-{tag}' if tag else '')
+    return t[t['towers'] == f'{p.config.dataset}/{p.config.preset}/{name}']
 
 # %% ../nbs/66_results.ipynb #e017a40c
 KEPT_FEATURES = 't', 'f_id', 'f_clo', 'g', 'w'      # are read in half precision
