@@ -104,7 +104,7 @@ def draw_axis(ax, i: int, name: str, ends: tuple[float, float]) -> None:
     if not np.isnan(rim):
         values = f'{FORMAT[column](inner)} … {FORMAT[column](rim)}' + UNIT.get(column, '')
     x, y = corner(i)
-    lift = .1 if y > .9 else .17 if y > 0 else -.1            # upward needs less than its neighbors
+    lift = .1 if y > .9 else .24 if y > 0 else -.1            # upward needs less than its neighbors
     ax.text(x*1.18, y + lift, f'{name}\n{values}', ha='center', va='bottom' if y > 0 else 'top', fontsize=7)
 
 def draw_radar(ax, table: pd.DataFrame) -> None:
@@ -152,7 +152,7 @@ def draw_values(ax, table: pd.DataFrame) -> None:
     ax.plot([0, 1], [.55, .55], color='0.2', lw=.6)
     for y, (name, row) in enumerate(table.iterrows(), 1):
         ax.plot([0, .035, .07], [y]*3, **LINE | FUSION_MARKS[name], markevery=[1])
-        ax.text(.09, y, name, va='center', fontsize=7.2)
+        ax.text(.09, y, name.replace(' (', '\n('), va='center', fontsize=7.2, linespacing=1.)
         for column, (_, x) in HEADS.items():
             is_best = pd.notna(row[column]) and FORMAT[column](row[column]) == best_text(table, column)
             ax.text(x, y, value_text(row, column), ha='right', va='center', fontsize=7.2,

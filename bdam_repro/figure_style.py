@@ -68,8 +68,10 @@ def settle_layout(fig) -> None:
 
 def write_caption(fig, words: str) -> None:
     "The caption, in the figure's lower margin."
-    lines = textwrap.fill(words, 138)
-    fig.supxlabel(lines, fontsize=7, color='0.25', x=.01, ha='left', linespacing=1.25)
+    caption = fig.supxlabel('', fontsize=7, color='0.25', x=.01, ha='left', linespacing=1.25)
+    for letters in range(138, 60, -2):             # fewer in a line where many of them are wide
+        caption.set_text(textwrap.fill(words, letters))
+        if caption.get_window_extent().width < .97*fig.bbox.width: return
 
 # %% ../nbs/69_figure_style.ipynb #809f9529
 def each_once(values: Iterable) -> str:
