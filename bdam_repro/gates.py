@@ -127,7 +127,8 @@ def draw_pair(ax, values: list[tuple[list[np.ndarray], str]],  # two of: each se
     "Two distributions on one axis: the first filled, the second hatched; a thin line for each seed."
     filled = dict(color=IDENTITY_COLOR, alpha=.3)
     hatched = dict(edgecolor=CLOTHING_COLOR, facecolor='none', hatch='//////', alpha=.9)
-    looks = ((filled, {}, {}, IDENTITY_COLOR), (hatched, dict(linewidth=0), dict(linewidth=.7), CLOTHING_COLOR))
+    looks = ((filled, {}, {}, IDENTITY_COLOR),
+             (hatched, dict(linewidth=0), dict(linewidth=.7), CLOTHING_COLOR))
     for (arrays, label), (area, edge, legend_edge, color) in zip(values, looks):
         density = [np.histogram(a, bins, density=True)[0] for a in arrays]
         ax.stairs(np.mean(density, 0), bins, fill=True, **area, **edge)
