@@ -77,8 +77,8 @@ def build_audit(e: Evidence) -> pd.DataFrame:   # as of `findings_frame`
 
 # %% ../nbs/86_report.ipynb #a0f14200
 BETWEEN_FAMILIES = (
-    'Between families of models (other layouts, twelve epochs, SDM and TAL) an interval of three or five seeds '
-    'covers 88 to 90 % in simulations in place of 95 (55_inference).')
+    'Between families of models (other layouts, twelve epochs, SDM and TAL) an interval of three or five '
+    'seeds covers 88 to 90 % in simulations in place of 95 (55_inference).')
 ONE_SEED_NOTE = (
     'One seed gives a number and no verdict, except for readings in company: there each of the '
     f'{len(screening_runs())} runs is a draw of its own (58_screening).')
