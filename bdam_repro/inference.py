@@ -258,7 +258,7 @@ def power_of(effect: float, sd: tuple[float, float, float], n: int, m: int,
     df = (n - 1)*max(1, variants - 1)
     t = stats.t.ppf(.5 + level/2, df)
     above, below = stats.nct.sf(t, df, effect/se), stats.nct.cdf(-t, df, effect/se)
-    return float(above + below)
+    return float(above + np.nan_to_num(below))                # scipy has NaN far out in a tail
 
 def chance_to_settle(margin: float, sd: tuple[float, float, float], n: int, m: int,
                      variants: int = 20, level: float = .95) -> float:

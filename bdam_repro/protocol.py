@@ -275,6 +275,7 @@ def contrast_components(e: Evidence, c: Contrast) -> tuple[float, float, float] 
     parts = total - rest/ms.m, person, rest
     return tuple(math.sqrt(max(0., v)) for v in parts)
 
+# %% ../nbs/84_protocol.ipynb #0b42e1ec
 def fusion_components(gains: pd.DataFrame,     # of the contrast's metric, as of `fusion_gains`
                       c: FusionContrast) -> tuple[float, float, float] | None:
     "The same on frozen towers: a seed is a run of these, and all are tested on the same people."
@@ -293,6 +294,7 @@ def change_components(e: Evidence, name: str     # '…: full − baseline_descr
     if len(d) < 2: return None
     return tuple(math.sqrt(max(0., v)) for v in mean_squares(d.to_numpy()).components)
 
+# %% ../nbs/84_protocol.ipynb #b856fc75
 def contrast_name(c: Contrast) -> str:
     "As the audit names it."
     name = f'{side_name(c.better)} − {side_name(c.worse)}'
