@@ -27,7 +27,8 @@ from .paper import CLAIMS, Claim, figure3
 from .deciding import (CONTRASTS, FUSION_CONTRASTS, FUSION_VARIANTS, SMALLEST_EFFECT, Contrast,
                                  FusionContrast, Side, printed_difference)
 from .inference import DifferenceEstimate, estimate
-from .factorial import effect_estimates, loss_runs
+from .factorial import LOSS_DESIGN, effect_estimates, loss_runs
+from .screening import screening_effects
 from .grid import LONGER, NOISE
 from .results import FUSION_TOWERS, load_features, read_fusions, rows_where, run_means, write_csv
 from .archive import ON_CPU
@@ -132,10 +133,13 @@ def factorial_claims(e: Evidence) -> list[Finding]:
         why = f'no finished run of {", ".join(missing)}' if missing else 'no seed in common'
         return [Finding('b', 'losses', 'factorial', HEAD, verdict=NOT_RUN, evidence=why, decides=False)]
     values = [seed_query_values(e, side, seeds=seeds)[0] for side in sides]
-    effects = effect_estimates(values, query_people(e, sides[0]), e.spread('R1', 'own', ''))
+    people, spread = query_people(e, sides[0]), e.spread('R1', 'own', '')
+    effects = {' × '.join(k): x for k, x in effect_estimates(values, people, spread).items()}
+    if len(seeds) == 1 and spread is not None:            # each run is a draw of its own, as in 58_screening
+        effects = screening_effects([v[0] for v in values], people, spread, LOSS_DESIGN, order=2)
     source = dict(seeds=' '.join(map(str, seeds)), evidence='57_factorial: 16 kinds of runs')
-    return [claim_finding('losses', f'factorial: {" × ".join(effect)}', HEAD, interval_columns(x) | source,
-                          decides=False, margin=SMALLEST_EFFECT) for effect, x in effects.items()]
+    return [claim_finding('losses', f'factorial: {name}', HEAD, interval_columns(x) | source,
+                          decides=False, margin=SMALLEST_EFFECT) for name, x in effects.items()]
 
 # %% ../nbs/82_claims.ipynb #9756bee5
 GAIN_METRICS = {'R1': 'gain R-1', 'mAP': 'gain mAP'}

@@ -25,6 +25,7 @@ from .deciding import SMALLEST_EFFECT
 from .inference import OWN_SEEDS
 from .paper import OPEN_POINTS
 from .grid import DATASET_NAMES, LONGER
+from .factorial import loss_runs
 from .screening import screening_runs
 from .results import ArtifactParameters, write_csv
 from .tabular import number
@@ -80,8 +81,8 @@ BETWEEN_FAMILIES = (
     'Between families of models (other layouts, twelve epochs, SDM and TAL) an interval of three or five '
     'seeds covers 88 to 90 % in simulations in place of 95 (55_inference).')
 ONE_SEED_NOTE = (
-    'One seed gives a number and no verdict, except for readings in company: there each of the '
-    f'{len(screening_runs())} runs is a draw of its own (58_screening).')
+    'One seed gives a number and no verdict, except for readings in company and for the factorial: '
+    f'each of their {len(screening_runs())} and {len(loss_runs())} runs is a draw of its own (58_screening).')
 
 def audit_caption(e: Evidence) -> str:
     "What a reader needs to know of all rows."

@@ -83,13 +83,14 @@ def pseudo_error(effects: list[float]) -> float:
 def screening_effects(values: list[np.ndarray],       # of each run in the order of the design: [Q]
                       groups: np.ndarray,             # [Q] the person of each query
                       spread: Spread,                 # of all variants
-                      design: list[dict[str, int]] = SCREENING
+                      design: list[dict[str, int]] = SCREENING,
+                      order: int = 1                # 2: pairs too, 'a × b'
                      ) -> dict[str, DifferenceEstimate]:    # `seeds`: runs on a side
     "What each factor is worth: the mean of the runs with it, minus that of those without."
     stacked, half, out = np.stack(values), len(design)/2, {}
     weights = len(design)/half**2                                                       # Σ c²
-    by_person = {name: person_values((x/half @ stacked)[None], groups)[0]               # [m] each
-                 for (name,), x in effect_columns(design, 1).items()}
+    by_person = {' × '.join(e): person_values((x/half @ stacked)[None], groups)[0]      # [m] each
+                 for e, x in effect_columns(design, order).items()}
     leaked = pseudo_error([z.mean() for z in by_person.values()])
     for name, z in by_person.items():
         runs, people = spread.variance*weights, z.var(ddof=1)/len(z)
