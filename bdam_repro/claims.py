@@ -134,8 +134,9 @@ def factorial_claims(e: Evidence) -> list[Finding]:
         return [Finding('b', 'losses', 'factorial', HEAD, verdict=NOT_RUN, evidence=why, decides=False)]
     values = [seed_query_values(e, side, seeds=seeds)[0] for side in sides]
     people, spread = query_people(e, sides[0]), e.spread('R1', 'own', '')
-    effects = {' × '.join(k): x for k, x in effect_estimates(values, people, spread).items()}
-    if len(seeds) == 1 and spread is not None:            # each run is a draw of its own, as in 58_screening
+    if len(seeds) > 1 or spread is None:
+        effects = {' × '.join(k): x for k, x in effect_estimates(values, people, spread).items()}
+    else:                                                  # each run is a draw of its own, as in 58_screening
         effects = screening_effects([v[0] for v in values], people, spread, LOSS_DESIGN, order=2)
     source = dict(seeds=' '.join(map(str, seeds)), evidence='57_factorial: 16 kinds of runs')
     return [claim_finding('losses', f'factorial: {name}', HEAD, interval_columns(x) | source,

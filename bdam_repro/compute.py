@@ -130,11 +130,11 @@ def compute_markdown(t: pd.DataFrame,      # of `measure_compute`
             'TFLOPs in all', 'parameters', *(f'seconds (runs), {family}' for family in families))
     base = t['flops'][(t['variant'] == 'baseline')].iloc[0]
     lines = [f'| {" | ".join(head)} |', f'| --- | --- |{" ---: |"*(len(head) - 2)}']
-    for (_, of_model), r in zip(t.iterrows(), t.itertuples()):
-        name = f'`{r.variant}`' + (f', `{r.tag}`' if r.tag else '') + ', frozen towers'*r.frozen
+    for _, r in t.iterrows():
+        name = f'`{r.variant}`' + (f', `{r.tag}`' if r.tag else '') + (', frozen towers' if r.frozen else '')
         cells = (name, r.tables.replace(' ', ', ') or '–', f'{r.steps:,}', f'{r.images:,}',
                  f'{r.flops/1e9:.1f}', f'{r.flops/base:.2f}', f'{r.steps*r.flops/1e12:.1f}',
-                 f'{r.parameters:,}', *(seconds(of_model, family) for family in families))
+                 f'{r.parameters:,}', *(seconds(r, family) for family in families))
         lines.append(f'| {" | ".join(cells)} |')
     words = (f'What the models of the tables cost to train on SynthPEDES, preset {preset}: FLOPs of forward '
              'and backward as PyTorch counts them (multiplying and adding are two), the mean of one '

@@ -84,7 +84,7 @@ def screening_effects(values: list[np.ndarray],       # of each run in the order
                       groups: np.ndarray,             # [Q] the person of each query
                       spread: Spread,                 # of all variants
                       design: list[dict[str, int]] = SCREENING,
-                      order: int = 1                # 2: pairs too, 'a × b'
+                      order: int = 1                  # 2: pairs too, 'a × b'
                      ) -> dict[str, DifferenceEstimate]:    # `seeds`: runs on a side
     "What each factor is worth: the mean of the runs with it, minus that of those without."
     stacked, half, out = np.stack(values), len(design)/2, {}
@@ -100,6 +100,7 @@ def screening_effects(values: list[np.ndarray],       # of each run in the order
         out[name] = DifferenceEstimate(float(z.mean()), se, df, int(half), len(z))
     return out
 
+# %% ../nbs/58_screening.ipynb #dc427a7a
 def val_effect(values: list[float],                   # of each run in the order of the design
                name: str, design: list[dict[str, int]] = SCREENING) -> float:
     "The same difference of numbers that have no queries, such as validation R-1."

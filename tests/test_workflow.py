@@ -104,10 +104,12 @@ def test_dry_run_of_real_data(root):
     ('audit=flase', ["audit='flase'", 'true or false']),
     ('seeds=[a]', ['seeds', "'a", 'which, such as']),
     ('seeds=0', ['how many, such as 3']),
+    ('kept=true', ['no kept runs in tables/', '`make paper`']),
+    ('kept=true redo=true', ['give one of them']),
     ('threads=two', ["threads='two'", 'whole number']),
     ('options=epochs', ["options='epochs'", '{"epochs":4}'])])
 def test_a_mistake_is_one_clear_line(root, typed, words):
-    code, said = snakemake(root, '--dry-run', config=[typed])
+    code, said = snakemake(root, '--dry-run', config=typed.split())
     assert code != 0 and 'Traceback' not in said
     for word in words: assert word in said, said
     assert not (root/'runs').exists()
