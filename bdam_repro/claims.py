@@ -344,6 +344,7 @@ def gate_gains(e: Evidence, folder: Path) -> dict[str, np.ndarray]:
 
 GATE_WORTH = ModelQuestion(WORTH, 't', gate_gains, sides=(FULL,))
 
+# %% ../nbs/82_claims.ipynb #f1b5bc6f
 def gate_claims(e: Evidence) -> list[Finding]:
     "The claims `gate_mean` and `balance`."
     if not e.folders(FULL):
@@ -360,6 +361,7 @@ def gate_claims(e: Evidence) -> list[Finding]:
         out.append(claim_finding('gate_mean', side_name(side), GATE_METRIC, d, decides=side == FULL))
     return out + balance_claim(e)
 
+# %% ../nbs/82_claims.ipynb #981c838a
 def balance_claim(e: Evidence) -> list[Finding]:
     "The weight of the image in the fusion of matching pairs: is its mean near one half, does it vary?"
     folders = e.feature_folders(FULL, 'w')

@@ -221,7 +221,6 @@ def plot_noise(t: pd.DataFrame):   # t: the audit
 
 # %% ../nbs/84_protocol.ipynb #d2b606ca
 NOISE_FLOOR = 'a comparison that ought to find nothing; value: the largest difference in one seed'
-EMPTY_RULE = 'twenty runs against twenty others between which no reading was changed as a whole: noise'
 
 def tower_objective(folder: Path) -> str | None:     # None: the fusion trains the towers too
     "What trains the towers of a run: all options but those of the fusion and of the run."
@@ -241,6 +240,7 @@ def null_pairs(e: Evidence) -> list[tuple[Side, Side]]:
         if objective is not None: groups.setdefault(f'{data_of(side[1])} {objective}', []).append(side)
     return [pair for sides in groups.values() for pair in combinations(sides, 2)]
 
+# %% ../nbs/84_protocol.ipynb #ce874e96
 def noise_floor(e: Evidence) -> list[Finding]:
     "One finding per null pair, and a summary of all."
     out, spread = [], []
@@ -320,23 +320,23 @@ def power_finding(name: str, metric: str,
             f'sd of {said}')
     return Finding('f', 'power', name, metric, value=see, hi=settle, rule=rule, evidence='power_findings()')
 
+# %% ../nbs/84_protocol.ipynb #9959c51b
 def power_findings(e: Evidence) -> list[Finding]:
     "The seeds that each deciding contrast needs, once per contrast; of fusions, the runs of the towers."
-    out, seen, m = [], set(), planned_people(e)
-    for c in CONTRASTS:
-        key = replace(c, claim='', bound=0.)
-        if key in seen: continue
-        seen.add(key)
+    def each_once(contrasts): return dict.fromkeys(replace(c, claim='', bound=0.) for c in contrasts)
+    out, m, gains = [], planned_people(e), fusion_gains(e)
+    for c in each_once(CONTRASTS):
         known = contrast_components(e, c)
         out.append(power_finding(contrast_name(c), METRIC_NAMES[c.score, c.metric], known, m))
-    gains = fusion_gains(e)
-    for c in dict.fromkeys(replace(c, claim='', bound=0.) for c in FUSION_CONTRASTS):
+    for c in each_once(FUSION_CONTRASTS):
         name, known = f'{c.better} − {c.worse}, same towers', fusion_components(gains[c.metric], c)
         out.append(power_finding(name, GAIN_METRICS[c.metric], known, m, 2))
     names = [f.reading for f in change_claims(e)] if e.base.dataset == 'synth' else []
     return out + [power_finding(name, PERSON_ASKED, change_components(e, name), m, 2) for name in names]
 
 # %% ../nbs/84_protocol.ipynb #3b8d3bc3
+EMPTY_RULE = 'twenty runs against twenty others between which no reading was changed as a whole: noise'
+
 def empty_findings(e: Evidence) -> list[Finding]:
     "The columns of the screening without a reading, where its runs are finished."
     out, effects = [], screened_effects(e, 'dual', 'R1')
